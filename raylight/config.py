@@ -1,0 +1,108 @@
+"""Every argument of the trainer, as frozen dataclasses, and every rule on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpointing:
+    """When checkpoints are made and which are kept.
+
+    With nothing set, one is made at the end of each epoch (after its validation). Best and last are always kept.
+    """
+
+    every_n_steps: int | None = None
+    """Optimizer steps between checkpoints."""
+    every_n_epochs: int | None = None
+    """Epochs between checkpoints; 1 where no other interval is set."""
+    every_s: float | str | None = None
+    """Seconds between checkpoints, or "auto": as often as costs under 1 % of the wall time."""
+    monitor: str | None = None
+    """The metric that decides which is best. None: "val_loss" if it is logged, else the newest is the best."""
+    mode: str = "min"
+    """"min" or "max"."""
+    keep_best: int = 1
+    """How many of the best to keep; -1 keeps all."""
+    keep_last: int = 1
+    """How many of the newest to keep; -1 keeps all."""
+    save_weights_only: bool = False
+    """Leave out optimizer, loop and RNG; such a checkpoint cannot be resumed from."""
+    on_exception: bool = True
+    """Save what there is when user code raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class DDP:
+    """torch's DistributedDataParallel; each field is its argument of that name."""
+
+    find_unused_parameters: bool = False
+    static_graph: bool = False
+    gradient_as_bucket_view: bool = True
+    bucket_cap_mb: float | None = None
+    broadcast_buffers: bool = True
+    placement: str = "PACK"
+    """Ray's placement group strategy: "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"."""
+    backend: str | None = None
+    """"gloo" or "nccl"; None: NCCL on GPUs, gloo on CPUs."""
+    timeout_s: float = 1800.0
+    """Seconds after which a collective fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The resolved trainer arguments: Lightning's spellings are already translated, defaults filled in."""
+
+    # scale
+    num_workers: int | tuple[int, int] | str = "auto"
+    use_gpu: bool | None = None
+    resources_per_worker: dict[str, float] = field(default_factory=dict)
+    strategy: DDP = field(default_factory=DDP)
+    # length
+    max_epochs: int | None = None  # None with no other limit: 1000, as Lightning; -1: no limit
+    min_epochs: int | None = None
+    max_steps: int = -1
+    min_steps: int | None = None
+    max_time_s: float | None = None
+    limit_train_batches: int | float = 1.0
+    limit_val_batches: int | float = 1.0
+    limit_test_batches: int | float = 1.0
+    limit_predict_batches: int | float = 1.0
+    overfit_batches: int | float = 0.0
+    fast_dev_run: int = 0  # number of batches; 0 is off
+    val_check_interval: int | float = 1.0
+    check_val_every_n_epoch: int | None = 1
+    num_sanity_val_steps: int = 2
+    reload_dataloaders_every_n_epochs: int = 0
+    # numerics
+    precision: str = "32-true"
+    accumulate_grad_batches: int = 1
+    global_batch_size: int | None = None
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: str = "norm"
+    deterministic: bool | str = False
+    benchmark: bool | None = None
+    sync_batchnorm: bool = False
+    detect_anomaly: bool = False
+    inference_mode: bool = True
+    seed: int | None = None
+    use_distributed_sampler: bool = True
+    # storage
+    storage_path: str = "runs"
+    storage_filesystem: Any = None
+    name: str = "default"
+    checkpoint: Checkpointing | None = field(default_factory=Checkpointing)  # None: none are made
+    # report
+    logger: Any = True
+    log_every_n_steps: int = 50
+    enable_progress_bar: bool = True
+    enable_model_summary: bool = True
+    profiler: str | None = None
+    # failure
+    max_restarts: int = 3
+    hang_timeout_s: float | None = None  # None: adapted to the run's own step times
+    replacement_timeout_s: float = 60.0
+    num_standby: int | None = None  # None: one on each node that holds workers
+    # extension
+    plugins: tuple[Any, ...] = ()

@@ -1,0 +1,309 @@
+"""The path of one logged value on its rank: kept as it is on the device, read a few times a second at most."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raylight.errors import InvalidArguments
+from raylight.messages import EpochMetrics, StepMetrics, StepRow, StepValue
+from raylight.worker.collectives import gather_objects
+
+REDUCTIONS = ("mean", "sum", "min", "max")
+KEEP = 512  # values kept per name before they are folded into one; bounds memory in long epochs
+
+
+@dataclass(slots=True, eq=False)
+class Series:
+    """Everything logged under one name in the current epoch."""
+
+    name: str
+    on_step: bool
+    on_epoch: bool
+    reduce: str | Callable[[Tensor], Any]
+    prog_bar: bool
+    logger: bool
+    metric: Any = None  # a torchmetrics object, which reduces itself
+    values: list[Any] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    folded: list[tuple[float, float]] = field(default_factory=list)  # (value, weight)
+    fresh: bool = False  # logged since the last row
+    both: bool = False  # asked for per step and per epoch, so that the names carry a suffix
+
+    @property
+    def step_reduce(self) -> str:
+        return self.reduce if isinstance(self.reduce, str) else "mean"
+
+    def fold(self) -> None:
+        """Replaces the values by their reduction so far; a callable needs them all, so they only leave the device."""
+        if not self.values:
+            return
+        numbers = read(self.values)
+        pairs = self.folded + list(zip(numbers, self.weights, strict=True))
+        self.folded = pairs if callable(self.reduce) else [combine(self.reduce, pairs)]
+        self.values, self.weights = [], []
+
+
+class Metrics:
+    """What `Module.log` writes to and what the loop reads from."""
+
+    def __init__(self, module: torch.nn.Module, world_size: int):
+        self.module = module
+        self.world_size = world_size
+        self.series: dict[tuple[str, str, int], Series] = {}
+        self.stage = "train"
+        self.hook_is_step = True  # step hooks log per step by default in training; all others per epoch
+        self.dataloader_idx: int | None = None  # set where there are several loaders
+        self.batch_size: int | Callable[[], int | None] = 1
+        self.rows: list[tuple[int, int, float, list[tuple[Series, Any, float]]]] = []
+        self.epoch_values: dict[str, float] = {}
+        self.logged_values: dict[str, float] = {}
+        self.shown_values: dict[str, float] = {}
+
+    # ---- hot path
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool,
+        logger: bool | None,
+        on_step: bool | None,
+        on_epoch: bool | None,
+        reduce_fx: Any,
+        add_dataloader_idx: bool,
+        batch_size: int | None,
+        metric_attribute: str | None,
+    ) -> None:
+        key = (self.stage, name, self.dataloader_idx or 0)
+        series = self.series.get(key)
+        if series is None:
+            series = self._begin(key, value, prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx)
+        if series.metric is not None:
+            series.fresh = True
+            return
+        if isinstance(value, Tensor):
+            value = value.detach()
+            if value.numel() != 1:
+                raise ValueError(f"log({name!r}): one element is needed, the tensor has shape {tuple(value.shape)}")
+        if batch_size is None:
+            batch_size = self.batch_size if isinstance(self.batch_size, int) else self._find_batch_size()
+        if len(series.values) >= KEEP:
+            series.fold() if series.on_epoch else _keep_newest(series)
+        series.values.append(value)
+        series.weights.append(batch_size)
+        series.fresh = True
+
+    def record(self, step: int, epoch: int) -> None:
+        """Notes the newest step values as the row of this step; nothing is read from the device yet."""
+        row = [
+            (series, series.metric if series.metric is not None else series.values[-1], series.weights[-1:])
+            for series in self.series.values()
+            if series.on_step and series.fresh and (series.values or series.metric is not None)
+        ]
+        if row:
+            values = [(s, _last_value(v), w[0] if w else 1.0) for s, v, w in row]
+            self.rows.append((step, epoch, time.time(), values))
+            for series, _, _ in row:
+                series.fresh = False
+                if not series.on_epoch:
+                    _keep_newest(series)
+
+    # ---- a few times a second
+
+    def drain(self) -> StepMetrics | None:
+        """The rows since the last call, in one device sync."""
+        if not self.rows:
+            return None
+        rows, self.rows = self.rows, []
+        numbers = iter(read([value for row in rows for _, value, _ in row[3]]))
+        drained = []
+        for step, epoch, moment, row in rows:
+            values = {}
+            for series, _, weight in row:
+                name = self._step_name(series)
+                values[name] = StepValue(next(numbers), weight, series.step_reduce)
+                self.logged_values[name] = values[name].value
+                if series.prog_bar:
+                    self.shown_values[name] = values[name].value
+            logged = {self._step_name(s): values[self._step_name(s)] for s, _, _ in row if s.logger}
+            drained.append(StepRow(step, epoch, moment, logged))
+        return StepMetrics(tuple(drained))
+
+    def shown(self) -> dict[str, float]:
+        """Newest values for the progress bar."""
+        series = [s for s in self.series.values() if s.prog_bar and s.on_step and s.values]
+        for found, number in zip(series, read([s.values[-1] for s in series]), strict=True):
+            self.shown_values[self._step_name(found)] = number
+        return dict(self.shown_values)
+
+    def newest(self) -> dict[str, float]:
+        """Every value known on this rank: reduced epoch values, and this rank's own newest step values."""
+        values = dict(self.epoch_values)
+        series = [s for s in self.series.values() if s.on_step and s.values]
+        for found, number in zip(series, read([s.values[-1] for s in series]), strict=True):
+            values[found.name] = number
+            values[self._step_name(found)] = number
+        return values
+
+    # ---- once an epoch
+
+    def finish_epoch(self, stage: str, epoch: int, step: int) -> EpochMetrics:
+        """Reduces what this stage logged over all ranks, in one collective, and begins anew.
+
+        Every rank gets the same values: those that one process would have computed from all batches.
+        """
+        mine = [series for (of, _, _), series in self.series.items() if of == stage]
+        shares = {series.name: _share(series) for series in mine}
+        attributes = {series.name: self._attribute_of(series) for series in mine if series.metric is not None}
+        gathered = gather_objects((shares, attributes, self._flags(mine)), self.world_size)
+        names: dict[str, tuple[str, bool, bool, bool, bool]] = {}
+        for _, _, flags in gathered:
+            names |= {name: flag for name, flag in flags.items() if name not in names}
+        values: dict[str, float] = {}
+        logged, shown = set(), set()
+        for name, (reduce, both, on_epoch, prog_bar, logger) in names.items():
+            pairs = [pair for share, _, _ in gathered for pair in share.get(name, ())]
+            if reduce == "metric":
+                number = self._compute(name, gathered)
+            elif reduce == "callable":
+                number = self._call_reduction(name, pairs, mine)
+            else:
+                number = combine(reduce, pairs)[0]
+            values[name] = number
+            if on_epoch:
+                label = f"{name}_epoch" if both else name
+                values[label] = number
+                logged |= {label} if logger else set()
+                shown |= {label} if prog_bar else set()
+        for series in mine:
+            if series.metric is not None:
+                series.metric.reset()
+            series.values, series.weights, series.folded, series.fresh = [], [], [], False
+        self.epoch_values |= values
+        self.logged_values |= {name: values[name] for name in logged}
+        self.shown_values |= {name: values[name] for name in shown}
+        return EpochMetrics(stage, epoch, step, time.time(), values, frozenset(logged), frozenset(shown))
+
+    def forget(self, stage: str) -> None:
+        """Drops what a stage has logged, as after sanity validation."""
+        for (of, _, _), series in self.series.items():
+            if of == stage:
+                if series.metric is not None:
+                    series.metric.reset()
+                series.values, series.weights, series.folded = [], [], []
+
+    # ---- inner
+
+    def _begin(
+        self, key: Any, value: Any, prog_bar: bool, logger: bool | None, on_step: bool | None, on_epoch: bool | None,
+        reduce_fx: Any, add_dataloader_idx: bool,
+    ) -> Series:  # fmt: skip
+        stage, name, _ = key
+        if not isinstance(name, str):
+            raise InvalidArguments(f"log(name={name!r}): a name is a str, not {type(name).__name__}")
+        is_metric = hasattr(value, "compute") and hasattr(value, "update") and hasattr(value, "reset")
+        if isinstance(value, dict) or not (is_metric or isinstance(value, (Tensor, int, float)) or hasattr(value, "item")):
+            raise InvalidArguments(
+                f"log({name!r}): a number, a one-element tensor or a torchmetrics metric is needed, not "
+                f"{type(value).__name__}" + ("; use log_dict for a dict" if isinstance(value, dict) else "")
+            )
+        reduce = {torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max"}.get(reduce_fx, reduce_fx)
+        reduce = {"avg": "mean"}.get(reduce, reduce) if isinstance(reduce, str) else reduce
+        if not callable(reduce) and reduce not in REDUCTIONS:
+            raise InvalidArguments(f"log({name!r}, reduce_fx={reduce_fx!r}): one of {REDUCTIONS} or a function is needed")
+        if stage == "predict":
+            raise InvalidArguments(f"log({name!r}): predict_step collects outputs and logs nothing")
+        in_step = stage == "train" and self.hook_is_step
+        on_epoch = not in_step if on_epoch is None else on_epoch or not in_step
+        both = on_epoch and bool(on_step)
+        on_step = in_step and on_step is not False
+        if self.dataloader_idx is not None and add_dataloader_idx:
+            name = f"{name}/dataloader_idx_{self.dataloader_idx}"
+        series = Series(name, on_step, on_epoch, reduce, prog_bar, logger is not False, value if is_metric else None)
+        series.both = both or (on_step and on_epoch)
+        self.series[key] = series
+        return series
+
+    def _find_batch_size(self) -> int:
+        assert callable(self.batch_size)
+        self.batch_size = self.batch_size() or 1
+        return self.batch_size
+
+    def _step_name(self, series: Series) -> str:
+        return f"{series.name}_step" if series.both else series.name
+
+    def _flags(self, mine: Iterable[Series]) -> dict[str, tuple[str, bool, bool, bool, bool]]:
+        return {
+            s.name: (
+                "metric" if s.metric is not None else s.reduce if isinstance(s.reduce, str) else "callable",
+                s.both, s.on_epoch, s.prog_bar, s.logger,
+            )
+            for s in mine
+        }  # fmt: skip
+
+    def _attribute_of(self, series: Series) -> str | None:
+        """Where the metric lies in the module, so that a rank that never saw a batch takes part in its reduction."""
+        return next((path for path, found in self.module.named_modules() if found is series.metric), None)
+
+    def _call_reduction(self, name: str, pairs: list[tuple[float, float]], mine: list[Series]) -> float:
+        """A rank that logged nothing does not have the function, so that those that do tell it the value."""
+        function = next((s.reduce for s in mine if s.name == name and callable(s.reduce)), None)
+        number = None if function is None else combine(function, pairs)[0]
+        return next(found for found in gather_objects(number, self.world_size) if found is not None)
+
+    def _compute(self, name: str, gathered: list[tuple[Any, dict[str, str | None], Any]]) -> float:
+        path = next(attributes[name] for _, attributes, _ in gathered if name in attributes)
+        own = next((s.metric for s in self.series.values() if s.name == name and s.metric is not None), None)
+        metric = own if own is not None else self.module.get_submodule(path) if path is not None else None
+        if metric is None:
+            raise InvalidArguments(f"log({name!r}): assign the metric to the module (self.x = Metric()) to log it")
+        return float(metric.compute())
+
+
+def read(values: list[Any]) -> list[float]:
+    """Numbers and one-element tensors as floats, in one device sync for all tensors."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return [float(value) for value in values]
+    device = tensors[0].device
+    stacked = torch.stack([t.reshape(()).to(device=device, dtype=torch.float64) for t in tensors])
+    numbers = iter(stacked.tolist())
+    return [next(numbers) if isinstance(value, Tensor) else float(value) for value in values]
+
+
+def combine(reduce: str | Callable[[Tensor], Any], pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    """(value, weight) pairs as one pair."""
+    if not pairs:
+        return float("nan"), 0.0
+    weight = sum(pair[1] for pair in pairs)
+    if reduce == "mean":
+        return (sum(value * w for value, w in pairs) / weight if weight else float("nan")), weight
+    values = [value for value, _ in pairs]
+    if reduce == "sum":
+        return sum(values), weight
+    if callable(reduce):
+        return float(reduce(torch.tensor(values))), weight
+    # torch's reductions carry a NaN through, Python's lose it
+    return getattr(torch.tensor(values, dtype=torch.float64), reduce)().item(), weight
+
+
+def _share(series: Series) -> list[tuple[float, float]]:
+    series.fold()
+    return series.folded
+
+
+def _keep_newest(series: Series) -> None:
+    del series.values[:-1], series.weights[:-1]
+
+
+def _last_value(value: Any) -> Any:
+    if isinstance(value, (Tensor, int, float)) or not hasattr(value, "compute"):
+        return value
+    cached = getattr(value, "_forward_cache", None)  # torchmetrics: the value of the last batch alone
+    return cached.detach().clone() if isinstance(cached, Tensor) else value.compute()
