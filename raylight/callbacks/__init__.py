@@ -1,1 +1,89 @@
+"""Callbacks: ready-made code for the hooks of a run. Each is imported when it is first asked for."""
 
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raylight.callbacks.callback import Callback
+    from raylight.callbacks.device_stats_monitor import DeviceStatsMonitor
+    from raylight.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
+    from raylight.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
+    from raylight.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
+    from raylight.callbacks.lambda_callback import LambdaCallback
+    from raylight.callbacks.learning_rate_monitor import LearningRateMonitor
+    from raylight.callbacks.model_checkpoint import ModelCheckpoint
+    from raylight.callbacks.model_summary import ModelSummary, RichModelSummary
+    from raylight.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
+    from raylight.callbacks.prediction_writer import BasePredictionWriter
+    from raylight.callbacks.progress_bar import ProgressBar, RichProgressBar, TQDMProgressBar
+    from raylight.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
+    from raylight.callbacks.throughput_monitor import ThroughputMonitor
+    from raylight.callbacks.timer import Timer
+    from raylight.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
+
+_FILES = {
+    "BackboneFinetuning": "finetuning",
+    "BaseFinetuning": "finetuning",
+    "BasePredictionWriter": "prediction_writer",
+    "Callback": "callback",
+    "DeviceStatsMonitor": "device_stats_monitor",
+    "EMAWeightAveraging": "weight_averaging",
+    "EarlyStopping": "early_stopping",
+    "EarlyStoppingReason": "early_stopping",
+    "GradientAccumulationScheduler": "gradient_accumulation_scheduler",
+    "LambdaCallback": "lambda_callback",
+    "LearningRateMonitor": "learning_rate_monitor",
+    "ModelCheckpoint": "model_checkpoint",
+    "ModelSummary": "model_summary",
+    "OnExceptionCheckpoint": "on_exception_checkpoint",
+    "ProgressBar": "progress_bar",
+    "RichModelSummary": "model_summary",
+    "RichProgressBar": "progress_bar",
+    "StochasticWeightAveraging": "stochastic_weight_averaging",
+    "TQDMProgressBar": "progress_bar",
+    "ThroughputMonitor": "throughput_monitor",
+    "Timer": "timer",
+    "WeightAveraging": "weight_averaging",
+}
+
+__all__ = [
+    "BackboneFinetuning",
+    "BaseFinetuning",
+    "BasePredictionWriter",
+    "Callback",
+    "DeviceStatsMonitor",
+    "EMAWeightAveraging",
+    "EarlyStopping",
+    "EarlyStoppingReason",
+    "GradientAccumulationScheduler",
+    "LambdaCallback",
+    "LearningRateMonitor",
+    "ModelCheckpoint",
+    "ModelSummary",
+    "OnExceptionCheckpoint",
+    "ProgressBar",
+    "RichModelSummary",
+    "RichProgressBar",
+    "StochasticWeightAveraging",
+    "TQDMProgressBar",
+    "ThroughputMonitor",
+    "Timer",
+    "WeightAveraging",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FILES:
+        return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    near = difflib.get_close_matches(name, _FILES, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise AttributeError(f"raylight has no callback {name!r}.{hint} There are: {', '.join(_FILES)}.")
+
+
+def __dir__() -> list[str]:
+    return sorted(_FILES)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from raylight.config import Config
     from raylight.module import Module
     from raylight.worker.rank import Rank
 
@@ -23,6 +24,10 @@ class Callback:
     def state_key(self) -> str:
         """The key of this callback's state in a checkpoint."""
         return type(self).__qualname__
+
+    def find_mistakes(self, config: Config) -> list[str]:
+        """What cannot work together with the trainer's arguments; asked on the driver before any worker starts."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -42,9 +47,7 @@ class Callback:
     def on_train_epoch_start(self, trainer: Rank, module: Module) -> None: ...
     def on_train_epoch_end(self, trainer: Rank, module: Module) -> None: ...
     def on_train_batch_start(self, trainer: Rank, module: Module, batch: Any, batch_idx: int) -> None: ...
-    def on_train_batch_end(
-        self, trainer: Rank, module: Module, outputs: Any, batch: Any, batch_idx: int
-    ) -> None: ...
+    def on_train_batch_end(self, trainer: Rank, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None: ...
 
     def on_validation_start(self, trainer: Rank, module: Module) -> None: ...
     def on_validation_end(self, trainer: Rank, module: Module) -> None: ...

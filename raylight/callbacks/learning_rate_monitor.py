@@ -1,0 +1,114 @@
+"""LearningRateMonitor: learning rates in the log, to see what the schedulers do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from raylight.callbacks.callback import Callback
+from raylight.callbacks.mistakes import Mistakes
+from raylight.callbacks.schedule import is_log_step
+from raylight.errors import InvalidArguments
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from raylight.config import Config
+    from raylight.module import Module
+    from raylight.worker.rank import Rank
+
+
+class LearningRateMonitor(Callback):
+    """Logs the learning rate of each parameter group, with momentum (or the first beta) and weight decay on request.
+
+    `logging_interval` is "step" (every `log_every_n_steps`), "epoch" (at its start) or None: as each scheduler steps;
+    an optimizer without a scheduler is logged with `logging_interval` set alone, as its rate never changes. A value
+    logged for a step is the one that the step is made with. Names are those of Lightning 2.6: "lr-Adam", "lr-Adam-1"
+    for a second Adam, "lr-Adam/pg1" for a group, or the `name` that the scheduler or the group was given. `lrs` keeps
+    what was logged, by name.
+    """
+
+    def __init__(self, logging_interval: str | None = None, log_momentum: bool = False, log_weight_decay: bool = False):
+        mistakes = Mistakes("LearningRateMonitor")
+        mistakes.require_choice("logging_interval", logging_interval, (None, "step", "epoch"))
+        mistakes.raise_any()
+        self.logging_interval = logging_interval
+        self.log_momentum = log_momentum
+        self.log_weight_decay = log_weight_decay
+        self.lrs: dict[str, list[float]] = {}
+        self.last_momentum_values: dict[str, float] = {}
+        self.last_weight_decay_values: dict[str, float] = {}
+        self._logged_step = 0
+
+    def find_mistakes(self, config: Config) -> list[str]:
+        if config.logger is not False:
+            return []
+        return ["LearningRateMonitor has nowhere to log to with logger=False; remove one of them."]
+
+    def on_train_start(self, trainer: Rank, module: Module) -> None:
+        self._logged_step = 0
+        self.lrs = {name: [] for _, _, names in _name_groups(trainer) for name in names}
+
+    def on_train_batch_start(self, trainer: Rank, module: Module, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step + 1
+        # with accumulation several batches belong to one step
+        if self.logging_interval != "epoch" and step != self._logged_step and is_log_step(trainer, step):
+            self._logged_step = step
+            self._log(trainer, "step", step)
+
+    def on_train_epoch_start(self, trainer: Rank, module: Module) -> None:
+        if self.logging_interval != "step":
+            self._log(trainer, "epoch", trainer.global_step)
+
+    def _log(self, trainer: Rank, interval: str, step: int) -> None:
+        values: dict[str, float] = {}
+        for optimizer, own_interval, names in _name_groups(trainer):
+            if self.logging_interval is not None or own_interval == interval:
+                for group, name in zip(optimizer.param_groups, names, strict=True):
+                    values |= self._read(optimizer, group, name)
+        if values and trainer.logger:
+            trainer.logger.log_metrics(values, step=step)
+
+    def _read(self, optimizer: Optimizer, group: dict[str, Any], name: str) -> dict[str, float]:
+        values = {name: float(group["lr"])}
+        self.lrs.setdefault(name, []).append(values[name])
+        if self.log_momentum:
+            momentum = float(group["betas"][0] if "betas" in optimizer.defaults else group.get("momentum", 0.0))
+            values[f"{name}-momentum"] = self.last_momentum_values[f"{name}-momentum"] = momentum
+        if self.log_weight_decay:
+            decay = float(group.get("weight_decay", 0.0))
+            values[f"{name}-weight_decay"] = self.last_weight_decay_values[f"{name}-weight_decay"] = decay
+        return values
+
+
+def _name_groups(trainer: Rank) -> Iterator[tuple[Optimizer, str | None, list[str]]]:
+    """Each optimizer, the interval of its scheduler (None without one) and a name for each of its groups."""
+    scheduled = [
+        (config.scheduler.optimizer, config.interval, config.name)
+        for config in trainer.lr_scheduler_configs
+        if hasattr(config.scheduler, "optimizer")
+    ]
+    others = [o for o in trainer.optimizers if all(o is not seen for seen, _, _ in scheduled)]
+    counts: Counter[str] = Counter()
+    for optimizer, interval, given in [*scheduled, *((o, None, None) for o in others)]:
+        name = given
+        if name is None:
+            kind = type(optimizer).__name__
+            name = f"lr-{kind}-{counts[kind]}" if counts[kind] else f"lr-{kind}"
+            counts[kind] += 1
+        yield optimizer, interval, _name_each(name, optimizer)
+
+
+def _name_each(name: str, optimizer: Optimizer) -> list[str]:
+    groups = optimizer.param_groups
+    if len(groups) == 1:
+        return [f"{name}/{groups[0]['name']}" if groups[0].get("name") else name]
+    suffixes = [group.get("name") or f"pg{index}" for index, group in enumerate(groups, start=1)]
+    twice = sorted(suffix for suffix, count in Counter(suffixes).items() if count > 1)
+    if twice:
+        raise InvalidArguments(
+            f"LearningRateMonitor: the parameter groups of {type(optimizer).__name__} share the names {twice}; "
+            "give each group another `name`."
+        )
+    return [f"{name}/{suffix}" for suffix in suffixes]

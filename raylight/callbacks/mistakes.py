@@ -1,0 +1,58 @@
+"""What is wrong with the arguments of a callback, as sentences, so that one error can tell all of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from raylight.errors import InvalidArguments
+
+
+class Mistakes:
+    """Collects what is wrong with the arguments of one callback and raises it at once."""
+
+    def __init__(self, owner: str):
+        self.owner = owner
+        self.found: list[str] = []
+
+    def add(self, text: str) -> None:
+        self.found.append(f"{self.owner}: {text}")
+
+    def require(self, right: bool, text: str) -> None:
+        if not right:
+            self.add(text)
+
+    def require_choice(self, name: str, value: Any, allowed: Iterable[Any]) -> None:
+        """`value` must be one of `allowed`; a misspelt string is told the nearest right one."""
+        choices = list(allowed)
+        if value in choices:
+            return
+        near = difflib.get_close_matches(str(value), [c for c in choices if isinstance(c, str)], n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        self.add(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.{hint}")
+
+    def require_count(self, name: str, value: Any, least: int) -> None:
+        if not is_int(value) or value < least:
+            self.add(f"{name}={value!r} must be an int of at least {least}.")
+
+    def require_number(self, name: str, value: Any) -> None:
+        if not is_number(value):
+            self.add(f"{name}={value!r} must be a number.")
+
+    def raise_any(self) -> None:
+        if self.found:
+            raise InvalidArguments(self.found)
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def sort_by_nearness(name: str, names: Iterable[str]) -> list[str]:
+    """`names`, those that read most like `name` first."""
+    return sorted(names, key=lambda other: (-difflib.SequenceMatcher(None, name, other).ratio(), other))

@@ -1,0 +1,164 @@
+"""ModelCheckpoint: Lightning's way to say when checkpoints are made and which are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from raylight.callbacks.callback import Callback
+from raylight.callbacks.mistakes import Mistakes, is_int
+from raylight.config import Checkpointing
+
+if TYPE_CHECKING:
+    from raylight.module import Module
+    from raylight.worker.rank import Rank
+
+
+class ModelCheckpoint(Callback):
+    """Lightning's arguments for checkpoints; `checkpointing()` gives the trainer's `Checkpointing` that they mean.
+
+    Checkpoints are made and kept by the driver, so on a worker this callback does nothing. After the run
+    `best_model_path`, `best_model_score`, `last_model_path`, `best_k_models` (path to score), `kth_best_model_path`,
+    `kth_value` and `current_score` say what was kept; scores are floats.
+
+    What differs from Lightning 2.6:
+
+    - Where checkpoints lie and how they are called is fixed, `<version>/checkpoints/step-00001200/`. `dirpath`,
+      `filename`, `auto_insert_metric_name` and `enable_version_counter` are accepted and change nothing; the run says
+      so once where one of the first two is set.
+    - The newest checkpoint is always kept, as with `save_last=True`; `save_last="link"` means the same.
+    - Without `monitor`, "val_loss" decides which is best where it is logged, else the newest is the best.
+    - Checkpoints of an epoch are made after its validation, so `save_on_train_epoch_end` changes nothing; the run
+      says so where it is False.
+    - `save_on_exception` is on unless it is given as False.
+    - `save_top_k=0` or `every_n_epochs=0` makes no checkpoints at all, unless another interval or `save_last=True`
+      asks for them.
+    """
+
+    def __init__(
+        self,
+        dirpath: Any = None,
+        filename: str | None = None,
+        monitor: str | None = None,
+        verbose: bool = False,
+        save_last: bool | str | None = None,
+        save_top_k: int = 1,
+        save_on_exception: bool | None = None,
+        save_weights_only: bool = False,
+        mode: str = "min",
+        auto_insert_metric_name: bool = True,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
+        every_n_epochs: int | None = None,
+        save_on_train_epoch_end: bool | None = None,
+        enable_version_counter: bool = True,
+    ):
+        self.dirpath = dirpath
+        self.filename = filename
+        self.monitor = monitor
+        self.verbose = verbose
+        self.save_last = save_last
+        self.save_top_k = save_top_k
+        self.save_on_exception = save_on_exception
+        self.save_weights_only = save_weights_only
+        self.mode = mode
+        self.auto_insert_metric_name = auto_insert_metric_name
+        self.every_n_train_steps = every_n_train_steps
+        self.train_time_interval = train_time_interval
+        self.every_n_epochs = every_n_epochs
+        self.save_on_train_epoch_end = save_on_train_epoch_end
+        self.enable_version_counter = enable_version_counter
+        self._check_arguments()
+
+        self.best_model_path = ""
+        self.best_model_score: float | None = None
+        self.last_model_path = ""
+        self.best_k_models: dict[str, float] = {}
+        self.kth_best_model_path = ""
+        self.kth_value: float | None = None
+        self.current_score: float | None = None
+
+    def _check_arguments(self) -> None:
+        mistakes = Mistakes("ModelCheckpoint")
+        mistakes.require_choice("mode", self.mode, ("min", "max"))
+        mistakes.require_choice("save_last", self.save_last, (None, True, False, "link"))
+        mistakes.require_count("save_top_k", self.save_top_k, -1)
+        for name in ("every_n_train_steps", "every_n_epochs"):
+            if getattr(self, name) is not None:
+                mistakes.require_count(name, getattr(self, name), 0)
+        interval = self.train_time_interval
+        if interval is not None and (not isinstance(interval, timedelta) or interval < timedelta(0)):
+            mistakes.add(f"train_time_interval={interval!r} must be a datetime.timedelta that is not negative.")
+        given = [
+            f"{name}={getattr(self, name)!r}"
+            for name in ("every_n_train_steps", "every_n_epochs", "train_time_interval")
+            if getattr(self, name)
+        ]
+        mistakes.require(len(given) < 2, f"{' and '.join(given)} exclude one another; keep one of them.")
+        if self.monitor is None and is_int(self.save_top_k) and self.save_top_k > 1:
+            mistakes.add(
+                f"save_top_k={self.save_top_k} needs monitor= to tell which are best; "
+                "without one it can be 1 (the newest), 0 (none) or -1 (all)."
+            )
+        mistakes.raise_any()
+
+    @property
+    def state_key(self) -> str:
+        names = ("monitor", "mode", "every_n_train_steps", "every_n_epochs", "train_time_interval")
+        return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    def checkpointing(self) -> Checkpointing | None:
+        """What these arguments mean to the trainer; None where they ask for no checkpoints."""
+        interval = self.train_time_interval
+        every_s = None if interval is None else interval.total_seconds()
+        timed = bool(self.every_n_train_steps) or every_s is not None
+        asks_for_none = self.save_top_k == 0 or (self.every_n_epochs == 0 and not timed)
+        if asks_for_none and not self.save_last:
+            return None
+        return Checkpointing(
+            every_n_steps=self.every_n_train_steps or None,
+            every_n_epochs=self.every_n_epochs or None,
+            every_s=every_s,
+            monitor=self.monitor,
+            mode=self.mode,
+            keep_best=self.save_top_k,
+            keep_last=1,
+            save_weights_only=self.save_weights_only,
+            on_exception=self.save_on_exception is not False,
+        )
+
+    def notices(self) -> list[str]:
+        """What was asked for and cannot be had, for the person to read."""
+        found = [
+            f"ModelCheckpoint({name}={str(value)!r}) is not used: checkpoints lie in <version>/checkpoints/step-N; "
+            "best_model_path and last_model_path hold the paths."
+            for name, value in (("dirpath", self.dirpath), ("filename", self.filename))
+            if value is not None
+        ]
+        if self.save_on_train_epoch_end is False:
+            found.append(
+                "ModelCheckpoint(save_on_train_epoch_end=False) is not used: a checkpoint is made at the end of an "
+                "epoch, after its validation; every_n_train_steps makes more of them."
+            )
+        return found
+
+    def setup(self, trainer: Rank, module: Module, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero:
+            for text in self.notices():
+                trainer.notice(text, "warning")
+
+    def record(self, scores: Mapping[str, float | None], last: str | None, best: str | None = None) -> None:
+        """Take note of the checkpoints that are kept: path to monitored value (None where there was none), in the
+        order in which they were made, the newest, and the best where it is not the one with the best value."""
+        sign = 1 if self.mode == "min" else -1
+        scored = {path: score for path, score in scores.items() if score is not None}
+        ranked = sorted(scored, key=lambda path: sign * scored[path])
+        kept = ranked if self.save_top_k == -1 else ranked[: self.save_top_k]
+        self.best_k_models = {path: scored[path] for path in scored if path in kept}
+        self.last_model_path = last or ""
+        self.best_model_path = best or (kept[0] if kept else self.last_model_path)
+        self.best_model_score = scored.get(self.best_model_path)
+        self.kth_best_model_path = kept[-1] if kept else ""
+        self.kth_value = scored.get(self.kth_best_model_path)
+        self.current_score = scored.get(self.last_model_path)

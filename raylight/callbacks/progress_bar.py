@@ -1,0 +1,74 @@
+"""The names of Lightning's progress bars. The bar itself is drawn by the driver's console."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from raylight.callbacks.callback import Callback
+from raylight.callbacks.mistakes import Mistakes
+
+if TYPE_CHECKING:
+    from raylight.module import Module
+    from raylight.worker.rank import Rank
+
+
+class ProgressBar(Callback):
+    """What a progress bar of the user's own derives from; its hooks run on every worker like those of any callback.
+
+    raylight's console draws its bar on the driver whether or not one of these is given: `refresh_rate=0` and
+    `disable()` before the run turn it off, as `enable_progress_bar=False` does.
+    """
+
+    def __init__(self, refresh_rate: int = 1):
+        mistakes = Mistakes(type(self).__name__)
+        mistakes.require_count("refresh_rate", refresh_rate, 0)
+        mistakes.raise_any()
+        self.refresh_rate = refresh_rate
+        self._enabled = True
+
+    @property
+    def is_enabled(self) -> bool:
+        return self._enabled and self.refresh_rate > 0
+
+    @property
+    def is_disabled(self) -> bool:
+        return not self.is_enabled
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def print(self, *args: Any, **options: Any) -> None:
+        """Print above the bar: what a worker prints reaches the console that draws it."""
+        print(*args, **options)
+
+    def get_metrics(self, trainer: Rank, module: Module) -> dict[str, int | str | float]:
+        """The values logged with `prog_bar=True`. Reads them from the device."""
+        return {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
+
+
+class TQDMProgressBar(ProgressBar):
+    """raylight's bar under Lightning's name; `process_position` and `leave` change nothing."""
+
+    def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False):
+        super().__init__(refresh_rate)
+        self.process_position = process_position
+        self.leave = leave
+
+
+class RichProgressBar(ProgressBar):
+    """raylight's bar under Lightning's name; `leave`, `theme` and `console_kwargs` change nothing."""
+
+    def __init__(
+        self,
+        refresh_rate: int = 1,
+        leave: bool = False,
+        theme: Any = None,
+        console_kwargs: dict[str, Any] | None = None,
+    ):
+        super().__init__(refresh_rate)
+        self.leave = leave
+        self.theme = theme
+        self.console_kwargs = console_kwargs

@@ -1,0 +1,14 @@
+"""When a callback that logs by itself may do so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from raylight.worker.rank import Rank
+
+
+def is_log_step(trainer: Rank, count: int) -> bool:
+    """Whether the `count`-th step (or batch of an evaluation), counted from 1, is one of every `log_every_n_steps`."""
+    every = trainer.config.log_every_n_steps
+    return every > 0 and count > 0 and count % every == 0

@@ -1,0 +1,165 @@
+"""Timer: how long the stages of a run took, and an end to training after a given time."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from raylight.callbacks.callback import Callback
+from raylight.callbacks.mistakes import Mistakes
+
+if TYPE_CHECKING:
+    from raylight.module import Module
+    from raylight.worker.rank import Rank
+
+STAGES = ("train", "validate", "test", "predict")
+CHECK_EVERY_S = 1.0  # more than one worker: how often they agree on the time, at the cost of one small broadcast
+
+
+class Timer(Callback):
+    """Measures the stages in seconds and stops training after `duration`.
+
+    `duration` is "DD:HH:MM:SS", a `timedelta`, the keyword arguments of one as a dict, or None to only measure.
+    `interval` is "step" or "epoch": where training may end. Rank 0's clock decides for all. A run that goes on from a
+    checkpoint has used up what it had used up there. Arguments are those of Lightning 2.6.
+    """
+
+    def __init__(
+        self,
+        duration: str | timedelta | dict[str, float] | None = None,
+        interval: str = "step",
+        verbose: bool = True,
+    ):
+        mistakes = Mistakes("Timer")
+        mistakes.require_choice("interval", interval, ("step", "epoch"))
+        self._duration_s = _read_duration(duration, mistakes)
+        mistakes.raise_any()
+        self._interval = interval
+        self._verbose = verbose
+        self._started: dict[str, float] = {}
+        self._ended: dict[str, float] = {}
+        self._offset_s = 0.0  # what training took before the checkpoint that it goes on from
+        # equal on all ranks, as a check is a collective
+        self._agreed_s = 0.0
+        self._check_at_step = 0
+
+    def start_time(self, stage: str = "train") -> float | None:
+        """When the stage last began, by the clock `time.monotonic` of rank 0's machine; None where it did not."""
+        return self._started.get(_known(stage))
+
+    def end_time(self, stage: str = "train") -> float | None:
+        """When the stage last ended, by the same clock; None where it did not."""
+        return self._ended.get(_known(stage))
+
+    def time_elapsed(self, stage: str = "train") -> float:
+        """Seconds of the stage so far; for "train" with those before the checkpoint that the run went on from."""
+        begin, end = self.start_time(stage), self.end_time(stage)
+        offset = self._offset_s if stage == "train" else 0.0
+        if begin is None:
+            return offset
+        return (time.monotonic() if end is None or end < begin else end) - begin + offset
+
+    def time_remaining(self, stage: str = "train") -> float | None:
+        """Seconds left of `duration`; None without one."""
+        return None if self._duration_s is None else self._duration_s - self.time_elapsed(stage)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "time_elapsed": {stage: self.time_elapsed(stage) for stage in STAGES},
+            "agreed_s": self._agreed_s,
+            "check_at_step": self._check_at_step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._offset_s = state_dict["time_elapsed"]["train"]
+        self._agreed_s = state_dict["agreed_s"]
+        self._check_at_step = state_dict["check_at_step"]
+        if "train" in self._started:
+            self._started["train"] = time.monotonic()
+
+    def on_train_start(self, trainer: Rank, module: Module) -> None:
+        self._started["train"] = time.monotonic()
+        # no collective here: a worker that replaces a dead one begins alone
+        if self._duration_s is not None and self._agreed_s >= self._duration_s:
+            self._stop(trainer)
+
+    def on_train_end(self, trainer: Rank, module: Module) -> None:
+        self._ended["train"] = time.monotonic()
+
+    def on_validation_start(self, trainer: Rank, module: Module) -> None:
+        self._started["validate"] = time.monotonic()
+
+    def on_validation_end(self, trainer: Rank, module: Module) -> None:
+        self._ended["validate"] = time.monotonic()
+
+    def on_test_start(self, trainer: Rank, module: Module) -> None:
+        self._started["test"] = time.monotonic()
+
+    def on_test_end(self, trainer: Rank, module: Module) -> None:
+        self._ended["test"] = time.monotonic()
+
+    def on_predict_start(self, trainer: Rank, module: Module) -> None:
+        self._started["predict"] = time.monotonic()
+
+    def on_predict_end(self, trainer: Rank, module: Module) -> None:
+        self._ended["predict"] = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Rank, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._interval == "step" and trainer.global_step >= self._check_at_step:
+            self._check(trainer)
+
+    def on_train_epoch_end(self, trainer: Rank, module: Module) -> None:
+        if self._interval == "epoch":
+            self._check(trainer)
+
+    def _check(self, trainer: Rank) -> None:
+        if self._duration_s is None:
+            return
+        elapsed_s = self.time_elapsed()
+        self._agreed_s, num_steps = trainer.broadcast((elapsed_s, self._steps_to_next_check(trainer, elapsed_s)))
+        self._check_at_step = trainer.global_step + num_steps
+        if self._agreed_s >= self._duration_s:
+            self._stop(trainer)
+
+    def _stop(self, trainer: Rank) -> None:
+        trainer.should_stop = True
+        if self._verbose and trainer.is_global_zero:
+            trainer.notice(f"Timer stops training after {timedelta(seconds=int(self._agreed_s))}, as asked for.")
+
+    def _steps_to_next_check(self, trainer: Rank, elapsed_s: float) -> int:
+        """Half the steps that the time left is good for, at most a second's worth; 1 where nothing is shared."""
+        if trainer.world_size == 1 or not trainer.global_step or self._duration_s is None:
+            return 1
+        step_s = elapsed_s / trainer.global_step
+        return max(1, int(min((self._duration_s - elapsed_s) / 2, CHECK_EVERY_S) / max(step_s, 1e-6)))
+
+
+def _known(stage: str) -> str:
+    mistakes = Mistakes("Timer")
+    mistakes.require_choice("stage", stage, STAGES)
+    mistakes.raise_any()
+    return stage
+
+
+def _read_duration(duration: Any, mistakes: Mistakes) -> float | None:
+    if isinstance(duration, str):
+        parts = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", duration.strip())
+        if parts is None:
+            mistakes.add(f'duration={duration!r} must read DD:HH:MM:SS, such as "00:12:00:00" for twelve hours.')
+            return None
+        days, hours, minutes, seconds = map(int, parts.groups())
+        duration = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    elif isinstance(duration, dict):
+        try:
+            duration = timedelta(**duration)
+        except TypeError as error:
+            mistakes.add(f"duration={duration!r} must hold arguments of datetime.timedelta: {error}.")
+            return None
+    if duration is None:
+        return None
+    if not isinstance(duration, timedelta):
+        mistakes.add(f'duration={duration!r} must be "DD:HH:MM:SS", a datetime.timedelta, a dict or None.')
+        return None
+    return duration.total_seconds()
