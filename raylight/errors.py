@@ -68,6 +68,10 @@ class StorageError(RaylightError):
     """Storage did not do what was asked, after all retries."""
 
 
+class MissingFile(StorageError, FileNotFoundError):
+    """What was to be read is not on storage."""
+
+
 class NotEnoughResources(RaylightError):
     """More workers, GPUs or CPUs were asked for than there are; the text says what would fit."""
 

@@ -1,0 +1,301 @@
+"""Checkpoints: committed by their manifest, which is written last and deleted first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, BinaryIO
+
+from raylight.errors import CheckpointCorrupt, MissingFile, StorageError
+from raylight.messages import SavedFile
+from raylight.storage.digests import digest_of_file
+from raylight.storage.fence import Fence, check_attempt, read_fence, write_fence
+from raylight.storage.filesystem import Storage
+from raylight.storage.manifest import Manifest, check_inside
+from raylight.storage.retention import best, retain
+
+__all__ = [
+    "Checkpoint", "Manifest", "best", "commit", "delete_checkpoint", "find_checkpoint", "list_checkpoints",
+    "newest_whole", "raise_fence", "retain", "sweep_leftovers", "verify",
+]  # fmt: skip
+
+logger = logging.getLogger("raylight.storage")
+CHECKPOINTS = "checkpoints"
+MANIFEST_FILE = "manifest.json"
+# A shared file system may show another machine's files a little late.
+ARRIVAL_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint. `storage` is rooted at its folder; file names are relative to it. Can be pickled."""
+
+    storage: Storage
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        """The folder's name, as "step-00001200"."""
+        return self.storage.name
+
+    @property
+    def path(self) -> str:
+        """The folder as a person would write it."""
+        return self.storage.uri
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def epoch(self) -> int:
+        return self.manifest.epoch
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return dict(self.manifest.metrics)
+
+    @property
+    def size(self) -> int:
+        return self.manifest.size
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        return tuple(file.path for file in self.manifest.files)
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.file_names)
+
+    @property
+    def age_key(self) -> tuple[int, int, float]:
+        """Sorts checkpoints of a version from the oldest to the newest."""
+        return self.manifest.step, self.manifest.attempt, self.manifest.time
+
+    def open_read(self, name: str) -> BinaryIO:
+        self._check_name(name)
+        return self.storage.open_read(name)
+
+    def local_path(self, name: str) -> str | None:
+        self._check_name(name)
+        return self.storage.local_path(name)
+
+    def _check_name(self, name: str) -> None:
+        """Only files of the manifest are opened, and no link that leads out of the folder is followed."""
+        if name not in self._names:
+            raise CheckpointCorrupt(f"{self.path} has no file {name!r}. Its files: {_listed(list(self.file_names))}.")
+        path = self.storage.local_path(name)
+        if path is not None and ("/" in name or os.path.islink(path)):
+            folder = os.path.realpath(self.storage.local_path() or "")
+            if os.path.commonpath([folder, os.path.realpath(path)]) != folder:
+                raise CheckpointCorrupt(f"{self.path}: {name} is a link that leaves the checkpoint's folder.")
+
+
+def directory_of(step: int, attempt: int = 0) -> str:
+    """Where a checkpoint goes, relative to the version. Each attempt has names of its own, so that one that was
+    thought dead cannot write into a checkpoint of its successor."""
+    return f"{CHECKPOINTS}/step-{step:08d}" + (f"-attempt-{attempt}" if attempt else "")
+
+
+def commit(version: Storage, directory: str, manifest: Manifest, fence: int | None = None) -> Checkpoint:
+    """Makes a checkpoint exist: writes the manifest of files that are all on storage, in `directory` of the version.
+
+    `fence` is the attempt that commits where that is not the manifest's: survivors may finish what an earlier attempt
+    began. Raises StorageError where a file is missing or has another size, or a newer attempt has begun; then nothing
+    is committed.
+    """
+    attempt = manifest.attempt if fence is None else fence
+    check_inside(directory)
+    manifest = replace(manifest.with_paths_relative_to(directory), attempt=attempt)
+    folder = version.child(directory)
+    check_attempt(version, attempt)
+    _check_arrived(folder, manifest.files)
+    folder.write(MANIFEST_FILE, [manifest.to_bytes()])
+    check_attempt(version, attempt)
+    return Checkpoint(folder, manifest)
+
+
+def _check_arrived(folder: Storage, files: Collection[SavedFile]) -> None:
+    deadline = time.monotonic() + ARRIVAL_TIMEOUT_S
+    wait_s = 0.05
+    while True:
+        sizes = {entry.name: entry.size for entry in folder.walk()}
+        wrong = [file for file in files if sizes.get(file.path) != file.size]
+        if not wrong:
+            return
+        if time.monotonic() > deadline:
+            raise StorageError(
+                f"{folder.uri} is not committed: {_listed([_size_problem(file, sizes) for file in wrong])}.\n"
+                "The workers reported these files as written. Check that they see the same storage as the driver."
+            )
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, 1.0)
+
+
+def list_checkpoints(version: Storage) -> list[Checkpoint]:
+    """The committed checkpoints of a version, oldest first. Damaged manifests and those of an attempt that had been
+    replaced are passed over with a warning."""
+    fence = read_fence(version)
+    found = version.map(lambda name: _read_or_warn(version, name, fence), _folders(version))
+    return sorted((checkpoint for checkpoint in found if checkpoint is not None), key=lambda it: it.age_key)
+
+
+def _folders(version: Storage) -> list[str]:
+    return [entry.name for entry in version.list(CHECKPOINTS) if entry.is_directory]
+
+
+def _read_or_warn(version: Storage, name: str, fence: Fence) -> Checkpoint | None:
+    folder = version.child(CHECKPOINTS, name)
+    try:
+        checkpoint = _read(folder)
+    except MissingFile:
+        return None  # not committed
+    except CheckpointCorrupt as error:
+        logger.warning("%s Passed over.", error)
+        return None
+    if not fence.allows(checkpoint.manifest.attempt, name):
+        logger.warning(
+            "%s was written by attempt %d after attempt %d had taken over. Passed over.",
+            folder.uri, checkpoint.manifest.attempt, fence.attempt,
+        )  # fmt: skip
+        return None
+    return checkpoint
+
+
+def _read(folder: Storage) -> Checkpoint:
+    try:
+        return Checkpoint(folder, Manifest.from_bytes(folder.read_bytes(MANIFEST_FILE)))
+    except CheckpointCorrupt as error:
+        raise CheckpointCorrupt(f"{folder.uri_of(MANIFEST_FILE)} is damaged: {error}.") from error
+
+
+def verify(checkpoint: Checkpoint, digests: bool = True) -> list[str]:
+    """What is wrong with the files, one line each; empty where they are those that were written.
+
+    Sizes are always compared, at the cost of one listing; with `digests` every byte is read.
+    """
+    sizes = {entry.name: entry.size for entry in checkpoint.storage.walk()}
+    files = checkpoint.manifest.files
+    problems = [_size_problem(file, sizes) for file in files if sizes.get(file.path) != file.size]
+    if digests:
+        whole = [file for file in files if sizes.get(file.path) == file.size]
+        problems += filter(None, checkpoint.storage.map(lambda file: _digest_problem(checkpoint, file), whole))
+    return problems
+
+
+def _size_problem(file: SavedFile, sizes: dict[str, int]) -> str:
+    if file.path not in sizes:
+        return f"{file.path} is missing"
+    return f"{file.path} has {sizes[file.path]} bytes instead of {file.size}"
+
+
+def _digest_problem(checkpoint: Checkpoint, file: SavedFile) -> str | None:
+    algorithm = file.digest.partition(":")[0]
+    try:
+        with checkpoint.open_read(file.path) as opened:
+            digest = digest_of_file(opened, algorithm)
+    except ValueError:
+        return f"{file.path} has a digest of an unknown kind, {algorithm!r}"
+    except (StorageError, CheckpointCorrupt) as error:
+        return f"{file.path} cannot be read ({error})"
+    return None if digest == file.digest else f"{file.path} has other bytes than were written ({algorithm} differs)"
+
+
+def newest_whole(version: Storage, digests: bool = True, resumable: bool = False) -> Checkpoint | None:
+    """The newest checkpoint whose files are as they were written; damaged ones are passed over with a warning.
+
+    `resumable` leaves out those that hold the weights alone.
+    """
+    for checkpoint in reversed(list_checkpoints(version)):
+        if resumable and checkpoint.manifest.weights_only:
+            continue
+        problems = verify(checkpoint, digests)
+        if not problems:
+            return checkpoint
+        logger.warning("%s is damaged: %s. Passed over for an older one.", checkpoint.path, _listed(problems))
+    return None
+
+
+def find_checkpoint(path: str | os.PathLike[str], filesystem: Any = None, digests: bool = True) -> Checkpoint:
+    """The checkpoint at a path or URI of its folder (or of its manifest), verified.
+
+    Raises CheckpointCorrupt saying what is wrong with it, MissingFile where there is nothing.
+    """
+    folder = Storage(path, filesystem)
+    if folder.name == MANIFEST_FILE:
+        folder = folder.parent()
+    try:
+        checkpoint = _read(folder)
+    except MissingFile:
+        raise _nothing_committed(folder) from None
+    if problems := verify(checkpoint, digests):
+        raise CheckpointCorrupt(
+            f"{checkpoint.path} is damaged: {_listed(problems)}.\n"
+            "Use another checkpoint of the version, or resume='last', which takes the newest whole one."
+        )
+    return checkpoint
+
+
+def _nothing_committed(folder: Storage) -> CheckpointCorrupt | MissingFile:
+    entries = folder.list()
+    if not entries:
+        there = _folders(folder.parent().parent()) if folder.parent().name == CHECKPOINTS else []
+        beside = f" Beside it: {_listed(there)}." if there else ""
+        return MissingFile(f"there is no checkpoint at {folder.uri}.{beside}")
+    if names := _folders(folder):
+        paths = "\n".join(f"  {folder.child(CHECKPOINTS, name).uri}" for name in names)
+        return MissingFile(f"{folder.uri} is a version, not a checkpoint. Name one of its checkpoints:\n{paths}")
+    return CheckpointCorrupt(
+        f"{folder.uri} was never finished: it has no {MANIFEST_FILE}, only {_listed([it.name for it in entries])}."
+    )
+
+
+def delete_checkpoint(checkpoint: Checkpoint) -> None:
+    """Deletes the manifest first: a kill in between leaves leftovers, never half a checkpoint."""
+    checkpoint.storage.delete(MANIFEST_FILE)
+    checkpoint.storage.parent().delete_directory(checkpoint.name)
+
+
+def raise_fence(version: Storage, attempt: int) -> None:
+    """Called once where `attempt` begins, before its workers do: from here on, older attempts commit nothing."""
+    before = read_fence(version)
+    check_attempt(version, attempt)
+    if before.attempt == attempt and before.committed is not None:
+        return
+    write_fence(version, Fence(attempt, None))
+    committed = [it.name for it in list_checkpoints(version) if before.allows(it.manifest.attempt, it.name)]
+    write_fence(version, Fence(attempt, frozenset(committed)))
+
+
+def sweep_leftovers(version: Storage, keep: Collection[str] = ()) -> list[str]:
+    """Removes what dead attempts left: folders without a manifest, and checkpoints that the fence shuts out.
+
+    Call it where no older attempt's writer matters any more, after `raise_fence`. `keep` holds names or
+    version-relative paths of folders that are being written. Returns the names that are gone.
+    """
+    fence = read_fence(version)
+    kept = {name.rpartition("/")[2] for name in keep}
+    gone = [name for name in _folders(version) if name not in kept and _is_leftover(version, name, fence)]
+    for name in gone:
+        version.child(CHECKPOINTS, name).delete(MANIFEST_FILE)
+        version.delete_directory(f"{CHECKPOINTS}/{name}")
+    return gone
+
+
+def _is_leftover(version: Storage, name: str, fence: Fence) -> bool:
+    try:
+        checkpoint = _read(version.child(CHECKPOINTS, name))
+    except MissingFile:
+        return True
+    except CheckpointCorrupt:
+        return False  # a person may want to save what can be saved
+    return not fence.allows(checkpoint.manifest.attempt, name)
+
+
+def _listed(texts: list[str], most: int = 5) -> str:
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more

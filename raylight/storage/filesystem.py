@@ -1,0 +1,253 @@
+"""Storage: one place, local or remote, where a run keeps its files."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, BinaryIO, TypeVar
+
+from raylight.errors import InvalidArguments, StorageError
+from raylight.messages import SavedFile
+from raylight.storage.digests import Digest
+from raylight.storage.local_files import HIDDEN_PREFIX, Entry, LocalFiles, LocalSink
+from raylight.storage.location import locate
+from raylight.storage.remote_files import RemoteSink, can_send_again
+from raylight.storage.retry import Backoff, explain, logger, reason
+
+NUM_REQUESTS_AT_ONCE = 16
+NUM_SENDS_OF_A_FILE = 3
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Chunk = bytes | bytearray | memoryview
+
+
+class Storage:
+    """Files under one root: a folder of this machine or of a mounted share, or a URI of `pyarrow.fs`.
+
+    All paths are relative to the root, with "/" between their parts, and cannot leave it. What is written appears under
+    its name at once and whole, or not at all, also where the writer is killed. Remote calls are tried again with
+    growing random waits; what still fails raises StorageError. Storage can be pickled, and used by several threads.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], filesystem: Any = None, *, backoff: Backoff | None = None):
+        location = locate(root, filesystem, backoff or Backoff())
+        self._files = location.files
+        self._root = location.root
+        self._shown = location.shown
+        self._query = location.query
+
+    def __repr__(self) -> str:
+        return f"Storage({self.uri!r})"
+
+    @property
+    def uri(self) -> str:
+        """The root as a person writes it: an absolute path or a URI, without passwords."""
+        return self._shown + self._query
+
+    @property
+    def name(self) -> str:
+        """The last part of the root."""
+        return self._shown.rpartition("/")[2]
+
+    @property
+    def is_local(self) -> bool:
+        return self._files.is_local
+
+    def uri_of(self, path: str) -> str:
+        return f"{self._shown}/{path}{self._query}" if path else self.uri
+
+    def child(self, *parts: str) -> Storage:
+        """The storage rooted at a folder in this one."""
+        path = "/".join(parts)
+        there = copy.copy(self)
+        there._root = self._absolute(path)
+        there._shown = f"{self._shown}/{path}" if path else self._shown
+        return there
+
+    def parent(self) -> Storage:
+        """The storage rooted one folder up."""
+        above = copy.copy(self)
+        above._root = self._root.rpartition("/")[0] or "/"
+        above._shown = self._shown.rpartition("/")[0] or "/"
+        return above
+
+    def write(self, path: str, chunks: Iterable[Chunk]) -> SavedFile:
+        """Writes one file. On remote storage, `chunks` that can be iterated again are sent again after a failure."""
+        tries = 1 if self.is_local or iter(chunks) is chunks else NUM_SENDS_OF_A_FILE
+        for left in reversed(range(tries)):
+            try:
+                with self.open_write(path) as file:
+                    for chunk in chunks:
+                        file.write(chunk)
+                return file.saved
+            except StorageError as error:
+                if not left or error.__cause__ is None or not can_send_again(error.__cause__):
+                    raise
+                logger.warning("%s\nSending it again from the start.", error)
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def open_write(self, path: str) -> FileWriter:
+        """A context manager with `write(chunk)`, and after a clean exit `saved`. An exception leaves no file."""
+        return FileWriter(self, path)
+
+    def open_read(self, path: str) -> BinaryIO:
+        """A seekable binary file. Raises MissingFile where there is none."""
+        with self._explained("read", path):
+            return self._files.open_read(self._absolute(path))
+
+    def read_bytes(self, path: str) -> bytes:
+        with self._explained("read", path), self._files.open_read(self._absolute(path)) as file:
+            return file.read()
+
+    def local_path(self, path: str = "") -> str | None:
+        """Where the bytes lie on this machine; None where they do not."""
+        return self._absolute(path) if self.is_local else None
+
+    def list(self, path: str = "") -> builtins.list[Entry]:
+        """What a folder holds, sorted by name; empty where there is no such folder."""
+        with self._explained("list", path):
+            return sorted(self._files.list(self._absolute(path)), key=lambda entry: entry.name)
+
+    def walk(self, path: str = "") -> builtins.list[Entry]:
+        """All files under a folder, named relative to it, sorted by name."""
+        with self._explained("list", path):
+            return sorted(self._files.walk(self._absolute(path)), key=lambda entry: entry.name)
+
+    def info(self, path: str = "") -> Entry | None:
+        with self._explained("look at", path):
+            return self._files.info(self._absolute(path))
+
+    def exists(self, path: str = "") -> bool:
+        return self.info(path) is not None
+
+    def delete(self, path: str) -> None:
+        """Deletes a file; one that is not there is no error."""
+        with self._explained("delete", path):
+            self._files.delete(self._absolute(path))
+
+    def delete_directory(self, path: str) -> None:
+        """Deletes a folder and all in it; one that is not there is no error."""
+        if not path:
+            raise ValueError("the root of a storage is not deleted")
+        with self._explained("delete", path):
+            self._files.delete_directory(self._absolute(path))
+
+    def create_exclusive(self, path: str, data: bytes) -> bool:
+        """Creates a file that was not there; of several callers at most one gets True."""
+        with self._explained("create", path):
+            return self._files.create_exclusive(self._absolute(path), data)
+
+    def claim_directory(self, path: str) -> int:
+        """Claims a name for a folder. 0: it is the caller's alone, for ever. Else it is lost, and the number tells
+        the rivals of a claim apart, so that they need not meet again at the next name."""
+        with self._explained("create", path):
+            if isinstance(self._files, LocalFiles):
+                return 0 if self._files.make_directory(self._absolute(path)) else 1
+            folder, _, name = self._absolute(path).rpartition("/")
+            return self._files.claim(f"{folder}/{HIDDEN_PREFIX}claims/{name}")
+
+    def claimed_names(self) -> builtins.list[str]:
+        """Names of folders that were claimed in the root, whether or not anything is in them yet."""
+        names = {entry.name for entry in self.list() if entry.is_directory}
+        if not self.is_local:
+            names.update(entry.name for entry in self.list(f"{HIDDEN_PREFIX}claims"))
+        return sorted(names)
+
+    def check_writable(self) -> None:
+        """Writes, reads and deletes a small file. Raises StorageError saying what is wrong and what to do."""
+        probe, data = f"{HIDDEN_PREFIX}probe-{uuid.uuid4().hex}", os.urandom(16)
+        self.write(probe, [data])
+        if self.read_bytes(probe) != data:
+            raise StorageError(f"{self.uri} gave back other bytes than were written. Choose another storage_path.")
+        self.delete(probe)
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> builtins.list[Result]:
+        """`[function(item) for item in items]`, several at once where each waits for the network."""
+        items = list(items)
+        if self.is_local or len(items) < 2:
+            return [function(item) for item in items]
+        with ThreadPoolExecutor(min(NUM_REQUESTS_AT_ONCE, len(items)), thread_name_prefix="raylight-storage") as pool:
+            return list(pool.map(function, items))
+
+    def _absolute(self, path: str) -> str:
+        if not path:
+            return self._root
+        if path.startswith("/") or "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
+            raise InvalidArguments(f"{path!r} is no plain path inside {self.uri}.")
+        return f"{self._root.rstrip('/')}/{path}"
+
+    def _open_sink(self, path: str) -> LocalSink | RemoteSink:
+        return self._files.open_sink(self._absolute(path))
+
+    @contextmanager
+    def _explained(self, what: str, path: str) -> Iterator[None]:
+        """Turns what the operating system or pyarrow raises into a StorageError."""
+        try:
+            yield
+        except StorageError:
+            raise
+        except OSError as error:
+            raise explain(error, what, self.uri_of(path)) from error
+
+
+class FileWriter:
+    """One file in the making; `saved` is its SavedFile after a clean exit. Made by `Storage.open_write`."""
+
+    saved: SavedFile
+
+    def __init__(self, storage: Storage, path: str):
+        self._storage = storage
+        self._path = path
+        self._size = 0
+        self._failed = False
+
+    def __enter__(self) -> FileWriter:
+        self._digest = Digest()
+        with self._storage._explained("write", self._path):
+            self._sink = self._storage._open_sink(self._path)
+        return self
+
+    def write(self, chunk: Chunk) -> int:
+        view = memoryview(chunk)
+        view = view if view.format == "B" and view.ndim == 1 else view.cast("B")
+        with self._noting_failure():
+            self._digest.update_while(view, self._sink.write)
+        self._size += view.nbytes
+        return view.nbytes
+
+    def flush(self) -> None:
+        """Nothing to do: what is written counts at the end. Some writers call it."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                with self._noting_failure():
+                    self._sink.finish()
+                self.saved = SavedFile(self._path, self._size, self._digest.finish())
+        finally:
+            self._digest.close()
+            if not hasattr(self, "saved"):
+                self._abort()
+
+    def _abort(self) -> None:
+        try:
+            self._sink.abort(failed=self._failed)
+        except OSError as error:  # the caller is on the way out with the first cause already
+            logger.warning("could not clean up after writing %s: %s", self._storage.uri_of(self._path), reason(error))
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        with self._storage._explained("write", self._path):
+            try:
+                yield
+            except OSError:
+                self._failed = True
+                raise

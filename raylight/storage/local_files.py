@@ -1,0 +1,199 @@
+"""Files on a local or mounted file system: written aside, synced to the disk, renamed into place."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import errno
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+# Names with this prefix are never listed: files that are still being written, claims, probes.
+HIDDEN_PREFIX = ".raylight-"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One thing in a folder; `name` is relative to what was listed, `size` in bytes (0 for a folder), `modified_at` in
+    seconds since 1970."""
+
+    name: str
+    size: int
+    is_directory: bool
+    modified_at: float
+
+
+class LocalFiles:
+    """All paths are absolute. Raises OSError as the operating system does."""
+
+    is_local = True
+
+    def open_sink(self, path: str) -> LocalSink:
+        return LocalSink(path)
+
+    def open_read(self, path: str) -> BinaryIO:
+        return open(path, "rb")
+
+    def info(self, path: str) -> Entry | None:
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return _entry(os.path.basename(path), status, os.path.isdir(path))
+
+    def list(self, path: str) -> builtins.list[Entry]:
+        try:
+            with os.scandir(path) as found:
+                items = [item for item in found if not item.name.startswith(HIDDEN_PREFIX)]
+        except FileNotFoundError:
+            return []
+        entries = (_entry_if_there(item, item.name) for item in items)
+        return [entry for entry in entries if entry is not None]
+
+    def walk(self, path: str) -> builtins.list[Entry]:
+        return list(self._walk(path, ""))
+
+    def _walk(self, path: str, prefix: str) -> Iterator[Entry]:
+        for entry in self.list(path):
+            name = prefix + entry.name
+            if entry.is_directory:
+                yield from self._walk(os.path.join(path, entry.name), name + "/")
+            else:
+                yield Entry(name, entry.size, False, entry.modified_at)
+
+    def delete(self, path: str) -> None:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            return
+        sync_directory(os.path.dirname(path))
+
+    def delete_directory(self, path: str) -> None:
+        remove_tree(path)
+
+    def create_exclusive(self, path: str, data: bytes) -> bool:
+        """A hard link to a whole file is refused where the name exists: nobody ever sees a part of `data`."""
+        sink = LocalSink(path)
+        try:
+            sink.write(memoryview(data))
+            return sink.finish_exclusively()
+        except BaseException:
+            sink.abort()
+            raise
+
+    def make_directory(self, path: str) -> bool:
+        """True where this call made it, False where it was there; two callers never both get True."""
+        make_directories(os.path.dirname(path))
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            return False
+        sync_directory(os.path.dirname(path))
+        return True
+
+
+class LocalSink:
+    """A file in the making. Until `finish` it has another name in the same folder; a killed writer leaves only that."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._folder = os.path.dirname(path)
+        make_directories(self._folder)
+        self._partial = os.path.join(self._folder, f"{HIDDEN_PREFIX}{uuid.uuid4().hex}.partial")
+        self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def write(self, view: memoryview) -> None:
+        while view.nbytes:
+            view = view[os.write(self._descriptor, view) :]
+
+    def finish(self) -> None:
+        self._close_synced()
+        os.replace(self._partial, self._path)
+        sync_directory(self._folder)
+
+    def finish_exclusively(self) -> bool:
+        self._close_synced()
+        try:
+            os.link(self._partial, self._path)
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(self._partial)
+        sync_directory(self._folder)
+        return True
+
+    def abort(self, failed: bool = False) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        if os.path.lexists(self._partial):
+            os.unlink(self._partial)
+
+    def _close_synced(self) -> None:
+        os.fsync(self._descriptor)
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
+
+
+def make_directories(path: str) -> None:
+    """Like os.makedirs, but what it makes survives a power cut."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    make_directories(parent)
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if os.path.isdir(path):
+            return
+        raise
+    sync_directory(parent)
+
+
+def sync_directory(path: str) -> None:
+    """A new or removed name is on the disk only once its folder is synced."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return  # another process has removed the folder, and the name with it
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some mounted object stores cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(path: str) -> None:
+    """Removes a folder and all in it; what another process removes meanwhile is no error. Links are not followed."""
+    try:
+        with os.scandir(path) as found:
+            items = list(found)
+    except FileNotFoundError:
+        return
+    for item in items:
+        if item.is_dir(follow_symlinks=False):
+            remove_tree(item.path)
+        else:
+            _ignoring_missing(os.unlink, item.path)
+    _ignoring_missing(os.rmdir, path)
+
+
+def _entry(name: str, status: os.stat_result, is_directory: bool) -> Entry:
+    return Entry(name, 0 if is_directory else status.st_size, is_directory, status.st_mtime)
+
+
+def _entry_if_there(item: os.DirEntry[str], name: str) -> Entry | None:
+    try:
+        return _entry(name, item.stat(), item.is_dir())
+    except FileNotFoundError:
+        return None  # removed since the folder was read, or a broken link
+
+
+def _ignoring_missing(remove: Callable[[str], None], path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        remove(path)

@@ -1,0 +1,116 @@
+"""The manifest of a checkpoint: which files belong to it, and what their bytes must be."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from raylight import __version__
+from raylight.errors import CheckpointCorrupt
+from raylight.messages import SavedFile
+from raylight.storage.digests import digest_of
+from raylight.storage.json_text import plain
+
+FORMAT = 1
+_BLANK_DIGEST = "sha256:" + "0" * 64
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What `manifest.json` holds. File paths are relative to the checkpoint's folder and cannot leave it."""
+
+    step: int
+    epoch: int
+    files: tuple[SavedFile, ...]
+    attempt: int = 0
+    world_size: int = 1
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    weights_only: bool = False
+    time: float = field(default_factory=time.time)
+    """Seconds since 1970."""
+    raylight: str = __version__
+    format: int = FORMAT
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def with_paths_relative_to(self, directory: str) -> Manifest:
+        prefix = directory.rstrip("/") + "/"
+        files = tuple(replace(file, path=file.path.removeprefix(prefix)) for file in self.files)
+        return replace(self, files=files)
+
+    def to_bytes(self) -> bytes:
+        """JSON that holds the digest of its own bytes, taken with zeros in the digest's place."""
+        for file in self.files:
+            check_inside(file.path)
+        content = {
+            "format": self.format,
+            "digest": _BLANK_DIGEST,
+            "raylight": self.raylight,
+            "step": self.step,
+            "epoch": self.epoch,
+            "attempt": self.attempt,
+            "world_size": self.world_size,
+            "weights_only": self.weights_only,
+            "time": self.time,
+            "metrics": plain(self.metrics),
+            "files": [{"path": file.path, "size": file.size, "digest": file.digest} for file in self.files],
+        }
+        blank = (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        return blank.replace(_BLANK_DIGEST.encode(), digest_of(blank).encode(), 1)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Raises CheckpointCorrupt saying what is wrong with them."""
+        content = _parse(data)
+        if content["format"] != FORMAT:
+            raise CheckpointCorrupt(
+                f"it has format {content['format']!r}, written by raylight {content.get('raylight')}; raylight "
+                f"{__version__} reads format {FORMAT}. Update raylight."
+            )
+        try:
+            return cls(
+                step=int(content["step"]),
+                epoch=int(content["epoch"]),
+                files=tuple(SavedFile(str(it["path"]), int(it["size"]), str(it["digest"])) for it in content["files"]),
+                attempt=int(content["attempt"]),
+                world_size=int(content["world_size"]),
+                metrics={name: float(value) for name, value in content["metrics"].items()},
+                weights_only=bool(content["weights_only"]),
+                time=float(content["time"]),
+                raylight=str(content["raylight"]),
+            )._checked()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointCorrupt(f"an entry is missing or of the wrong kind ({error!r})") from error
+
+    def _checked(self) -> Manifest:
+        for file in self.files:
+            check_inside(file.path)
+        return self
+
+
+def check_inside(path: str) -> None:
+    """Raises CheckpointCorrupt for a path that is not plainly inside the folder, on any operating system."""
+    parts = path.split("/")
+    if not path or any(part in ("", ".", "..") for part in parts) or any(mark in path for mark in ("\\", ":", "\0")):
+        raise CheckpointCorrupt(f"the path {path!r} leaves the checkpoint's folder")
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(data)
+    except ValueError as error:  # also bytes that are no text
+        raise CheckpointCorrupt(f"it is no JSON ({error})") from error
+    if not isinstance(content, dict) or "format" not in content:
+        raise CheckpointCorrupt("it has no format number")
+    digest = content.get("digest")
+    if not isinstance(digest, str) or len(digest) != len(_BLANK_DIGEST):
+        raise CheckpointCorrupt("it has no digest of itself")
+    blank = data.replace(digest.encode(), _BLANK_DIGEST.encode(), 1)
+    if digest_of(blank) != digest:
+        raise CheckpointCorrupt("its bytes are not those that were written")
+    return content

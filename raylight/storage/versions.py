@@ -1,0 +1,114 @@
+"""Runs and their versions: `<storage>/<name>/version_3`, each claimed by one fit alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from raylight.errors import InvalidArguments, MissingFile, StorageError
+from raylight.storage.filesystem import Storage
+from raylight.storage.json_text import to_json
+
+RUN_FILE = "run.json"
+_FOLDER = re.compile(r"version_(0|[1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One fit of the run `name`. `storage` is rooted at the version's folder."""
+
+    number: int
+    storage: Storage
+    name: str
+
+    @property
+    def path(self) -> str:
+        """The folder as a person would write it."""
+        return self.storage.uri
+
+    def read_run(self) -> dict[str, Any]:
+        """What `run.json` holds; empty where the fit has not written it yet. Raises StorageError if it is damaged."""
+        try:
+            content = json.loads(self.storage.read_bytes(RUN_FILE))
+        except MissingFile:
+            return {}
+        except ValueError as error:
+            raise StorageError(
+                f"{self.storage.uri_of(RUN_FILE)} is no JSON ({error}).\n"
+                "Its checkpoints can still be read: name one by its path."
+            ) from error
+        return content if isinstance(content, dict) else {}
+
+    def write_run(self, content: dict[str, Any]) -> None:
+        """Replaces `run.json`; a reader sees the old or the new one, whole."""
+        self.storage.write(RUN_FILE, [to_json(content)])
+
+
+def claim_version(root: Storage, name: str) -> Version:
+    """Takes the next free number. However many processes do so at once, none gets another's; numbers may be left out
+    where a store has no exclusive creation."""
+    check_name(name)
+    run = root.child(name)
+    number = _next_number(run)
+    while lost_by := run.claim_directory(_folder(number)):
+        if not root.is_local:
+            time.sleep(random.uniform(0.0, 0.2))  # those that met would otherwise go on in step
+        number = max(number + 1, _next_number(run)) + lost_by - 1
+    return Version(number, run.child(_folder(number)), name)
+
+
+def list_versions(root: Storage, name: str) -> list[Version]:
+    """All versions of a run, oldest first; empty where there is no such run."""
+    run = root.child(name)
+    numbers = sorted(number for entry in run.list() if entry.is_directory and (number := number_of(entry.name)) >= 0)
+    return [Version(number, run.child(_folder(number)), name) for number in numbers]
+
+
+def open_version(root: Storage, name: str, number: int | None = None) -> Version:
+    """One version of a run, the newest where no number is given. Raises InvalidArguments naming those there."""
+    versions = list_versions(root, name)
+    if not versions:
+        there = list_runs(root)
+        known = f"Runs there: {', '.join(there)}." if there else "No run is there."
+        raise InvalidArguments(f"there is no run {name!r} in {root.uri}. {known}")
+    if number is None:
+        return versions[-1]
+    for version in versions:
+        if version.number == number:
+            return version
+    numbers = ", ".join(str(version.number) for version in versions)
+    raise InvalidArguments(f"run {name!r} in {root.uri} has no version {number}. Versions there: {numbers}.")
+
+
+def list_runs(root: Storage) -> list[str]:
+    """Names of the runs in a storage, sorted."""
+    folders = [entry.name for entry in root.list() if entry.is_directory and not entry.name.startswith(".")]
+    has_versions = root.map(lambda folder: bool(list_versions(root, folder)), folders)
+    return [folder for folder, has in zip(folders, has_versions, strict=True) if has]
+
+
+def number_of(folder: str) -> int:
+    """3 for "version_3"; -1 for what is no version's folder."""
+    found = _FOLDER.fullmatch(folder)
+    return int(found[1]) if found else -1
+
+
+def check_name(name: str) -> None:
+    """Raises InvalidArguments for a name that cannot be one folder on every kind of storage."""
+    if not re.fullmatch(r"[^/\\\0:*?\"<>|]+", name) or name.startswith(".") or name != name.strip():
+        raise InvalidArguments(
+            f"name={name!r} cannot be the name of a run: it becomes one folder, so it needs at least one character, "
+            'none of / \\ : * ? " < > |, no space at its ends and no dot at its start.'
+        )
+
+
+def _next_number(run: Storage) -> int:
+    return 1 + max((number_of(folder) for folder in run.claimed_names()), default=-1)
+
+
+def _folder(number: int) -> str:
+    return f"version_{number}"
