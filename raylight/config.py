@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -106,3 +110,53 @@ class Config:
     num_standby: int | None = None  # None: one on each node that holds workers
     # extension
     plugins: tuple[Any, ...] = ()
+    # what the user wrote, as plain values without secrets, for run.json
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """Every argument as resolved, and under "given" as the user wrote it: JSON values only, secrets masked."""
+    return {item.name: to_plain(getattr(config, item.name), item.name) for item in fields(config)}
+
+
+MASK = "***"
+_SECRET_WORDS = {"password", "passwd", "passphrase", "secret", "token", "credential", "credentials", "apikey"}
+_SECRET_PAIRS = {("api", "key"), ("access", "key"), ("account", "key"), ("private", "key"), ("auth", "key")}
+_URI_USER = re.compile(r"(?<=://)[^/@\s]+@")
+_URI_OPTION = re.compile(r"([?&])([^=&\s]+)=([^&\s]*)")
+
+
+def to_plain(value: Any, name: str = "") -> Any:
+    """`value` as JSON values, for a person to read: objects become the name of their class. Strings under a name that
+    looks like a secret's, and the secrets in URIs, become "***"."""
+    if isinstance(value, str):
+        return MASK if value and is_secret(name) else _mask_uri(value)
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_plain(item, name) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: to_plain(getattr(value, item.name), item.name) for item in fields(value)}
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a number of numpy or torch
+        return to_plain(value.item(), name)
+    if hasattr(value, "__fspath__"):
+        return to_plain(str(value), name)
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def is_secret(name: str) -> bool:
+    """Whether a value of that name is likely to be a password, key or token."""
+    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+    return not _SECRET_WORDS.isdisjoint(words) or not _SECRET_PAIRS.isdisjoint(pairwise(words))
+
+
+def _mask_uri(text: str) -> str:
+    if "://" not in text:
+        return text
+    text = _URI_USER.sub(f"{MASK}@", text)
+    return _URI_OPTION.sub(lambda m: f"{m[1]}{m[2]}={MASK if is_secret(m[2]) else m[3]}", text)
