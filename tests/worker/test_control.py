@@ -81,15 +81,46 @@ def test_free_running_ranks_always_agree():
     sys.setswitchinterval(1e-6)  # a thread switch after nearly every bytecode
     try:
         ranks = [RankThread(10**9, first_step=1).start() for _ in range(3)]
-        boundaries = [hold_and_release(ranks, "save") for _ in range(200)]
+        boundaries = [hold_and_release(ranks, "save") for _ in range(300)]
         boundaries.append(hold_and_release(ranks, "stop"))
         for rank in ranks:
             rank.join()
     finally:
         sys.setswitchinterval(interval)
     assert ranks[0].acted == ranks[1].acted == ranks[2].acted
-    assert [name for _, name in ranks[0].acted] == ["save"] * 200 + ["stop"]
+    assert [name for _, name in ranks[0].acted] == ["save"] * 300 + ["stop"]
     assert all(step >= boundary for (step, _), boundary in zip(ranks[0].acted, boundaries, strict=True))
+
+
+class TickedInBetween(Control):
+    """Lets `meanwhile` run right after `hold` has read the step, the worst moment there is."""
+
+    meanwhile: threading.Thread | None = None
+
+    @property
+    def step(self) -> int:
+        step = self._step
+        thread, self.meanwhile = self.meanwhile, None
+        if thread is not None:
+            thread.start()
+            thread.join(0.2)
+        return step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
+
+
+def test_a_tick_in_the_middle_of_a_hold_does_not_slip_through():
+    control = TickedInBetween()
+    control.tick(4)
+    acted: list[Action | None] = []
+    ticking = control.meanwhile = threading.Thread(target=lambda: acted.append(control.tick(5)))
+    boundary = control.hold()
+    control.release(boundary, "save")
+    ticking.join(10)
+    assert acted == [Action("save", boundary)]
+    assert boundary == 5
 
 
 def test_a_rank_that_is_ahead_waits_for_the_release():
