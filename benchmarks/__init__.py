@@ -1,0 +1,1 @@
+"""Measurements against raw torch, Lightning and Ray Train: `make bench`, or `python -m benchmarks small_step`."""
