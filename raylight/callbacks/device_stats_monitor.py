@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raylight.callbacks.callback import Callback
-from raylight.callbacks.schedule import is_log_step
+from raylight.callbacks.log_step import is_log_step
 
 if TYPE_CHECKING:
     from raylight.config import Config
@@ -32,7 +32,7 @@ class DeviceStatsMonitor(Callback):
         self._logged: dict[str, int] = {}  # by hook: with accumulation several batches belong to one step
 
     def find_mistakes(self, config: Config) -> list[str]:
-        if config.logger is not False:
+        if config.logger is not False or config.fast_dev_run:
             return []
         return ["DeviceStatsMonitor has nowhere to log to with logger=False; remove one of them."]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from raylight.callbacks.callback import Callback
 from raylight.callbacks.mistakes import Mistakes
-from raylight.callbacks.schedule import is_log_step
+from raylight.callbacks.log_step import is_log_step
 from raylight.errors import InvalidArguments
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class LearningRateMonitor(Callback):
         self._logged_step = 0
 
     def find_mistakes(self, config: Config) -> list[str]:
-        if config.logger is not False:
+        if config.logger is not False or config.fast_dev_run:
             return []
         return ["LearningRateMonitor has nowhere to log to with logger=False; remove one of them."]
 

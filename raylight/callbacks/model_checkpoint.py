@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from raylight.callbacks.callback import Callback
 from raylight.callbacks.mistakes import Mistakes, is_int
@@ -12,6 +15,7 @@ from raylight.config import Checkpointing
 
 if TYPE_CHECKING:
     from raylight.module import Module
+    from raylight.storage.checkpoints import Checkpoint
     from raylight.worker.rank import Rank
 
 
@@ -20,7 +24,7 @@ class ModelCheckpoint(Callback):
 
     Checkpoints are made and kept by the driver, so on a worker this callback does nothing. After the run
     `best_model_path`, `best_model_score`, `last_model_path`, `best_k_models` (path to score), `kth_best_model_path`,
-    `kth_value` and `current_score` say what was kept; scores are floats.
+    `kth_value` and `current_score` say what was kept, as the trainer fills them in.
 
     What differs from Lightning 2.6:
 
@@ -32,8 +36,9 @@ class ModelCheckpoint(Callback):
     - Checkpoints of an epoch are made after its validation, so `save_on_train_epoch_end` changes nothing; the run
       says so where it is False.
     - `save_on_exception` is on unless it is given as False.
-    - `save_top_k=0` or `every_n_epochs=0` makes no checkpoints at all, unless another interval or `save_last=True`
-      asks for them.
+    - `save_top_k=0` keeps the newest alone. To make none, pass `checkpoint=False` to the trainer; so `every_n_epochs=0`
+      without another interval is an error.
+    - One `ModelCheckpoint` a run.
     """
 
     def __init__(
@@ -72,12 +77,12 @@ class ModelCheckpoint(Callback):
         self._check_arguments()
 
         self.best_model_path = ""
-        self.best_model_score: float | None = None
+        self.best_model_score: Tensor | None = None
         self.last_model_path = ""
-        self.best_k_models: dict[str, float] = {}
+        self.best_k_models: dict[str, Tensor] = {}
         self.kth_best_model_path = ""
-        self.kth_value: float | None = None
-        self.current_score: float | None = None
+        self.kth_value: Tensor | None = None
+        self.current_score: Tensor | None = None
 
     def _check_arguments(self) -> None:
         mistakes = Mistakes("ModelCheckpoint")
@@ -96,6 +101,8 @@ class ModelCheckpoint(Callback):
             if getattr(self, name)
         ]
         mistakes.require(len(given) < 2, f"{' and '.join(given)} exclude one another; keep one of them.")
+        if self.every_n_epochs == 0 and not self.every_n_train_steps and interval is None:
+            mistakes.add("every_n_epochs=0 makes no checkpoints; pass checkpoint=False to the trainer instead.")
         if self.monitor is None and is_int(self.save_top_k) and self.save_top_k > 1:
             mistakes.add(
                 f"save_top_k={self.save_top_k} needs monitor= to tell which are best; "
@@ -108,18 +115,13 @@ class ModelCheckpoint(Callback):
         names = ("monitor", "mode", "every_n_train_steps", "every_n_epochs", "train_time_interval")
         return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
-    def checkpointing(self) -> Checkpointing | None:
-        """What these arguments mean to the trainer; None where they ask for no checkpoints."""
+    def checkpointing(self) -> Checkpointing:
+        """What these arguments mean to the trainer."""
         interval = self.train_time_interval
-        every_s = None if interval is None else interval.total_seconds()
-        timed = bool(self.every_n_train_steps) or every_s is not None
-        asks_for_none = self.save_top_k == 0 or (self.every_n_epochs == 0 and not timed)
-        if asks_for_none and not self.save_last:
-            return None
         return Checkpointing(
             every_n_steps=self.every_n_train_steps or None,
             every_n_epochs=self.every_n_epochs or None,
-            every_s=every_s,
+            every_s=None if interval is None else interval.total_seconds(),
             monitor=self.monitor,
             mode=self.mode,
             keep_best=self.save_top_k,
@@ -148,17 +150,20 @@ class ModelCheckpoint(Callback):
             for text in self.notices():
                 trainer.notice(text, "warning")
 
-    def record(self, scores: Mapping[str, float | None], last: str | None, best: str | None = None) -> None:
-        """Take note of the checkpoints that are kept: path to monitored value (None where there was none), in the
-        order in which they were made, the newest, and the best where it is not the one with the best value."""
-        sign = 1 if self.mode == "min" else -1
-        scored = {path: score for path, score in scores.items() if score is not None}
-        ranked = sorted(scored, key=lambda path: sign * scored[path])
+    def take_kept(self, checkpoints: Iterable[Checkpoint], best: Checkpoint | None, last: Checkpoint | None) -> None:
+        """Take note of the checkpoints that the driver keeps, and of the best and the newest of them."""
+        monitor, sign = self.monitor or "val_loss", -1.0 if self.mode == "max" else 1.0
+        scores = {it.path: it.metrics[monitor] for it in checkpoints if monitor in it.metrics}
+        ranked = sorted(scores, key=lambda path: sign * scores[path])
         kept = ranked if self.save_top_k == -1 else ranked[: self.save_top_k]
-        self.best_k_models = {path: scored[path] for path in scored if path in kept}
-        self.last_model_path = last or ""
-        self.best_model_path = best or (kept[0] if kept else self.last_model_path)
-        self.best_model_score = scored.get(self.best_model_path)
+        self.best_k_models = {path: torch.tensor(scores[path]) for path in kept}
+        self.best_model_path = best.path if best is not None else ""
+        self.last_model_path = last.path if last is not None else ""
         self.kth_best_model_path = kept[-1] if kept else ""
-        self.kth_value = scored.get(self.kth_best_model_path)
-        self.current_score = scored.get(self.last_model_path)
+        self.best_model_score = self._score(scores, self.best_model_path)
+        self.kth_value = self._score(scores, self.kth_best_model_path)
+        self.current_score = self._score(scores, self.last_model_path)
+
+    @staticmethod
+    def _score(scores: dict[str, float], path: str) -> Tensor | None:
+        return torch.tensor(scores[path]) if path in scores else None

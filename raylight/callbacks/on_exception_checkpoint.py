@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from raylight.callbacks.callback import Callback
 from raylight.callbacks.mistakes import Mistakes
-from raylight.config import Checkpointing
 
 if TYPE_CHECKING:
+    from raylight.config import Config
     from raylight.module import Module
     from raylight.worker.rank import Rank
 
 
 class OnExceptionCheckpoint(Callback):
-    """Turns on `Checkpointing.on_exception`, which is on by default: the last finished step is saved when user code
-    raises, and `resume="last"` goes on from there.
+    """Asks for what `Checkpointing.on_exception` does by default: the last finished step is saved when user code
+    raises, and `resume="last"` goes on from there. With checkpoints turned off it is an error.
 
     `dirpath` and `filename` are accepted as in Lightning 2.6 and change nothing, as the checkpoint lies among the
     others of its version; the run says so where `dirpath` is given.
@@ -29,9 +28,12 @@ class OnExceptionCheckpoint(Callback):
         self.dirpath = dirpath
         self.filename = filename
 
-    def checkpointing(self, other: Checkpointing | None = None) -> Checkpointing:
-        """`other`, what else was asked for, with saving on an exception."""
-        return replace(other or Checkpointing(), on_exception=True)
+    def find_mistakes(self, config: Config) -> list[str]:
+        if config.checkpoint is None and not config.fast_dev_run:
+            return ["OnExceptionCheckpoint and checkpoint=False contradict each other; keep one of them."]
+        if config.checkpoint is not None and not config.checkpoint.on_exception:
+            return ["OnExceptionCheckpoint and on_exception=False contradict each other; keep one of them."]
+        return []
 
     def setup(self, trainer: Rank, module: Module, stage: str) -> None:
         if stage == "fit" and self.dirpath is not None and trainer.is_global_zero:

@@ -12,7 +12,7 @@ import torch
 
 from raylight.callbacks.callback import Callback
 from raylight.callbacks.mistakes import Mistakes
-from raylight.callbacks.schedule import is_log_step
+from raylight.callbacks.log_step import is_log_step
 
 if TYPE_CHECKING:
     from raylight.config import Config
@@ -101,7 +101,7 @@ class ThroughputMonitor(Callback):
         self._validation_began = 0.0
 
     def find_mistakes(self, config: Config) -> list[str]:
-        if config.logger is not False:
+        if config.logger is not False or config.fast_dev_run:
             return []
         return ["ThroughputMonitor has nowhere to log to with logger=False; remove one of them."]
 
