@@ -33,8 +33,8 @@ class ModelCheckpoint(Callback):
       so once where one of the first two is set.
     - The newest checkpoint is always kept, as with `save_last=True`; `save_last="link"` means the same.
     - Without `monitor`, "val_loss" decides which is best where it is logged, else the newest is the best.
-    - Checkpoints of an epoch are made after its validation, so `save_on_train_epoch_end` changes nothing; the run
-      says so where it is False.
+    - A checkpoint of an epoch is made after its validation, and where no interval is set a validation in the middle of
+      an epoch makes one too; `save_on_train_epoch_end` changes nothing.
     - `save_on_exception` is on unless it is given as False.
     - `save_top_k=0` keeps the newest alone. To make none, pass `checkpoint=False` to the trainer; so `every_n_epochs=0`
       without another interval is an error.
@@ -132,18 +132,12 @@ class ModelCheckpoint(Callback):
 
     def notices(self) -> list[str]:
         """What was asked for and cannot be had, for the person to read."""
-        found = [
+        return [
             f"ModelCheckpoint({name}={str(value)!r}) is not used: checkpoints lie in <version>/checkpoints/step-N; "
             "best_model_path and last_model_path hold the paths."
             for name, value in (("dirpath", self.dirpath), ("filename", self.filename))
             if value is not None
         ]
-        if self.save_on_train_epoch_end is False:
-            found.append(
-                "ModelCheckpoint(save_on_train_epoch_end=False) is not used: a checkpoint is made at the end of an "
-                "epoch, after its validation; every_n_train_steps makes more of them."
-            )
-        return found
 
     def setup(self, trainer: Rank, module: Module, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
