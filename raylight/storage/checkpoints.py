@@ -19,7 +19,7 @@ from raylight.storage.manifest import Manifest, check_inside
 from raylight.storage.retention import best, retain
 
 __all__ = [
-    "Checkpoint", "Manifest", "best", "commit", "delete_checkpoint", "find_checkpoint", "list_checkpoints",
+    "Checkpoint", "Manifest", "best", "commit", "delete", "directory_of", "find_checkpoint", "list_checkpoints",
     "newest_whole", "raise_fence", "retain", "sweep_leftovers", "verify",
 ]  # fmt: skip
 
@@ -254,7 +254,7 @@ def _nothing_committed(folder: Storage) -> CheckpointCorrupt | MissingFile:
     )
 
 
-def delete_checkpoint(checkpoint: Checkpoint) -> None:
+def delete(checkpoint: Checkpoint) -> None:
     """Deletes the manifest first: a kill in between leaves leftovers, never half a checkpoint."""
     checkpoint.storage.delete(MANIFEST_FILE)
     checkpoint.storage.parent().delete_directory(checkpoint.name)

@@ -63,9 +63,13 @@ def claim_version(root: Storage, name: str) -> Version:
 
 def list_versions(root: Storage, name: str) -> list[Version]:
     """All versions of a run, oldest first; empty where there is no such run."""
-    run = root.child(name)
+    return versions_in(root.child(name))
+
+
+def versions_in(run: Storage) -> list[Version]:
+    """As `list_versions`, from the storage rooted at the run."""
     numbers = sorted(number for entry in run.list() if entry.is_directory and (number := number_of(entry.name)) >= 0)
-    return [Version(number, run.child(_folder(number)), name) for number in numbers]
+    return [Version(number, run.child(_folder(number)), run.name) for number in numbers]
 
 
 def open_version(root: Storage, name: str, number: int | None = None) -> Version:

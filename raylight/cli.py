@@ -1,0 +1,185 @@
+"""The command `raylight`: looks at runs, checks and exports checkpoints, examines the machine."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from raylight import __version__
+from raylight.errors import MissingFile, RaylightError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from raylight.runs import Run
+
+PLAIN_WIDTH = 200  # of a pipe or file, which no one has to wrap for
+LOCAL_INTERVAL_S, REMOTE_INTERVAL_S = 0.3, 2.0  # between looks at a log that is followed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 where something is wrong, 2 for a command that cannot be understood."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except RaylightError as error:
+        print(f"raylight {options.name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, as `head` does, has seen enough; nothing more may be flushed to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="raylight", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"raylight {__version__}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+    place = "storage_path of a fit, folder of a run or of a version; a path or URI such as s3://bucket/folder"
+
+    runs = commands.add_parser("runs", help="list runs and versions")
+    runs.add_argument("path", metavar="PATH", help=place)
+    runs.add_argument("--metric", help="show this metric, best first")
+    runs.add_argument("--mode", choices=("min", "max"), default="min", help="which value of it is best (min)")
+    runs.set_defaults(command=_runs)
+
+    show = commands.add_parser("show", help="show one version: arguments, environment, metrics, checkpoints")
+    _add_version(show, place)
+    show.set_defaults(command=_show)
+
+    export = commands.add_parser("export", help="write the weights of a checkpoint into one file")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint, or of a version")
+    export.add_argument("out", metavar="OUT", help="file to write, ending in .pt, .pth or .safetensors")
+    export.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a version (best)")
+    export.set_defaults(command=_export)
+
+    verify = commands.add_parser("verify", help="compare every byte of checkpoints with their digests")
+    verify.add_argument("path", metavar="PATH", help=f"{place}, or of a checkpoint")
+    verify.add_argument("--sizes", action="store_true", help="compare sizes alone, which is quick")
+    verify.set_defaults(command=_verify)
+
+    logs = commands.add_parser("logs", help="print what a rank printed")
+    _add_version(logs, place)
+    logs.add_argument("--rank", type=int, default=0, help="rank of the worker (0)")
+    logs.add_argument("--follow", "-f", action="store_true", help="go on until the version has ended")
+    logs.add_argument("--lines", "-n", type=int, help="begin with the last so many lines")
+    logs.set_defaults(command=_logs)
+
+    doctor = commands.add_parser("doctor", help="examine this machine and, if given, a storage")
+    doctor.add_argument("--storage", metavar="PATH", help="write, read and delete a file there")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_version(parser: argparse.ArgumentParser, place: str) -> None:
+    parser.add_argument("path", metavar="PATH", help=place)
+    parser.add_argument("--run", help="name of the run, where PATH holds several")
+    parser.add_argument("--version", type=int, help="number of the version (the newest)")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def _runs(options: argparse.Namespace) -> int:
+    from raylight.report.tables import runs_table
+    from raylight.runs import list_summaries
+
+    mode = options.mode if options.metric else None
+    _console().print(runs_table(list_summaries(options.path, options.metric, mode)))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from raylight.report.tables import run_view
+    from raylight.runs import open_run
+
+    run = open_run(options.path, options.run, options.version)
+    _console().print(run_view(run.summary, run.record, run.curves(), run.checkpoints, run.best, run.leftovers))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from raylight.runs import checkpoint_at, export
+
+    checkpoint = checkpoint_at(options.checkpoint, options.which)
+    number = export(checkpoint, options.out)
+    print(f"{options.out}: {number} entries, the weights of {checkpoint.path} (step {checkpoint.step})")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from raylight.report.tables import verification_lines
+    from raylight.runs import verify_path
+
+    results: list[tuple[str, list[str]]] = []
+
+    def noted() -> Any:
+        for result in verify_path(options.path, digests=not options.sizes):
+            results.append(result)
+            yield result
+
+    console = _console()
+    for line in verification_lines(noted()):
+        console.print(line)
+    damaged = sum(bool(problems) for _, problems in results)
+    console.print(f"{len(results)} checkpoints, {damaged} damaged" if results else "no checkpoint is there")
+    return 1 if damaged else 0
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from raylight.runs import open_run
+
+    run = open_run(options.path, options.run, options.version)
+    text = codecs.getincrementaldecoder("utf-8")("replace")
+    position, num_lines = 0, options.lines
+    while True:
+        # The status is read first: what a run wrote before it ended is then printed for certain.
+        goes_on = options.follow and run.status in ("claimed", "running")
+        data, position = _read_log(run, options.rank, position, may_be_missing=goes_on)
+        if num_lines is not None and data:
+            data, num_lines = b"".join(data.splitlines(keepends=True)[-num_lines:] if num_lines > 0 else []), None
+        sys.stdout.write(text.decode(data, final=not goes_on))
+        sys.stdout.flush()
+        if not goes_on:
+            return 0
+        # No event says on every kind of storage that a file has grown.
+        time.sleep(LOCAL_INTERVAL_S if run.storage.is_local else REMOTE_INTERVAL_S)
+        run = open_run(run.path)
+
+
+def _read_log(run: Run, rank: int, position: int, may_be_missing: bool) -> tuple[bytes, int]:
+    """What the log holds beyond `position`, and the position after it."""
+    try:
+        with run.open_log(rank) as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(position if position <= size else 0)  # a shorter file is a new one
+            return file.read(), file.tell()
+    except MissingFile:
+        if not may_be_missing:
+            raise
+        return b"", position
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from raylight.doctor import examine
+    from raylight.report.tables import doctor_table
+
+    checks = list(examine(options.storage))
+    _console().print(doctor_table(checks))
+    return 1 if any(state == "bad" for state, _, _ in checks) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
