@@ -1,0 +1,86 @@
+"""What is done to a batch as a whole: moving it to a device, pinning it, finding how many samples it holds."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def move_to_device(batch: Any, device: torch.device | str) -> Any:
+    """The batch with every tensor on `device`; containers keep their type.
+
+    Goes into tuples, lists, dicts, named tuples and dataclasses, and calls `to(device)` of other objects that have it.
+    What holds no tensor is returned as it is. Copies to a GPU from pinned memory run beside the CPU.
+    """
+    device = torch.device(device)
+    # From a GPU a copy must be waited for, or the CPU reads what is not there yet.
+    non_blocking = device.type == "cuda"
+
+    def move(leaf: Any) -> Any:
+        return leaf.to(device, non_blocking=non_blocking) if isinstance(leaf, Tensor) else leaf.to(device)
+
+    return _change_leaves(batch, "to", move)
+
+
+def pin(batch: Any) -> Any:
+    """The batch in page-locked memory, from where a GPU fetches it while the CPU goes on."""
+    return _change_leaves(batch, "pin_memory", lambda leaf: leaf.pin_memory())
+
+
+def batch_size_of(batch: Any) -> int | None:
+    """How many samples a batch holds: the first dimension of the first tensor in it; None where it has no tensor."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    if isinstance(batch, (str, bytes, Iterator)):
+        return None
+    if isinstance(batch, Mapping):
+        parts: Iterable[Any] = batch.values()
+    elif isinstance(batch, Iterable):
+        parts = batch
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        parts = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    else:
+        return None
+    for part in parts:
+        size = batch_size_of(part)
+        if size is not None:
+            return size
+    return None
+
+
+def _change_leaves(batch: Any, method: str, change: Callable[[Any], Any]) -> Any:
+    """`batch` with `change(leaf)` for each tensor and each object that has `method`."""
+    if isinstance(batch, Tensor) or (not isinstance(batch, type) and callable(getattr(batch, method, None))):
+        return change(batch)
+    if isinstance(batch, tuple):
+        items = [_change_leaves(item, method, change) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    if isinstance(batch, list):
+        items = [_change_leaves(item, method, change) for item in batch]
+        return items if type(batch) is list else _refill(batch, items)
+    if isinstance(batch, Mapping):
+        changed = {key: _change_leaves(item, method, change) for key, item in batch.items()}
+        return changed if type(batch) is dict else _refill(batch, changed)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        clone: Any = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            object.__setattr__(clone, field.name, _change_leaves(getattr(batch, field.name), method, change))
+        return clone
+    return batch
+
+
+def _refill(container: Any, items: Any) -> Any:
+    """A container of the same class and attributes: a defaultdict keeps its factory."""
+    if isinstance(container, Mapping) and not isinstance(container, dict):
+        return type(container)(items)  # type: ignore[call-arg]
+    clone = copy.copy(container)
+    if isinstance(container, dict):
+        clone.update(items)
+    else:
+        clone[:] = items
+    return clone
