@@ -135,7 +135,9 @@ class EarlyStopping(Callback):
     def _read(self, trainer: Rank) -> torch.Tensor | None:
         metrics = trainer.callback_metrics
         if self.monitor in metrics:
-            return torch.as_tensor(metrics[self.monitor]).detach().squeeze().cpu()
+            value = torch.as_tensor(metrics[self.monitor]).detach().squeeze().cpu()
+            # within an epoch a value that was logged per step is each rank's own
+            return value if self._checks_at_epoch_end(trainer) else trainer.broadcast(value)
         logged = ", ".join(sort_by_nearness(self.monitor, metrics)) or "nothing"
         text = (
             f"EarlyStopping: monitor={self.monitor!r} was not logged by the end of epoch {trainer.current_epoch}. "

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from raylight.callbacks.callback import Callback
-from raylight.callbacks.mistakes import Mistakes
 from raylight.callbacks.log_step import is_log_step
+from raylight.callbacks.mistakes import Mistakes
 
 if TYPE_CHECKING:
     from raylight.config import Config

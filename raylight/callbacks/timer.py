@@ -22,8 +22,9 @@ class Timer(Callback):
     """Measures the stages in seconds and stops training after `duration`.
 
     `duration` is "DD:HH:MM:SS", a `timedelta`, the keyword arguments of one as a dict, or None to only measure.
-    `interval` is "step" or "epoch": where training may end. Rank 0's clock decides for all. A run that goes on from a
-    checkpoint has used up what it had used up there. Arguments are those of Lightning 2.6.
+    `interval` is "step" or "epoch": where training may end. Rank 0's clock decides for all; with several workers and
+    manual optimization that is asked at the end of epochs alone. A run that goes on from a checkpoint has used up what
+    it had used up there. Arguments are those of Lightning 2.6.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Timer(Callback):
         self._started: dict[str, float] = {}
         self._ended: dict[str, float] = {}
         self._offset_s = 0.0  # what training took before the checkpoint that it goes on from
+        self._last_check = (-1, 0.0)  # step and seconds, by this rank's own clock
         # equal on all ranks, as a check is a collective
         self._agreed_s = 0.0
         self._check_at_step = 0
@@ -106,12 +108,20 @@ class Timer(Callback):
     def on_predict_end(self, trainer: Rank, module: Module) -> None:
         self._ended["predict"] = time.monotonic()
 
+    def on_before_zero_grad(self, trainer: Rank, module: Module, optimizer: Any) -> None:
+        # every rank begins every step, while one that has no samples in an epoch's last batch does not come to its end
+        if trainer.world_size > 1:
+            self._check_in_step(trainer)
+
     def on_train_batch_end(self, trainer: Rank, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._interval == "step" and trainer.global_step >= self._check_at_step:
-            self._check(trainer)
+        if trainer.world_size == 1:
+            self._check_in_step(trainer)
 
     def on_train_epoch_end(self, trainer: Rank, module: Module) -> None:
-        if self._interval == "epoch":
+        self._check(trainer)
+
+    def _check_in_step(self, trainer: Rank) -> None:
+        if self._interval == "step" and trainer.global_step >= self._check_at_step:
             self._check(trainer)
 
     def _check(self, trainer: Rank) -> None:
@@ -129,11 +139,13 @@ class Timer(Callback):
             trainer.notice(f"Timer stops training after {timedelta(seconds=int(self._agreed_s))}, as asked for.")
 
     def _steps_to_next_check(self, trainer: Rank, elapsed_s: float) -> int:
-        """Half the steps that the time left is good for, at most a second's worth; 1 where nothing is shared."""
-        if trainer.world_size == 1 or not trainer.global_step or self._duration_s is None:
+        """Half the steps that the time left is good for, at most a second's worth; 1 where nothing is shared, or not
+        known yet."""
+        (step, then_s), self._last_check = self._last_check, (trainer.global_step, elapsed_s)
+        num_steps, passed_s = trainer.global_step - step, elapsed_s - then_s
+        if trainer.world_size == 1 or self._duration_s is None or step < 0 or num_steps <= 0 or passed_s <= 0:
             return 1
-        step_s = elapsed_s / trainer.global_step
-        return max(1, int(min((self._duration_s - elapsed_s) / 2, CHECK_EVERY_S) / max(step_s, 1e-6)))
+        return max(1, int(min((self._duration_s - elapsed_s) / 2, CHECK_EVERY_S) / (passed_s / num_steps)))
 
 
 def _known(stage: str) -> str:
