@@ -1,0 +1,294 @@
+"""Snapshots: training state copied into host memory between two steps, and written by a thread behind them.
+
+What an optimizer owns, its parameters and its state, changes in `optimizer.step` alone. So that part, nearly all of
+it, is copied while the next batch goes forward and backward; `Snapshots.wait` is called just before the step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.serialization import get_crc32_options, set_crc32_options
+
+from raylight.messages import Saved, SavedFile, SaveFailed
+from raylight.task import Files
+from raylight.worker.host_buffers import HostBuffers
+from raylight.worker.plain import check_plain
+from raylight.worker.staging import Copy, Staging, State, addresses, share
+
+__all__ = ["Snapshots", "State", "check_plain", "share"]
+
+_CHUNK_BYTES = 8 << 20
+_WRITER_NICENESS = 10  # steps come first; not 19, where a busy machine would leave the writer holding the GIL
+
+
+class Snapshots:
+    """The snapshots of one rank, one at a time. All methods are called by the thread that trains.
+
+    `last_step` is the step of the newest snapshot that has not failed so far, -1 where there is none. `take_again`
+    says that the newest was thrown away by `wait`: take the next at the end of this step.
+    """
+
+    def __init__(self, files: Files, rank: int, world_size: int):
+        self.files, self.rank, self.world_size = files, rank, world_size
+        self.last_step = -1
+        self.take_again = False
+        self._buffers = HostBuffers()
+        self._preparation: threading.Thread | None = None
+        self._in_one_piece = False  # user code writes into what optimizers own: the copy cannot be put off
+        self._in_flight: _Snapshot | None = None
+        self._pending: _Snapshot | None = None  # the one in flight, until `wait` has found its copy whole
+        self._results: list[Saved | SaveFailed] = []
+
+    def reserve(self, state: State, optimizer_owned: Collection[Tensor]) -> None:
+        """Make the host buffers in the background: call it once, after the first step, when the state has its size."""
+        self._stage(state, False, optimizer_owned)
+        self._preparation = threading.Thread(target=self._buffers.prepare, name="snapshot-buffers", daemon=True)
+        self._preparation.start()
+
+    def take(
+        self,
+        directory: str,
+        step: int,
+        epoch: int,
+        state: State,
+        metrics: dict[str, float],
+        weights_only: bool,
+        optimizer_owned: Collection[Tensor],
+        wait: bool = False,
+    ) -> bool:
+        """Take a snapshot, to be written to `directory`, and return True.
+
+        While the one before is still being written, nothing is taken and False is returned; with `wait`, for the
+        last snapshot of a run, that write is waited for and all is copied before the return. Raises
+        `InvalidArguments` naming every value that a checkpoint cannot hold.
+        """
+        started = time.perf_counter()
+        if not self._make_room(wait):
+            return False
+        if self._preparation is not None:
+            self._preparation.join()
+            self._preparation = None
+        snapshot = _Snapshot(directory, step, epoch, dict(metrics), weights_only)
+        snapshot.contents, copies = self._stage(state, weights_only, optimizer_owned)
+        self._buffers.prepare()
+        snapshot.versions = [(tensor, tensor._version) for tensor in optimizer_owned]
+        late = set() if wait or self._in_one_piece else addresses(optimizer_owned)
+        snapshot.start_copying(copies, late)
+        snapshot.thread = threading.Thread(target=snapshot.write, args=(self.files,), name="snapshot", daemon=True)
+        snapshot.stall_s = time.perf_counter() - started
+        snapshot.thread.start()
+        self._in_flight = self._pending = snapshot
+        self.last_step, self.take_again = step, False
+        return True
+
+    def wait(self) -> bool:
+        """Wait until what optimizers own is copied; call it before each `optimizer.step`.
+
+        Returns False where user code has written into it meanwhile: that snapshot is thrown away, `poll` reports
+        it as failed, and from then on snapshots are taken in one piece.
+        """
+        if self._pending is None:
+            return True
+        snapshot, self._pending = self._pending, None
+        if snapshot.finish_copying():
+            return True
+        self._in_one_piece = self.take_again = True
+        self.last_step = -1
+        return False
+
+    def poll(self) -> list[Saved | SaveFailed]:
+        """Return what has become of snapshots since the last call, without waiting."""
+        snapshot = self._in_flight
+        if snapshot is not None:
+            if self._pending is not None and snapshot.copied.is_set():
+                self.wait()
+            if self._pending is None and not snapshot.thread.is_alive():
+                self._finish(snapshot)
+        results, self._results = self._results, []
+        return results
+
+    def close(self, timeout_s: float = 600.0) -> list[Saved | SaveFailed]:
+        """Wait for the write in flight, give it up after `timeout_s` seconds, and return what `poll` would."""
+        snapshot = self._in_flight
+        if snapshot is not None:
+            self.wait()
+            snapshot.thread.join(timeout_s)
+            if snapshot.thread.is_alive():
+                snapshot.reason = f"it was not written within {timeout_s:g} s of the end of the run"
+                self._finish(snapshot)
+        return self.poll()
+
+    def _finish(self, snapshot: _Snapshot) -> None:
+        self._in_flight = None
+        result = snapshot.result()
+        self._results.append(result)
+        if isinstance(result, SaveFailed) and self.last_step == snapshot.step:
+            self.last_step = -1
+
+    def _make_room(self, wait: bool) -> bool:
+        snapshot = self._in_flight
+        if snapshot is None:
+            return True
+        if wait:
+            self.wait()
+        if wait or snapshot.reason is not None:  # thrown away: its writer stops at the next chunk
+            snapshot.thread.join()
+        self._results = self.poll()
+        return self._in_flight is None
+
+    def _stage(
+        self, state: State, weights_only: bool, optimizer_owned: Collection[Tensor]
+    ) -> tuple[dict[str, Any], list[Copy]]:
+        staging = Staging(self._buffers, self.rank, self.world_size, addresses(optimizer_owned))
+        contents = staging.run(state, weights_only)
+        if not weights_only:  # a checkpoint of weights alone leaves the buffers of the next whole one
+            self._buffers.keep(staging.targets)
+        return contents, staging.copies
+
+
+@dataclass(slots=True)
+class _Snapshot:
+    """One snapshot on its way from the training state to storage."""
+
+    directory: str
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+    weights_only: bool
+    contents: dict[str, Any] = field(default_factory=dict)  # by file name; tensors are host buffers
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)
+    late: list[Copy] = field(default_factory=list)
+    late_on_gpu: list[Copy] = field(default_factory=list)
+    events: list[torch.cuda.Event] = field(default_factory=list)  # copies that a GPU has been told to do
+    copied: threading.Event = field(default_factory=threading.Event)
+    thread: threading.Thread = field(default_factory=threading.Thread)
+    reason: str | None = None  # why it counts for nothing
+    files: list[SavedFile] = field(default_factory=list)
+    stall_s: float = 0.0
+    write_s: float = 0.0
+
+    def start_copying(self, copies: list[Copy], late: set[int]) -> None:
+        """Copy at once what is not in `late` (addresses); on a GPU, tell the current stream to."""
+        for copy in copies:
+            source = copy.source
+            if source.data_ptr() not in late or source.device.type not in ("cpu", "cuda"):
+                copy.target.copy_(source, non_blocking=source.is_cuda)
+            elif source.is_cuda:
+                self.late_on_gpu.append(copy)
+            else:
+                self.late.append(copy)
+        if any(copy.source.is_cuda for copy in copies):
+            self.events.append(torch.cuda.current_stream().record_event())
+        if self.late_on_gpu:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for copy in self.late_on_gpu:
+                    copy.target.copy_(copy.source, non_blocking=True)
+            self.events.append(side.record_event())
+
+    def finish_copying(self) -> bool:
+        """Wait for the copy, and return whether the state stood still meanwhile."""
+        started = time.perf_counter()
+        self.copied.wait()
+        if self.late_on_gpu:
+            torch.cuda.current_stream().wait_event(self.events[-1])  # the device waits, not this thread
+        written = [tensor for tensor, version in self.versions if tensor._version != version]
+        late = [*self.late, *self.late_on_gpu]
+        if written and late and self.reason is None:
+            paths = [copy.path for copy in late if copy.source.data_ptr() in addresses(written)]
+            self.reason = (
+                f"{', '.join(paths[:3]) or 'a tensor that an optimizer owns'} was written to outside optimizer.step "
+                "while it was being copied; from now on snapshots are taken in one piece, which costs a longer stall"
+            )
+        self.versions, self.late, self.late_on_gpu = [], [], []
+        self.stall_s += time.perf_counter() - started
+        return self.reason is None
+
+    def write(self, files: Files) -> None:
+        """What the thread does: the rest of the copy, then the files."""
+        try:
+            try:
+                for copy in self.late:
+                    _copy_in_one_thread(copy)
+            finally:
+                self.copied.set()
+            _lower_priority()
+            started = time.perf_counter()
+            for event in self.events:
+                event.synchronize()
+            for name, content in self.contents.items():
+                self.files.append(self.write_file(files, name, content))
+            self.write_s = time.perf_counter() - started
+        except Exception as error:  # training goes on, and the driver says why there is no checkpoint
+            self.reason = self.reason or f"{type(error).__name__}: {error}"
+        finally:
+            self.contents = {}
+
+    def write_file(self, files: Files, name: str, content: Any) -> SavedFile:
+        crc32 = get_crc32_options()
+        set_crc32_options(False)  # 0.3 s of CPU time a gigabyte, and the digests of the manifest find more
+        try:
+            with files.open_write(f"{self.directory}/{name}") as file:
+                sink = _Sink(file, self)
+                try:
+                    torch.save(content, sink)  # type: ignore[arg-type]
+                except Exception as error:
+                    raise sink.error or error from None  # torch tells what broke in its archive, not why
+        finally:
+            set_crc32_options(crc32)
+        return replace(file.saved, path=name)
+
+    def result(self) -> Saved | SaveFailed:
+        if self.reason is not None:
+            return SaveFailed(self.directory, self.step, self.reason)
+        return Saved(
+            self.directory, self.step, self.epoch, tuple(self.files), self.metrics, self.weights_only,
+            self.stall_s, self.write_s,
+        )  # fmt: skip
+
+
+class _Sink:
+    """What torch.save writes to: passes bytes on in chunks, and stops when the snapshot counts for nothing."""
+
+    def __init__(self, file: Any, snapshot: _Snapshot):
+        self.file, self.snapshot = file, snapshot
+        self.error: Exception | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data)
+        try:
+            for start in range(0, len(view), _CHUNK_BYTES):
+                if self.snapshot.reason is not None:
+                    raise InterruptedError(self.snapshot.reason)
+                self.file.write(view[start : start + _CHUNK_BYTES])
+        except Exception as error:
+            self.error = error
+            raise
+        return len(view)
+
+    def flush(self) -> None: ...
+
+
+def _copy_in_one_thread(copy: Copy) -> None:
+    if copy.source.is_contiguous() and not copy.source.is_conj() and not copy.source.is_neg():
+        # torch's copy would start a second team of threads, against the one that trains
+        ctypes.memmove(copy.target.data_ptr(), copy.source.data_ptr(), copy.source.nbytes)
+    else:
+        copy.target.copy_(copy.source)
+
+
+def _lower_priority() -> None:
+    if sys.platform == "linux":  # where niceness belongs to a thread
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _WRITER_NICENESS))
