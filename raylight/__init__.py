@@ -1,3 +1,83 @@
 """raylight trains PyTorch models at any scale on Ray."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from raylight import callbacks, loggers
+    from raylight.callbacks.callback import Callback
+    from raylight.config import DDP, Checkpointing
+    from raylight.data_module import DataModule
+    from raylight.driver.result import Result
+    from raylight.errors import (
+        CheckpointCorrupt,
+        CheckpointMismatch,
+        DataError,
+        InvalidArguments,
+        NotEnoughResources,
+        RaylightError,
+        StorageError,
+        WorkerFailed,
+        WorkerHung,
+    )
+    from raylight.module import Module
+    from raylight.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+    from raylight.runs import Run, open_run
+    from raylight.seeding import seed_everything
+    from raylight.sweep import sweep
+    from raylight.trainer import Trainer, fit, predict, test, validate
+
+    LightningModule, LightningDataModule = Module, DataModule
+
+_ERRORS = (
+    "RaylightError", "InvalidArguments", "WorkerFailed", "WorkerHung", "CheckpointCorrupt", "CheckpointMismatch",
+    "StorageError", "NotEnoughResources", "DataError",
+)  # fmt: skip
+
+# Public name -> (module, name there); "" stands for the module itself. Loaded at first use, so that `import raylight`
+# costs next to nothing.
+_NAMES = {
+    "Module": ("module", "Module"),
+    "LightningModule": ("module", "Module"),
+    "DataModule": ("data_module", "DataModule"),
+    "LightningDataModule": ("data_module", "DataModule"),
+    "Trainer": ("trainer", "Trainer"),
+    "fit": ("trainer", "fit"),
+    "validate": ("trainer", "validate"),
+    "test": ("trainer", "test"),
+    "predict": ("trainer", "predict"),
+    "sweep": ("sweep", "sweep"),
+    "open_run": ("runs", "open_run"),
+    "Run": ("runs", "Run"),
+    "Result": ("driver.result", "Result"),
+    "Callback": ("callbacks.callback", "Callback"),
+    "Checkpointing": ("config", "Checkpointing"),
+    "DDP": ("config", "DDP"),
+    "seed_everything": ("seeding", "seed_everything"),
+    "rank_zero_only": ("rank_zero", "rank_zero_only"),
+    "rank_zero_info": ("rank_zero", "rank_zero_info"),
+    "rank_zero_warn": ("rank_zero", "rank_zero_warn"),
+    "callbacks": ("callbacks", ""),
+    "loggers": ("loggers", ""),
+    **{name: ("errors", name) for name in _ERRORS},
+}
+
+__all__ = list(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'raylight' has no attribute {name!r}")
+    path, attribute = _NAMES[name]
+    module = importlib.import_module(f"raylight.{path}")
+    found = getattr(module, attribute) if attribute else module
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NAMES])

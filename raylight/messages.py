@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +153,15 @@ class Failure:
     stage: str
     cause: bytes | None
     follows: bool = False
+
+    def load_cause(self) -> BaseException | None:
+        """The exception itself; None where it was not sent, or its class cannot be imported here."""
+        if self.cause is None:
+            return None
+        try:
+            return pickle.loads(self.cause)
+        except Exception:
+            return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ class Series:
     weights: list[float] = field(default_factory=list)
     folded: list[tuple[float, float]] = field(default_factory=list)  # (value, weight)
     fresh: bool = False  # logged since the last row
+    touched: bool = False  # the metric was logged since its last reset
     both: bool = False  # asked for per step and per epoch, so that the names carry a suffix
 
     @property
@@ -85,7 +86,7 @@ class Metrics:
         if series is None:
             series = self._begin(key, value, prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx)
         if series.metric is not None:
-            series.fresh = True
+            series.fresh = series.touched = True
             return
         if isinstance(value, Tensor):
             value = value.detach()
@@ -158,7 +159,7 @@ class Metrics:
 
         Every rank gets the same values: those that one process would have computed from all batches.
         """
-        mine = [series for (of, _, _), series in self.series.items() if of == stage]
+        mine = [s for (of, _, _), s in self.series.items() if of == stage and (s.values or s.folded or s.touched)]
         shares = {series.name: _share(series) for series in mine}
         attributes = {series.name: self._attribute_of(series) for series in mine if series.metric is not None}
         gathered = gather_objects((shares, attributes, self._flags(mine)), self.world_size)
@@ -182,21 +183,15 @@ class Metrics:
                 logged |= {label} if logger else set()
                 shown |= {label} if prog_bar else set()
         for series in mine:
-            if series.metric is not None:
-                series.metric.reset()
             series.values, series.weights, series.folded, series.fresh = [], [], [], False
         self.epoch_values |= values
         self.logged_values |= {name: values[name] for name in logged}
         self.shown_values |= {name: values[name] for name in shown}
         return EpochMetrics(stage, epoch, step, time.time(), values, frozenset(logged), frozenset(shown))
 
-    def forget(self, stage: str) -> None:
-        """Drops what a stage has logged, as after sanity validation."""
-        for (of, _, _), series in self.series.items():
-            if of == stage:
-                if series.metric is not None:
-                    series.metric.reset()
-                series.values, series.weights, series.folded = [], [], []
+    def forget(self) -> None:
+        """Drops all reduced values, as after sanity validation."""
+        self.epoch_values, self.logged_values, self.shown_values = {}, {}, {}
 
     # ---- inner
 
@@ -263,7 +258,11 @@ class Metrics:
         metric = own if own is not None else self.module.get_submodule(path) if path is not None else None
         if metric is None:
             raise InvalidArguments(f"log({name!r}): assign the metric to the module (self.x = Metric()) to log it")
-        return float(metric.compute())
+        value = float(metric.compute())
+        metric.reset()
+        if own is not None:
+            next(s for s in self.series.values() if s.metric is own).touched = False
+        return value
 
 
 def read(values: list[Any]) -> list[float]:

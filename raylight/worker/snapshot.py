@@ -106,6 +106,11 @@ class Snapshots:
         self.last_step = -1
         return False
 
+    @property
+    def busy(self) -> bool:
+        """Whether a snapshot is still being written, as of the last `poll`."""
+        return self._in_flight is not None
+
     def poll(self) -> list[Saved | SaveFailed]:
         """Return what has become of snapshots since the last call, without waiting."""
         snapshot = self._in_flight

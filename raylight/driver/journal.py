@@ -1,0 +1,260 @@
+"""Every logged value of a version, in one parquet table; part files of it while the version runs."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+
+from raylight.errors import MissingFile
+from raylight.storage.row_writer import RowWriter
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+METRICS_PATH = "metrics.parquet"
+PART_NAME = re.compile(r"metrics-(\d{5,})\.parquet")
+
+WRITE_INTERVAL_S = 5.0
+"""With the time of a write, well under the ten seconds of values that a crash may cost."""
+
+ROWS_PER_PART = 1 << 17
+"""A part is written anew, whole, until it has this many rows (1 to 2 MB): few files, and little work each time."""
+
+DROP_KEY = b"raylight.drop_after"
+"""In the metadata of a part: the step beyond which the rows of all earlier files are taken back."""
+
+MERGED_KEY = b"raylight.merged_parts"
+"""In the metadata of `metrics.parquet`: parts with a lower number are in it, and are leftovers if they are there."""
+
+
+class Files(Protocol):
+    """What the journal needs of `storage.filesystem.Storage`."""
+
+    def write(self, path: str, chunks: Iterable[Any]) -> Any: ...
+    def open_read(self, path: str) -> BinaryIO: ...
+    def list(self, path: str) -> Iterable[Any]: ...  # of entries with a `name`
+    def delete(self, path: str) -> None: ...
+
+
+class Journal:
+    """Keeps what is added in part files, at most a few seconds behind, and merges them at `close`.
+
+    Opened on a version that has rows already, it goes on after them. Adding costs a microsecond, a thread does the
+    rest. While storage is away, rows are kept and offered again.
+    """
+
+    def __init__(self, files: Files):
+        self._files = files
+        self._writer: RowWriter[tuple] = RowWriter("metrics", self._take, self._store, WRITE_INTERVAL_S)
+        self._tables: list[pa.Table] = []  # the rows of the open part
+        self._drop: int | None = None  # what the open part takes back of all earlier files
+        self._is_stored = True
+        self._part_number: int | None = None  # found out by the first write
+
+    def add(self, step: int, epoch: int, values: dict[str, float], time: float) -> None:
+        """`time` is in seconds since 1970."""
+        self._writer.add((step, epoch, time, values))
+
+    def drop_after(self, step: int) -> None:
+        """Take back all rows beyond `step`: an attempt begins that redoes those steps."""
+        self._writer.add((step,))
+
+    def flush(self) -> None:
+        """Write now; what was added is on storage when this returns. The thread does so every few seconds."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Merge all parts into one file. Raises StorageError where that fails; the parts then stay as they are."""
+        self._writer.close()
+        merge_metrics(self._files)
+
+    def _take(self, rows: list[tuple]) -> None:
+        waiting: list[tuple] = []
+        for row in rows:
+            if len(row) > 1:
+                waiting.append(row)
+                continue
+            self._take_values(waiting)
+            waiting = []
+            self._take_back(*row)
+        self._take_values(waiting)
+
+    def _take_values(self, rows: list[tuple]) -> None:
+        if rows:
+            self._tables.append(_build_table(rows))
+            self._is_stored = False
+
+    def _take_back(self, step: int) -> None:
+        self._tables = [_filter_steps(table, step) for table in self._tables]
+        self._drop = step if self._drop is None else min(self._drop, step)
+        self._is_stored = False
+
+    def _store(self) -> None:
+        if self._is_stored:
+            return
+        import pyarrow as pa
+
+        if self._part_number is None:
+            self._part_number = _survey(self._files).next_part
+        table = pa.concat_tables([_schema().empty_table(), *self._tables])
+        metadata = {} if self._drop is None else {DROP_KEY: str(self._drop).encode()}
+        self._files.write(f"metrics-{self._part_number:05d}.parquet", list(_encode([table], metadata)))
+        self._is_stored = True
+        self._tables = [table]
+        if table.num_rows >= ROWS_PER_PART:
+            self._tables, self._drop = [], None
+            self._part_number += 1
+
+
+def read_metrics(files: Files) -> pa.Table:
+    """All rows of a version, running or not, in the order in which they were logged.
+
+    Columns: step int64, epoch int64, name (dictionary of strings), value float64, time in microseconds, UTC.
+    """
+    import pyarrow as pa
+
+    try:
+        tables = list(_read_tables(files, _survey(files)))
+    except MissingFile:  # the run ended meanwhile and replaced its parts by one file
+        tables = list(_read_tables(files, _survey(files)))
+    return pa.concat_tables([_schema().empty_table(), *tables]).unify_dictionaries()
+
+
+def merge_metrics(files: Files) -> None:
+    """Replace the parts that a finished or dead run left by one file. Safe to repeat after a crash at any point."""
+    survey = _survey(files)
+    if survey.parts:
+        files.write(METRICS_PATH, _Merged(files, survey))
+        for path in survey.parts:
+            files.delete(path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """What is on storage: part files, the number of the next one, and the files that hold rows, in order, each with
+    the step beyond which later files take its rows back."""
+
+    parts: tuple[str, ...]
+    next_part: int
+    limits: dict[str, int | None]
+
+
+def _survey(files: Files) -> _Survey:
+    names = [entry.name for entry in files.list("")]
+    parts = sorted((int(match[1]), match[0]) for match in map(PART_NAME.fullmatch, names) if match)
+    metadata = {path: _read_metadata(files, path) for path in (METRICS_PATH,) if path in names}
+    num_merged = int(metadata.get(METRICS_PATH, {}).get(MERGED_KEY, 0))
+    metadata |= {path: _read_metadata(files, path) for number, path in parts if number >= num_merged}
+    limits: dict[str, int | None] = {}
+    limit = None
+    for path in reversed(metadata):
+        limits[path] = limit
+        if DROP_KEY in metadata[path]:
+            drop = int(metadata[path][DROP_KEY])
+            limit = drop if limit is None else min(limit, drop)
+    next_part = max([num_merged, *(number + 1 for number, _ in parts)])
+    return _Survey(tuple(path for _, path in parts), next_part, dict(reversed(limits.items())))
+
+
+class _Merged:
+    """The bytes of `metrics.parquet`, a row group at a time; iterated anew when a write is tried again."""
+
+    def __init__(self, files: Files, survey: _Survey):
+        self._files, self._survey = files, survey
+
+    def __iter__(self) -> Iterator[bytes]:
+        metadata = {MERGED_KEY: str(self._survey.next_part).encode()}
+        return _encode(_read_tables(self._files, self._survey), metadata)
+
+
+class _Sink(io.RawIOBase):
+    """Takes what parquet's writer writes, to be handed on piece by piece."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._pieces.append(bytes(data))
+        return len(data)
+
+    def drain(self) -> bytes:
+        pieces, self._pieces = self._pieces, []
+        return b"".join(pieces)
+
+
+def _encode(tables: Iterable[pa.Table], metadata: dict[bytes, bytes]) -> Iterator[bytes]:
+    from pyarrow import parquet
+
+    sink = _Sink()
+    writer = parquet.ParquetWriter(
+        sink,
+        _schema().with_metadata(metadata),
+        compression="zstd",
+        use_dictionary=["name"],
+        column_encoding=dict.fromkeys(("step", "epoch", "time"), "DELTA_BINARY_PACKED"),
+    )
+    with writer:
+        for table in tables:
+            writer.write_table(table)
+            yield sink.drain()
+    yield sink.drain()
+
+
+def _read_metadata(files: Files, path: str) -> dict[bytes, bytes]:
+    from pyarrow import parquet
+
+    with files.open_read(path) as file:
+        return parquet.read_schema(file).metadata or {}
+
+
+def _read_tables(files: Files, survey: _Survey) -> Iterator[pa.Table]:
+    from pyarrow import parquet
+
+    for path, limit in survey.limits.items():
+        with files.open_read(path) as file:
+            source = parquet.ParquetFile(file)
+            for number in range(source.num_row_groups):
+                table = source.read_row_group(number)
+                yield table if limit is None else _filter_steps(table, limit)
+
+
+def _filter_steps(table: pa.Table, last_step: int) -> pa.Table:
+    import pyarrow.compute as pc
+
+    return table.filter(pc.less_equal(table["step"], last_step))
+
+
+def _build_table(rows: list[tuple]) -> pa.Table:
+    import pyarrow as pa
+
+    flat = [
+        (step, epoch, name, value, int(seconds * 1e6))
+        for step, epoch, seconds, values in rows
+        for name, value in values.items()
+    ]
+    steps, epochs, names, numbers, times = zip(*flat, strict=True) if flat else ((),) * 5
+    columns = [steps, epochs, pa.array(names, pa.string()).dictionary_encode(), numbers, times]
+    fields = zip(columns, _schema(), strict=True)
+    return pa.table([pa.array(column, field.type) for column, field in fields], schema=_schema())
+
+
+@lru_cache(maxsize=1)
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("step", pa.int64()),
+            ("epoch", pa.int64()),
+            ("name", pa.dictionary(pa.int32(), pa.string())),
+            ("value", pa.float64()),
+            ("time", pa.timestamp("us", tz="UTC")),
+        ]
+    )

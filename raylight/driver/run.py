@@ -1,0 +1,270 @@
+"""Run: the driver's side of one version. It takes the workers' messages, and owns all that is on storage."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Protocol
+
+from raylight import messages as m
+from raylight.config import Checkpointing, Config, describe, to_plain
+from raylight.driver.aggregate import StepAggregator
+from raylight.driver.journal import Journal
+from raylight.errors import StorageError
+from raylight.storage import checkpoints as store
+from raylight.storage.checkpoints import Checkpoint, Manifest
+from raylight.storage.versions import Version
+
+RECORDED_PACKAGES = ("raylight", "torch", "torchvision", "ray", "pyarrow", "numpy", "tensorboard")
+
+
+class Sink(Protocol):
+    """Someone who looks on: the console."""
+
+    def handle(self, rank: int, message: m.Message) -> None: ...
+
+
+class Logger(Protocol):
+    """Where aggregated values go: TensorBoard, CSV, or the user's own."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the ranks said last."""
+
+    finished: dict[int, m.Finished] = field(default_factory=dict)
+    failures: list[tuple[int, m.Failure | m.Died | m.PeerLost]] = field(default_factory=list)
+    nodes: dict[int, m.Started] = field(default_factory=dict)
+
+
+class Run:
+    """One version while it runs. `version` is None where nothing is written (fast_dev_run, predict)."""
+
+    def __init__(
+        self, version: Version | None, config: Config, world_size: int, sinks: Iterable[Sink], loggers: list[Any],
+        attempt: int = 0, protected: str | None = None,
+    ):  # fmt: skip
+        self.version, self.config, self.world_size, self.attempt = version, config, world_size, attempt
+        self.sinks, self.loggers = list(sinks), loggers
+        self.outcome = Outcome()
+        self.aggregator = StepAggregator(world_size)
+        self.journal = Journal(version.storage) if version is not None else None
+        self.callback_metrics: dict[str, float] = {}
+        self.logged_metrics: dict[str, float] = {}
+        self.step, self.epoch = 0, 0
+        self.saved: dict[str, dict[int, m.Saved]] = {}
+        self.checkpoints: list[Checkpoint] = store.list_checkpoints(version.storage) if version is not None else []
+        self.protected = protected  # the checkpoint that this run was resumed from is never deleted
+        self.hyperparameters: dict[str, Any] = {}
+        self.began = time.time()
+        self.record: dict[str, Any] = {}
+        self._on: dict[type, Callable[[int, Any], None]] = {
+            m.Started: self._on_started,
+            m.StepMetrics: self._on_step_metrics,
+            m.EpochMetrics: self._on_epoch_metrics,
+            m.Progress: self._on_progress,
+            m.Saved: self._on_saved,
+            m.SaveFailed: self._on_save_failed,
+            m.Hyperparameters: self._on_hyperparameters,
+            m.Finished: lambda rank, message: self.outcome.finished.__setitem__(rank, message),
+            m.Failure: lambda rank, message: self.outcome.failures.append((rank, message)),
+            m.Died: lambda rank, message: self.outcome.failures.append((rank, message)),
+            m.PeerLost: lambda rank, message: self.outcome.failures.append((rank, message)),
+        }
+
+    # ---- messages
+
+    def handle(self, rank: int, message: m.Message) -> None:
+        action = self._on.get(type(message))
+        if action is not None:
+            action(rank, message)
+        for sink in self.sinks:
+            sink.handle(rank, message)
+
+    def tell(self, text: str, level: str = "info") -> None:
+        """Something the driver itself has to say."""
+        for sink in self.sinks:
+            sink.handle(0, m.Notice(text, level))
+
+    def _on_started(self, rank: int, message: m.Started) -> None:
+        self.outcome.nodes[rank] = message
+
+    def _on_progress(self, rank: int, message: m.Progress) -> None:
+        if message.stage == "train":
+            self.step, self.epoch = max(self.step, message.step), message.epoch
+
+    def _on_step_metrics(self, rank: int, message: m.StepMetrics) -> None:
+        for step, epoch, moment, values in self.aggregator.add(rank, message):
+            self._write_values(step, epoch, moment, values)
+
+    def _on_epoch_metrics(self, rank: int, message: m.EpochMetrics) -> None:
+        self.callback_metrics |= message.values
+        self.step = max(self.step, message.step)
+        logged = {name: value for name, value in message.values.items() if name in message.logged}
+        if logged:
+            self._write_values(message.step, message.epoch, message.time, logged)
+
+    def _write_values(self, step: int, epoch: int, moment: float, values: dict[str, float]) -> None:
+        self.logged_metrics |= values
+        self.callback_metrics |= values
+        if self.journal is not None:
+            self.journal.add(step, epoch, values, moment)
+        for logger in self.loggers:
+            logger.log_metrics({**values, "epoch": float(epoch)}, step)
+
+    def _on_hyperparameters(self, rank: int, message: m.Hyperparameters) -> None:
+        self.hyperparameters |= message.values
+        for logger in self.loggers:
+            if hasattr(logger, "log_hyperparams"):
+                logger.log_hyperparams(to_plain(self.hyperparameters))
+        self.write_record()
+
+    # ---- checkpoints
+
+    def _on_saved(self, rank: int, message: m.Saved) -> None:
+        shares = self.saved.setdefault(message.directory, {})
+        shares[rank] = message
+        if len(shares) == self.world_size:
+            del self.saved[message.directory]
+            self._commit(message.directory, shares)
+
+    def _commit(self, directory: str, shares: dict[int, m.Saved]) -> None:
+        assert self.version is not None
+        first = shares[0]
+        manifest = Manifest(
+            step=first.step,
+            epoch=first.epoch,
+            attempt=self.attempt,
+            world_size=self.world_size,
+            files=tuple(file for rank in sorted(shares) for file in shares[rank].files),
+            metrics=first.metrics,
+            weights_only=first.weights_only,
+        )
+        try:
+            committed = store.commit(self.version.storage, directory, manifest)
+            self.checkpoints = [c for c in self.checkpoints if c.path != committed.path] + [committed]
+            self._retain()
+        except StorageError as error:
+            self.tell(f"the checkpoint of step {first.step} is lost: {error}", "warning")
+        self.write_record()
+
+    def _retain(self) -> None:
+        options = self.config.checkpoint or Checkpointing()
+        extra = store.retain(
+            self.checkpoints, options.keep_best, options.keep_last, options.monitor, options.mode,
+            {self.protected} if self.protected else set(),
+        )  # fmt: skip
+        for checkpoint in extra:
+            store.delete(checkpoint)
+        gone = {checkpoint.path for checkpoint in extra}
+        self.checkpoints = [c for c in self.checkpoints if c.path not in gone]
+
+    def _on_save_failed(self, rank: int, message: m.SaveFailed) -> None:
+        self.saved.pop(message.directory, None)
+        self.tell(
+            f"rank {rank} could not write its share of the checkpoint of step {message.step}: {message.reason}. "
+            "Training goes on; earlier checkpoints are whole.", "warning",
+        )  # fmt: skip
+
+    @property
+    def best(self) -> Checkpoint | None:
+        options = self.config.checkpoint or Checkpointing()
+        return store.best(self.checkpoints, options.monitor, options.mode)
+
+    @property
+    def last(self) -> Checkpoint | None:
+        return max(self.checkpoints, key=lambda checkpoint: checkpoint.step, default=None)
+
+    # ---- run.json
+
+    def start(self, given: dict[str, Any]) -> None:
+        """Writes the first run.json; `given` are facts to record beside the arguments."""
+        previous = self.version.read_run() if self.version is not None and self.attempt > 0 else {}
+        self.record = {
+            **previous,
+            "name": self.config.name,
+            "version": self.version.number if self.version is not None else None,
+            "status": "running",
+            "started_at": previous.get("started_at", self.began),
+            "finished_at": None,
+            "arguments": describe(self.config),
+            "hyperparameters": previous.get("hyperparameters", {}),
+            "attempts": [
+                *previous.get("attempts", []), {"attempt": self.attempt, "started_at": self.began, "world_size": self.world_size}
+            ],
+            "packages": _package_versions(),
+            "python": sys.version.split()[0],
+            "git_commit": _git_commit(),
+            "command": sys.argv,
+            **given,
+        }  # fmt: skip
+        self.write_record()
+
+    def write_record(self) -> None:
+        if self.version is None or not self.record:
+            return
+        self.record |= {
+            "hyperparameters": {**self.record["hyperparameters"], **to_plain(self.hyperparameters)},
+            "best_checkpoint": self.best.path if self.best else None,
+            "last_checkpoint": self.last.path if self.last else None,
+            "metrics": to_plain(self.callback_metrics),
+        }
+        try:
+            self.version.write_run(self.record)
+        except StorageError as error:
+            self.tell(f"run.json could not be written: {error}", "warning")
+
+    def close(self, status: str, facts: dict[str, Any] | None = None) -> None:
+        """Brings everything to storage. Called once, whatever happened."""
+        for step, epoch, moment, values in self.aggregator.flush():
+            self._write_values(step, epoch, moment, values)
+        self.record |= {
+            "status": status, "finished_at": time.time(), "duration_s": time.time() - self.began, **(facts or {})
+        }  # fmt: skip
+        for close in [*([self.journal.close] if self.journal else []), *(_closer(log, status) for log in self.loggers)]:
+            try:
+                close()
+            except StorageError as error:
+                self.tell(str(error), "warning")
+        self.write_record()
+
+
+def _closer(logger: Any, status: str) -> Callable[[], None]:
+    if hasattr(logger, "finalize"):
+        return lambda: logger.finalize("success" if status != "failed" else "failed")
+    return getattr(logger, "close", lambda: None)
+
+
+def _package_versions() -> dict[str, str]:
+    found = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    """The commit of the working directory, read by git where there is one."""
+    if not any(os.path.exists(os.path.join(parent, ".git")) for parent in _parents(os.getcwd())):
+        return None
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _parents(path: str) -> list[str]:
+    found = [path]
+    while os.path.dirname(found[-1]) != found[-1]:
+        found.append(os.path.dirname(found[-1]))
+    return found

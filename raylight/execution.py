@@ -1,0 +1,181 @@
+"""One run from the driver's side: version, workers, messages, and what comes out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from raylight.config import Config
+from raylight.driver.restart import first_cause
+from raylight.driver.result import Result
+from raylight.driver.run import Run
+from raylight.errors import RaylightError, WorkerFailed
+from raylight.launch.in_process import InProcessGroup
+from raylight.launch.signals import stop_on_signal
+from raylight.loading import Resume, find_resume
+from raylight.loggers import make_loggers
+from raylight.report.console import Console
+from raylight.storage.filesystem import Storage
+from raylight.storage.versions import Version, claim_version
+from raylight.task import Loaders, Task
+
+
+class Execution:
+    """A fit, validate, test or predict. `driver` and `result` are there for the trainer to read afterwards."""
+
+    def __init__(
+        self, config: Config, callbacks: list[Any], stage: str, module: Any, loaders: Loaders, previous: Result | None
+    ):
+        self.config, self.callbacks, self.stage, self.module, self.loaders = config, callbacks, stage, module, loaders
+        self.previous = previous
+        self.driver: Run | None = None
+        self.result: Result | None = None
+
+    def run(self, ckpt_path: Any, verbose: bool) -> Any:
+        group = self._start_group()
+        storage = Storage(self.config.storage_path, self.config.storage_filesystem)
+        resume = find_resume(ckpt_path, storage, self.config.name, self.previous)
+        version, attempt = self._choose_version(storage, resume)
+        files = version.storage if version is not None else None
+        loggers = make_loggers(self.config.logger, files, version.path) if version is not None else []
+        console = Console(
+            self.config.enable_progress_bar, world_size=group.world_size, max_epochs=self.config.max_epochs
+        )
+        protected = resume.checkpoint.path if resume.checkpoint is not None else None
+        driver = self.driver = Run(version, self.config, group.world_size, [console], loggers, attempt, protected)
+        seed = resume.seed if resume.seed is not None else self._draw_seed()
+        driver.start({"seed": seed, "stage": self.stage, "resumed_from": protected})
+        if resume.notice:
+            driver.tell(resume.notice)
+        task = Task(
+            stage=self.stage,
+            module=self.module,
+            loaders=self.loaders,
+            config=self.config,
+            callbacks=self.callbacks,
+            version_path=version.path if version is not None else "",
+            files=files,
+            seed=seed,
+            checkpoint=resume.checkpoint,
+            weights_only=self.stage != "fit",
+            attempt=attempt,
+            options={"share_module": not isinstance(group, InProcessGroup)},
+        )
+        if self.stage == "fit" and self.config.enable_model_summary:
+            console.show_model(self.module)
+        status = "failed"
+        try:
+            with stop_on_signal(group.request, driver.tell):
+                for rank, message in group.run(task):
+                    driver.handle(rank, message)
+            self._raise_failure(group)
+            status = self._status()
+        except BaseException:
+            group.halt()
+            driver.close(status)
+            console.close(None)
+            raise
+        finally:
+            self.module.trainer = None
+            if self.module.device.type != "cpu":
+                self.module.cpu()
+        return self._finish(status, console, verbose)
+
+    # ---- before
+
+    def _start_group(self) -> Any:
+        if self.config.num_workers == 0:
+            return InProcessGroup(self.config)
+        from raylight.launch.ray_actors import acquire_group
+
+        return acquire_group(self.config)
+
+    def _choose_version(self, storage: Storage, resume: Resume) -> tuple[Version | None, int]:
+        """A fit claims a version of its own, or is the next attempt of the one it continues; what follows a fit of
+        the same trainer writes beside it."""
+        if self.config.fast_dev_run or self.stage == "predict":
+            return None, 0
+        if self.stage == "fit":
+            if resume.version is not None:
+                return resume.version, len(resume.version.read_run().get("attempts", [])) or 1
+            return claim_version(storage, self.config.name), 0
+        if self.previous is not None and self.previous.version is not None:
+            return self.previous.version, 0
+        return claim_version(storage, self.config.name), 0
+
+    def _draw_seed(self) -> int:
+        """From torch's generator, so that a script which seeds torch gets the same order of samples each time."""
+        if self.config.seed is not None:
+            return self.config.seed
+        return int(torch.randint(0, 2**31 - 1, ()).item())
+
+    # ---- after
+
+    def _raise_failure(self, group: Any) -> None:
+        assert self.driver is not None
+        failures = self.driver.outcome.failures
+        if not failures:
+            return
+        error = first_cause(failures, self.driver)
+        original = getattr(group, "exception", None)
+        if original is not None:
+            error.cause = original
+        if isinstance(error.cause, RaylightError) and not isinstance(error.cause, WorkerFailed):
+            raise error.cause
+        raise error from error.cause
+
+    def _status(self) -> str:
+        assert self.driver is not None
+        statuses = {message.status for message in self.driver.outcome.finished.values()}
+        return next((status for status in ("interrupted", "stopped") if status in statuses), "finished")
+
+    def _finish(self, status: str, console: Console, verbose: bool) -> Any:
+        driver = self.driver
+        assert driver is not None
+        finished = driver.outcome.finished
+        returned = finished[0].returned
+        driver.step, driver.epoch = finished[0].step, finished[0].epoch
+        if self.stage == "fit":
+            driver.close(status)
+            if returned is not None:
+                _take_back(self.module, self.callbacks, returned)
+            self.result = Result(
+                status=status,
+                metrics=dict(driver.callback_metrics),
+                path=driver.version.path if driver.version is not None else None,
+                best_checkpoint=driver.best,
+                last_checkpoint=driver.last,
+                checkpoints=list(driver.checkpoints),
+                num_steps=finished[0].step,
+                num_epochs=finished[0].epoch,
+                goodput=finished[0].seconds,
+                version=driver.version,
+            )
+            console.close(self.result)
+            return self.result
+        driver.close(status)
+        console.close(None)
+        if self.stage == "predict":
+            return _merge_predictions([finished[rank].returned for rank in sorted(finished)])
+        if verbose:
+            console.show_results(self.stage, returned)
+        return returned
+
+
+def _take_back(module: Any, callbacks: list[Any], returned: dict[str, Any]) -> None:
+    """The caller's own objects become what rank 0's were at the end."""
+    vars(module).update(returned["attributes"])
+    module.load_state_dict(returned["weights"])
+    for callback, attributes in zip(callbacks, returned["callbacks"], strict=False):
+        vars(callback).update(attributes)
+
+
+def _merge_predictions(shares: list[list[list[tuple[int, Any]]]]) -> list[Any]:
+    """Each loader's outputs in the order of its batches; for one loader that list alone."""
+    num_loaders = len(shares[0])
+    merged = []
+    for loader in range(num_loaders):
+        pairs = sorted((pair for share in shares for pair in share[loader]), key=lambda pair: pair[0])
+        merged.append([output for _, output in pairs])
+    return merged[0] if num_loaders == 1 else merged

@@ -1,0 +1,109 @@
+"""From a checkpoint back to a module or to a run that goes on."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from raylight.errors import CheckpointMismatch, InvalidArguments
+from raylight.storage.checkpoints import Checkpoint, best, find_checkpoint, list_checkpoints, newest_whole
+from raylight.storage.filesystem import Storage
+from raylight.storage.versions import Version, list_versions
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Where a run goes on. `version` is set where it becomes the next attempt of that version."""
+
+    checkpoint: Checkpoint | None = None
+    version: Version | None = None
+    seed: int | None = None
+    notice: str = ""
+
+
+def find_resume(ckpt_path: Any, storage: Storage, name: str, previous: Any = None) -> Resume:
+    """What `resume` or `ckpt_path` means: None, "last", "best", a Checkpoint, or the path of one."""
+    if ckpt_path is None:
+        return Resume()
+    if not isinstance(ckpt_path, str | os.PathLike):
+        return Resume(checkpoint=ckpt_path, seed=None)
+    if ckpt_path == "last":
+        return _find_last(storage, name)
+    if ckpt_path == "best":
+        return _find_best(storage, name, previous)
+    return Resume(checkpoint=find_checkpoint(os.fspath(ckpt_path)))
+
+
+def _find_last(storage: Storage, name: str) -> Resume:
+    for version in reversed(list_versions(storage, name)):
+        checkpoint = newest_whole(version.storage)
+        if checkpoint is not None:
+            seed = version.read_run().get("seed")
+            return Resume(checkpoint, version, seed, f"continues {version.path} at step {checkpoint.step}")
+    return Resume(notice=f"resume='last': run {name!r} in {storage.uri} has no checkpoint yet, so that it starts anew")
+
+
+def _find_best(storage: Storage, name: str, previous: Any) -> Resume:
+    if previous is not None and previous.best_checkpoint is not None:
+        return Resume(previous.best_checkpoint)
+    for version in reversed(list_versions(storage, name)):
+        options = version.read_run().get("arguments", {}).get("checkpoint") or {}
+        found = best(list_checkpoints(version.storage), options.get("monitor"), options.get("mode", "min"))
+        if found is not None:
+            return Resume(found)
+    raise InvalidArguments(f"'best': run {name!r} in {storage.uri} has no checkpoint; make one first, or pass a path")
+
+
+def load_module(owner: type, path: Any, map_location: Any, strict: bool | None, overrides: dict[str, Any]) -> Any:
+    """`Module.load_from_checkpoint`."""
+    from raylight.worker.restore import apply_weights, load_any
+
+    state = load_any(_to_saved(path), map_location)
+    hparams = {**state.module.get("hyper_parameters", {}), **overrides}
+    module = owner(**_accepted(owner, hparams, overrides))
+    checkpoint = {"state_dict": state.model, "hyper_parameters": hparams, **state.module.get("extra", {})}
+    module.on_load_checkpoint(checkpoint)
+    apply_weights(module, checkpoint["state_dict"], strict=module.strict_loading if strict is None else strict)
+    return module
+
+
+def _to_saved(path: Any) -> Any:
+    """A Lightning file stays a path; all else becomes a Checkpoint."""
+    if not isinstance(path, str | os.PathLike):
+        return path
+    text = os.fspath(path)
+    return text if text.endswith(".ckpt") and os.path.isfile(text) else find_checkpoint(text)
+
+
+def _accepted(owner: type, hparams: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Those hyperparameters that `__init__` takes, and an error where it needs more."""
+    parameters = inspect.signature(owner).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return hparams
+    unknown = [name for name in overrides if name not in parameters]
+    missing = [
+        name for name, p in parameters.items()
+        if p.default is p.empty and p.kind is not p.VAR_POSITIONAL and name not in hparams
+    ]  # fmt: skip
+    mistakes = [f"{owner.__name__} takes no argument {name!r}; it takes {list(parameters)}" for name in unknown]
+    mistakes += [
+        f"{owner.__name__} needs {name!r}, which is not in the checkpoint: call save_hyperparameters() in __init__, or "
+        f"load_from_checkpoint(path, {name}=...)"
+        for name in missing
+    ]
+    if mistakes:
+        raise CheckpointMismatch("\n".join(mistakes))
+    return {name: value for name, value in hparams.items() if name in parameters}
+
+
+def copy_checkpoint(checkpoint: Checkpoint, path: str, weights_only: bool) -> None:
+    """Copies a committed checkpoint to another directory, its manifest last."""
+    target = Storage(path)
+    if target.exists("manifest.json"):
+        raise InvalidArguments(f"{path} already holds a checkpoint; name a directory that does not exist")
+    for name in checkpoint.file_names:
+        with checkpoint.open_read(name) as source:
+            target.write(name, iter(lambda: source.read(1 << 24), b""))
+    target.write("manifest.json", [checkpoint.manifest.to_bytes()])

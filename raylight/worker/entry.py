@@ -1,0 +1,155 @@
+"""Where a worker begins: one rank's whole work as a generator of messages, the same in-process and on Ray."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from raylight.errors import InvalidArguments
+from raylight.messages import Finished, Hyperparameters, Message, Started
+from raylight.rank_zero import set_rank
+from raylight.seeding import seed_everything
+from raylight.task import Place, Task
+from raylight.worker import process_group, state
+from raylight.worker.control import Control
+from raylight.worker.evaluation import evaluate, open_evaluation_data, split_by_loader
+from raylight.worker.failure import describe_failure
+from raylight.worker.loop import fit
+from raylight.worker.optimization import check_schedulers, make_optimizers
+from raylight.worker.rank import Rank
+from raylight.worker.restore import load_state
+from raylight.worker.snapshot import Snapshots
+
+
+def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
+    """Everything that one rank does for one task. An exception ends it with a `Failure`, never with a raise."""
+    rank: Rank | None = None
+    try:
+        yield Started(socket.gethostname(), os.getpid(), place.device)
+        with ExitStack() as numerics:
+            _set_numerics(task, place, numerics)
+            if place.world_size > 1:
+                process_group.join(place, task.config.strategy.backend, task.config.strategy.timeout_s)
+                numerics.callback(process_group.leave)
+            rank = control.kept["rank"] = Rank(task, place, control)
+            yield from _prepare(rank)
+            yield from (_fit(rank) if task.stage == "fit" else _evaluate(rank))
+            rank.call("teardown", task.stage)
+            if rank.datamodule is not None:
+                rank.datamodule.teardown(task.stage)
+        yield _finish(rank)
+    except Exception as error:
+        control.kept["exception"] = error
+        yield from _fail(rank, error)
+    finally:
+        if rank is not None:
+            rank.module.trainer = None
+
+
+def _prepare(rank: Rank) -> Iterator[Message]:
+    """From the pickled module to one that is ready on its device, in Lightning's order of hooks."""
+    task, module, data_module = rank.task, rank.module, rank.datamodule
+    added = module.configure_callbacks()
+    if added:
+        rank.add_callbacks(added)
+    if rank.local_rank == 0:
+        if data_module is not None:
+            data_module.prepare_data()
+        module.prepare_data()
+    rank.barrier()
+    if data_module is not None:
+        data_module.setup(task.stage)
+    for hook in rank.callback_hooks("setup"):
+        hook(task.stage)
+    module.setup(task.stage)
+    module.configure_model()
+    if task.checkpoint is not None:
+        rank.restored = load_state(task.checkpoint, rank.global_rank, rank.world_size)
+        state.restore_weights(rank, rank.restored)
+    if rank.config.sync_batchnorm and rank.world_size > 1:
+        module = rank.module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    rank.precision.convert_module(module)
+    module.to(rank.device)
+    hparams = {**getattr(data_module, "hparams", {}), **module.hparams}
+    if rank.is_global_zero and hparams:
+        yield Hyperparameters(dict(hparams))
+    yield from rank.take_outbox()
+
+
+def _fit(rank: Rank) -> Iterator[Message]:
+    task, config = rank.task, rank.config
+    began = perf_counter()
+    rank.optimizers, rank.lr_scheduler_configs = make_optimizers(rank.module.configure_optimizers())
+    mistakes = check_schedulers(rank.optimizers, rank.lr_scheduler_configs)
+    if rank.module.automatic_optimization and len(rank.optimizers) > 1:
+        mistakes.append(
+            f"configure_optimizers returned {len(rank.optimizers)} optimizers: set automatic_optimization = False "
+            "and step them in training_step, as Lightning asks too"
+        )
+    if rank.module.automatic_optimization and not rank.optimizers:
+        mistakes.append("configure_optimizers returned no optimizer: nothing would be trained")
+    if mistakes:
+        raise InvalidArguments(mistakes)
+    if config.checkpoint is not None and task.files is not None:
+        rank.snapshots = Snapshots(task.files, rank.global_rank, rank.world_size)
+    rank.call("on_fit_start")
+    if task.checkpoint is not None and not task.weights_only:
+        state.restore_training(rank, rank.restored)
+    rank.restored = None
+    rank.seconds["setup"] = perf_counter() - began
+    yield from fit(rank)
+    rank.call("on_fit_end")
+
+
+def _evaluate(rank: Rank) -> Iterator[Message]:
+    open_evaluation_data(rank, rank.stage)
+    yield from evaluate(rank, rank.stage)
+
+
+def _finish(rank: Rank) -> Finished:
+    """Rank 0 brings back what the caller gets; in prediction every rank brings its batches."""
+    returned: Any = None
+    if rank.stage == "predict":
+        returned = rank.evaluation_outputs
+    elif rank.is_global_zero and rank.fitting:
+        returned = state.share_module(rank) if rank.task.options.get("share_module") else None
+    elif rank.is_global_zero:
+        returned = split_by_loader(rank.evaluation_results[0], len(rank.evaluation_batches))
+    if isinstance(rank.logger, object) and rank.logger is not None:
+        rank.logger.close()
+    return Finished(rank.status, rank.global_step, rank.current_epoch, dict(rank.seconds), returned)
+
+
+def _fail(rank: Rank | None, error: Exception) -> Iterator[Message]:
+    """Tells the hooks, saves what there is, and describes the exception."""
+    if rank is not None:
+        for hook in rank.hooks("on_exception"):
+            hook(error)
+        yield from rank.take_outbox()
+    step, stage = (rank.global_step, rank.stage) if rank is not None else (0, "setup")
+    yield describe_failure(error, step, stage, follows=process_group.is_peer_loss(error))
+
+
+def _set_numerics(task: Task, place: Place, stack: ExitStack) -> None:
+    """Global switches of torch, put back when the run ends: in-process the caller's program goes on."""
+    config = task.config
+    set_rank(place.rank)
+    stack.callback(set_rank, 0)
+    if config.seed is not None or place.world_size > 1:
+        # every rank draws another stream, so that dropout masks differ between them
+        seed_everything(task.seed + place.rank, verbose=False)
+    if config.deterministic:
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=config.deterministic == "warn")
+        stack.callback(torch.use_deterministic_algorithms, before)
+    if config.benchmark is not None:
+        stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+        torch.backends.cudnn.benchmark = config.benchmark
+    if config.detect_anomaly:
+        stack.enter_context(torch.autograd.set_detect_anomaly(True))

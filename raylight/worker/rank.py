@@ -1,0 +1,407 @@
+"""Rank: one worker's view of a run, and what hooks and callbacks receive as `trainer` in every mode."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raylight.callbacks.callback import Callback
+from raylight.errors import DataError
+from raylight.messages import EpochMetrics, Hyperparameters, Message, Notice
+from raylight.module import Module
+from raylight.task import Place, Task
+from raylight.worker.collectives import all_gather, broadcast_object
+from raylight.worker.control import Control
+from raylight.worker.metrics import Metrics
+from raylight.worker.optimization import SchedulerConfig, SteppingOptimizer
+from raylight.worker.precision import make_precision
+from raylight.worker.profiler import make_profiler
+from raylight.worker.snapshot import Snapshots
+
+HOOK_PREFIX = {"sanity": "validation", "validate": "validation", "test": "test", "predict": "predict"}
+
+
+class Rank:
+    """State of one worker. Attributes that Lightning's Trainer has too mean the same here."""
+
+    def __init__(self, task: Task, place: Place, control: Control):
+        self.task, self.place, self.control, self.config = task, place, control, task.config
+        self.module: Any = task.module
+        self.datamodule = task.loaders.data_module
+        self.callbacks: list[Any] = list(task.callbacks)
+        self.device = torch.device(place.device)
+        self.stage = "train" if task.stage == "fit" else task.stage
+        self.precision = make_precision(self.config.precision, self.device.type)
+        self.metrics = Metrics(self.module, place.world_size)
+        self.profiler = make_profiler(self.config.profiler)
+        self.snapshots: Snapshots | None = None
+        self.outbox: list[Message] = []
+        self.unsaved_hyperparameters: set[str] = set()
+        self.logger = LoggerProxy(self) if self.config.logger is not False else None
+        # what configure_optimizers returned
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.stepping_optimizers: list[Any] = []
+        self.lr_scheduler_configs: list[SchedulerConfig] = []
+        # where the run is: all of it is in every checkpoint
+        self.current_epoch = 0
+        self.global_step = 0
+        self.batch_idx = 0  # finished batches of this rank in the epoch
+        self.num_batches_seen = 0  # finished batches of this rank in the run
+        self.position = 0  # samples of the epoch that all ranks have consumed
+        self.saved_step = -1  # of the newest snapshot
+        self.should_stop = False
+        self.said_not_finite = False
+        self.status = "finished"
+        self.seconds: dict[str, float] = {}
+        self.restored: Any = None
+        self.checkpoint_requested = False
+        self.accumulate_grad_batches = self.config.accumulate_grad_batches
+        # data, found when the loop begins
+        self.train_batches: Any = None
+        self.train_dataloader: Any = None
+        self.val_dataloaders: Any = None
+        self.num_training_batches: int | None = None
+        self.num_val_batches: list[int | None] = []
+        self.evaluation_batches: list[Any] = []
+        self.evaluation_results: list[dict[str, float]] = []
+        self.evaluation_outputs: list[list[tuple[int, Any]]] = []
+        self._hooks: dict[str, tuple[Callable[..., Any], ...]] = {}
+        self._step_manually: Callable[..., Any] | None = None
+        self.backward_manually: Callable[..., Any] | None = None
+        self._attach()
+
+    def _attach(self) -> None:
+        self.module.trainer = self
+        if self.datamodule is not None:
+            self.datamodule.trainer = self
+
+    # ---- hooks: found once, and those that nobody overrode are not called at all
+
+    def hooks(self, name: str) -> tuple[Callable[..., Any], ...]:
+        """The callbacks' overrides of a hook, then the module's, bound and ready to be called."""
+        found = self._hooks.get(name)
+        if found is None:
+            found = (*self.callback_hooks(name), *self.module_hook(name))
+            self._hooks[name] = found
+        return found
+
+    def callback_hooks(self, name: str) -> tuple[Callable[..., Any], ...]:
+        return tuple(
+            _bind(callback, name, self) for callback in self.callbacks if _overrides(callback, name, Callback)
+        )
+
+    def module_hook(self, name: str) -> tuple[Callable[..., Any], ...]:
+        return (getattr(self.module, name),) if self.overrides(name) else ()
+
+    def overrides(self, name: str) -> bool:
+        return _overrides(self.module, name, Module)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        for hook in self.hooks(name):
+            hook(*arguments)
+
+    def add_callbacks(self, callbacks: Any) -> None:
+        """A callback of configure_callbacks takes the place of one of the same type."""
+        added = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+        kinds = {type(callback) for callback in added}
+        self.callbacks = [c for c in self.callbacks if type(c) not in kinds] + added
+        self._hooks.clear()
+
+    # ---- Lightning's names
+
+    @property
+    def lightning_module(self) -> Any:
+        return self.module
+
+    model = lightning_module
+
+    @property
+    def loggers(self) -> list[Any]:
+        return [self.logger] if self.logger else []
+
+    @property
+    def world_size(self) -> int:
+        return self.place.world_size
+
+    @property
+    def global_rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def local_rank(self) -> int:
+        return self.place.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        return self.place.node_rank
+
+    @property
+    def num_nodes(self) -> int:
+        return self.place.num_nodes
+
+    @property
+    def is_global_zero(self) -> bool:
+        return self.place.rank == 0
+
+    @property
+    def attempt(self) -> int:
+        return self.task.attempt
+
+    @property
+    def seed(self) -> int:
+        return self.task.seed
+
+    @property
+    def log_dir(self) -> str:
+        return self.task.version_path
+
+    @property
+    def default_root_dir(self) -> str:
+        return self.config.storage_path
+
+    @property
+    def max_epochs(self) -> int | None:
+        return self.config.max_epochs
+
+    @property
+    def max_steps(self) -> int:
+        return self.config.max_steps
+
+    @property
+    def training(self) -> bool:
+        return self.stage == "train"
+
+    @property
+    def validating(self) -> bool:
+        return self.stage == "validate"
+
+    @property
+    def testing(self) -> bool:
+        return self.stage == "test"
+
+    @property
+    def predicting(self) -> bool:
+        return self.stage == "predict"
+
+    @property
+    def sanity_checking(self) -> bool:
+        return self.stage == "sanity"
+
+    @property
+    def fitting(self) -> bool:
+        return self.task.stage == "fit"
+
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """Newest value of everything logged. Epoch values are equal on all ranks; a step value is this rank's own
+        until the epoch ends. Reading it waits for the device."""
+        return {name: torch.tensor(value) for name, value in self.metrics.newest().items()}
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        return {name: torch.tensor(value) for name, value in self.metrics.logged_values.items()}
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        return self.metrics.shown()
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """Optimizer steps that the whole fit will make; `inf` where the data or the run has no end."""
+        config, batches = self.config, self.num_training_batches
+        if self.train_batches is None:
+            from raylight.worker.loop import open_training_data
+
+            open_training_data(self)
+            batches = self.num_training_batches
+        if config.max_epochs == -1 or config.max_epochs is None or batches is None:
+            return config.max_steps if config.max_steps != -1 else float("inf")
+        steps = -(-batches // self.accumulate_grad_batches) * max(config.max_epochs, 1)
+        return min(steps, config.max_steps) if config.max_steps != -1 else steps
+
+    # ---- what hooks may do
+
+    def notice(self, text: str, level: str = "info") -> None:
+        """Tells the person something, once, through the driver."""
+        self.outbox.append(Notice(text, level))
+
+    def take_outbox(self) -> list[Message]:
+        taken, self.outbox = self.outbox, []
+        return taken
+
+    def request_checkpoint(self) -> None:
+        """Saves at the end of this step. Call it on every rank at the same step."""
+        self.checkpoint_requested = True
+
+    def barrier(self, name: str | None = None) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        return broadcast_object(value, self.world_size, src)
+
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        return all_gather(data, self.world_size, group, sync_grads)
+
+    def manual_backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:
+        if self.backward_manually is None:
+            raise RuntimeError("manual_backward is for modules with automatic_optimization = False, inside training_step")
+        self.backward_manually(loss, *arguments, **keywords)
+
+    # ---- loaders
+
+    def loader(self, stage: str) -> Any:
+        """What the caller passed for this stage, else the data module's hook, else the module's; None where none."""
+        name = "val" if stage == "validate" else stage
+        given = getattr(self.task.loaders, stage)
+        if given is not None:
+            return given
+        for owner in (self.datamodule, self.module):
+            hook = getattr(owner, f"{name}_dataloader", None)
+            loader = hook() if hook is not None else None
+            if loader is not None:
+                return loader
+        return None
+
+    def evaluation_loaders(self, stage: str) -> list[Any]:
+        loader = self.loader(stage)
+        if loader is None:
+            return []
+        if isinstance(loader, dict):
+            return list(loader.values())
+        return list(loader) if isinstance(loader, (list, tuple)) else [loader]
+
+    def transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """The batch on this rank's device and in its precision, through the user's hooks where there are any."""
+        for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+            owner = self._transfer_owner(name)
+            if owner is None and name == "transfer_batch_to_device":
+                owner = self.module
+            if owner is not None:
+                device = (self.device,) if name == "transfer_batch_to_device" else ()
+                batch = getattr(owner, name)(batch, *device, dataloader_idx)
+        return self.precision.convert_batch(batch)
+
+    def _transfer_owner(self, name: str) -> Any:
+        if self.datamodule is not None and _overrides(self.datamodule, name, _data_module_class()):
+            return self.datamodule
+        return self.module if self.overrides(name) else None
+
+    @property
+    def transfers(self) -> bool:
+        """Whether a batch needs anything before the step: on a CPU, without hooks, in plain precision, it does not."""
+        names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+        hooked = any(self._transfer_owner(name) is not None for name in names)
+        return hooked or self.device.type != "cpu" or not self.precision.is_plain
+
+
+class LoggerProxy:
+    """`trainer.logger` on a worker: sends values to the driver, which owns the real loggers."""
+
+    def __init__(self, rank: Rank):
+        self._rank = rank
+        self._experiment: Any = None
+
+    @property
+    def log_dir(self) -> str:
+        return self._rank.log_dir
+
+    save_dir = log_dir
+
+    @property
+    def name(self) -> str:
+        return self._rank.config.name
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Rank 0's values alone are kept; `step` counts optimizer steps and defaults to the present one."""
+        rank = self._rank
+        if not rank.is_global_zero:
+            return
+        step = rank.global_step if step is None else step
+        values = {name: float(value) for name, value in metrics.items()}
+        logged = frozenset(values)
+        rank.outbox.append(
+            EpochMetrics(rank.stage, rank.current_epoch, step, time.time(), values, logged, frozenset())
+        )
+
+    def log_hyperparams(self, params: Any) -> None:
+        """Adds to the hyperparameters that the run records."""
+        if self._rank.is_global_zero:
+            self._rank.outbox.append(Hyperparameters(dict(params)))
+
+    @property
+    def experiment(self) -> Any:
+        """A torch SummaryWriter on rank 0 for images, histograms and text; on other ranks it swallows every call."""
+        if self._experiment is None:
+            local = self._rank.task.files.local_path("") if self._rank.task.files is not None else None
+            if self._rank.is_global_zero and local is not None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._experiment = SummaryWriter(local)
+            else:
+                self._experiment = _Silent()
+        return self._experiment
+
+    def close(self) -> None:
+        if self._experiment is not None:
+            self._experiment.close()
+
+
+class _Silent:
+    """Accepts every method call of a SummaryWriter."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **keywords: None
+
+
+def bind_step(function: Callable[..., Any], several: bool = False) -> Callable[[Any, int, int], Any]:
+    """A step that takes (batch), (batch, batch_idx) or all three, as a function of all three; `*args` get the third
+    only where there are `several` loaders."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return function if several else lambda batch, batch_idx, dataloader_idx: function(batch, batch_idx)
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if not names:
+        raise DataError(f"{function.__qualname__} takes no batch; its signature is (self, batch, batch_idx)")
+    if len(names) == 1:
+        return lambda batch, batch_idx, dataloader_idx: function(batch)
+    if len(names) == 2:
+        if names[1] == "dataloader_idx":
+            return lambda batch, batch_idx, dataloader_idx: function(batch, dataloader_idx)
+        return lambda batch, batch_idx, dataloader_idx: function(batch, batch_idx)
+    return function
+
+
+def takes_outputs(hook: Callable[..., Any]) -> bool:
+    """Whether an `..._epoch_end` hook wants the outputs, or is called bare."""
+    return bool(inspect.signature(hook).parameters)
+
+
+def _overrides(owner: Any, name: str, ancestor: type) -> bool:
+    hook = getattr(owner, name, None)
+    return hook is not None and getattr(hook, "__func__", hook) is not getattr(ancestor, name, None)
+
+
+def _bind(callback: Any, name: str, rank: Rank) -> Callable[..., Any]:
+    hook = getattr(callback, name)
+    return lambda *arguments: hook(rank, rank.module, *arguments)
+
+
+def _data_module_class() -> type:
+    from raylight.data_module import DataModule
+
+    return DataModule
+
+
+def interleave(shares: list[list[Any]]) -> list[Any]:
+    """Items of all ranks in dataset order, where rank r holds every world_size-th from r on."""
+    missing = object()
+    rounds = itertools.zip_longest(*shares, fillvalue=missing)
+    return [item for turn in rounds for item in turn if item is not missing]

@@ -1,0 +1,127 @@
+"""When a run validates, saves and ends: decisions that come out the same on every rank."""
+
+from __future__ import annotations
+
+from raylight.errors import InvalidArguments
+from raylight.worker.evaluation import count_evaluation_batches, open_evaluation_data
+from raylight.worker.rank import Rank
+
+NEVER = 0
+AT_EPOCH_END = -1  # where the length of an epoch is unknown
+
+
+class Schedule:
+    """Reads the counters of `rank` and changes nothing."""
+
+    def __init__(self, rank: Rank):
+        self.rank, self.config = rank, rank.config
+        self.val_every = self._validation_interval()
+
+    # ---- the end
+
+    def is_finished(self) -> bool:
+        """Asked between epochs."""
+        rank, config = self.rank, self.config
+        if rank.status == "interrupted" or rank.num_training_batches == 0 or self._is_out_of_steps():
+            return True
+        if config.max_epochs is not None and config.max_epochs != -1 and rank.current_epoch >= config.max_epochs:
+            return True
+        return self._may_stop()
+
+    def stops_in_epoch(self) -> bool:
+        """Asked after each batch."""
+        rank = self.rank
+        stops = rank.should_stop and (rank.status == "interrupted" or self._may_stop())
+        return stops or self._is_out_of_steps()
+
+    def is_epoch_whole(self) -> bool:
+        """Whether this epoch's batches are all done; one of unknown length is, unless the run stops in it."""
+        rank = self.rank
+        if rank.num_training_batches is None:
+            return not self.stops_in_epoch()
+        return rank.batch_idx >= rank.num_training_batches or not self.stops_in_epoch()
+
+    def _is_out_of_steps(self) -> bool:
+        return self.config.max_steps != -1 and self.rank.global_step >= self.config.max_steps
+
+    def _may_stop(self) -> bool:
+        """should_stop counts once the minimum of epochs and steps is reached."""
+        rank, config = self.rank, self.config
+        enough_steps = rank.global_step >= (config.min_steps or 0)
+        return rank.should_stop and enough_steps and rank.current_epoch >= (config.min_epochs or 0)
+
+    # ---- checkpoints
+
+    def saves_after_step(self, window: int) -> bool:
+        """`window`: batches accumulated since the last optimizer step; a checkpoint lies between two steps."""
+        rank, checkpoint = self.rank, self.config.checkpoint
+        if rank.snapshots is None or checkpoint is None or window:
+            return False
+        if rank.checkpoint_requested:
+            return True
+        return bool(checkpoint.every_n_steps) and self._is_step_due() and rank.saved_step != rank.global_step
+
+    def saves_after_validation(self) -> bool:
+        """With no interval set, a validation in the middle of an epoch makes a checkpoint as one at its end does."""
+        return self.config.checkpoint is not None and not self._has_interval()
+
+    def saves_after_epoch(self) -> bool:
+        rank, checkpoint = self.rank, self.config.checkpoint
+        if rank.snapshots is None or checkpoint is None:
+            return False
+        if rank.checkpoint_requested:
+            return True
+        every = checkpoint.every_n_epochs if self._has_interval() else 1
+        if every and rank.current_epoch % every == 0:
+            return True
+        return bool(checkpoint.every_n_steps) and self._is_step_due() and rank.saved_step != rank.global_step
+
+    def _has_interval(self) -> bool:
+        checkpoint = self.config.checkpoint
+        assert checkpoint is not None
+        return bool(checkpoint.every_n_epochs or checkpoint.every_n_steps or checkpoint.every_s)
+
+    def _is_step_due(self) -> bool:
+        checkpoint = self.config.checkpoint
+        assert checkpoint is not None and checkpoint.every_n_steps
+        return self.rank.global_step > 0 and self.rank.global_step % checkpoint.every_n_steps == 0
+
+    # ---- validation
+
+    def validates_after_batch(self) -> bool:
+        if self.val_every <= 0:
+            return False
+        rank, across_epochs = self.rank, self.config.check_val_every_n_epoch is None
+        count = rank.num_batches_seen if across_epochs else rank.batch_idx
+        return count % self.val_every == 0 and self._is_validation_epoch()
+
+    def validates_after_epoch(self) -> bool:
+        return self.val_every == AT_EPOCH_END and self._is_validation_epoch()
+
+    def reloads(self) -> bool:
+        every = self.config.reload_dataloaders_every_n_epochs
+        return bool(every) and self.rank.current_epoch > 0 and self.rank.current_epoch % every == 0
+
+    def _is_validation_epoch(self) -> bool:
+        every = self.config.check_val_every_n_epoch
+        return every is None or (self.rank.current_epoch + 1) % every == 0
+
+    def _validation_interval(self) -> int:
+        """Training batches from one validation to the next."""
+        rank, interval, num_batches = self.rank, self.config.val_check_interval, self.rank.num_training_batches
+        if not self.config.limit_val_batches or not rank.overrides("validation_step"):
+            return NEVER
+        if rank.val_dataloaders is None:
+            open_evaluation_data(rank, "validate")
+        if count_evaluation_batches(rank) == 0:
+            return NEVER
+        if isinstance(interval, int):
+            return interval
+        if num_batches is not None:
+            return max(1, int(num_batches * interval))
+        if interval != 1.0:
+            raise InvalidArguments(
+                f"val_check_interval={interval} is a fraction of an epoch, and this epoch's length is unknown; give a "
+                "number of batches (an int)"
+            )
+        return AT_EPOCH_END
