@@ -127,8 +127,10 @@ def find_misspelt_hooks(obj: Any, base: type) -> dict[str, str]:
     for name, function in own:
         if len(name) < 8 or hasattr(base, name) or name in called:
             continue
-        nearest = min(hooks, key=lambda hook: count_edits(name, hook))
-        if count_edits(name, nearest) <= (1 if len(name) < 12 else 2) and not is_overridden(obj, nearest, base):
+        limit = 1 if len(name) < 12 else 2
+        edits = {hook: count_edits(name, hook) for hook in hooks if abs(len(name) - len(hook)) <= limit}
+        nearest = min(edits, key=edits.__getitem__, default="")
+        if nearest and edits[nearest] <= limit and not is_overridden(obj, nearest, base):
             mistakes[nearest] = f"{function.__qualname__} is never called; did you mean {nearest}?"
     return mistakes
 

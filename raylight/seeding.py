@@ -44,7 +44,7 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
 
 
 def seed_process(seed: int) -> None:
-    """Seeds the same generators for one rank of a run: `seed` may be larger, such as the run's plus the rank, and a later
+    """Seeds the same generators for one rank of a run; `seed` may be larger, such as the run's plus the rank. A later
     `fit` does not take it."""
     random.seed(seed)
     np.random.seed(seed % (MAX_SEED + 1))
