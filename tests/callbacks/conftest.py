@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import raylight as pl
 from raylight.config import Config
 
 
@@ -57,3 +60,68 @@ def make_rank() -> Callable[..., HandmadeRank]:
         return HandmadeRank(Config(**(config or {})), **attributes)
 
     return make
+
+
+class Net(pl.Module):
+    """Regression on 4 features; `norm` adds batch norm."""
+
+    def __init__(self, norm: bool = False, lr: float = 0.05, momentum: float = 0.9):
+        super().__init__()
+        torch.manual_seed(1)
+        self.save_hyperparameters()
+        self.backbone = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8) if norm else nn.Tanh())
+        self.head = nn.Linear(8, 1)
+        self.lr, self.momentum = lr, momentum
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        x, y = batch
+        return nn.functional.mse_loss(self.head(self.backbone(x)), y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = self.loss(batch)
+        self.log("train_loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", self.loss(batch))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.head(self.backbone(batch[0]))
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(trained, lr=self.lr, momentum=self.momentum)
+
+
+def make_data(num_samples: int = 48) -> TensorDataset:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(num_samples, 4, generator=generator)
+    return TensorDataset(x, x.sum(1, keepdim=True).sin())
+
+
+@pytest.fixture
+def make_net() -> Callable[..., Net]:
+    return Net
+
+
+@pytest.fixture
+def fit(tmp_path: Any) -> Callable[..., Any]:
+    """Fits a net in this process on 6 batches of 8, in order; returns the trainer."""
+
+    def run(net: Net, *callbacks: Any, resume: Any = None, data: Any = None, **arguments: Any) -> pl.Trainer:
+        loader = DataLoader(data or make_data(), batch_size=8)
+        options = {"num_workers": 0, "max_epochs": 4, "storage_path": str(tmp_path), "enable_progress_bar": False}
+        options |= {"enable_model_summary": False, "log_every_n_steps": 1, "seed": 3} | arguments
+        trainer = pl.Trainer(callbacks=list(callbacks), **options)
+        trainer.fit(net, loader, DataLoader(data or make_data(), batch_size=16), ckpt_path=resume)
+        return trainer
+
+    return run
+
+
+@pytest.fixture
+def dataset() -> TensorDataset:
+    return make_data()
