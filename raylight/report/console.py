@@ -1,0 +1,134 @@
+"""Console: the terminal, the notebook or the log file that a person watches a run in."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from raylight.messages import Message, Notice, Output, Progress
+from raylight.report.bars import describe, label, render
+from raylight.report.drawing import Drawing
+from raylight.report.progress import RunProgress
+from raylight.report.summary import format_results, summarize_model, summarize_result
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from raylight.driver.result import Result
+
+LINE_INTERVAL_S = 5.0
+
+
+class Console:
+    """Shows messages of all ranks as bars in a terminal or a notebook, elsewhere as a plain line every few seconds.
+
+    `enabled=False` leaves out bars, lines and the summary; what rank 0 prints and what a person should know still
+    appears. Bars are drawn by a thread, which imports rich once the first batch is through.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        world_size: int = 1,
+        max_epochs: int | None = None,
+        max_steps: int = -1,
+        max_time_s: float | None = None,
+    ):
+        self.enabled = enabled
+        self.world_size = world_size
+        self._stream = sys.stdout if stream is None else stream
+        self._place = find_place(self._stream)
+        self._progress = RunProgress(max_epochs, max_steps, max_time_s)
+        self._lock = threading.RLock()  # a signal handler may have something to say in the middle of a message
+        self._said: dict[str, int] = {}
+        self._began = time.monotonic()
+        self._next_line: float | None = None
+        self._drawing: Drawing | None = None
+
+    def handle(self, rank: int, message: Message) -> None:
+        if isinstance(message, Output):
+            if rank == 0:
+                self._write(message.text)
+        elif isinstance(message, Notice):
+            self._say(rank, message)
+        elif self.enabled:
+            with self._lock:
+                self._progress.handle(rank, message, time.monotonic())
+            if self._place != "plain":
+                self._draw()
+            elif isinstance(message, Progress):
+                self._print_line()
+
+    def show_model(self, module: Any) -> None:
+        """The table of layers; nothing where the module has no layers yet."""
+        if any(True for _ in module.children()):
+            self._write(summarize_model(module) + "\n\n")
+
+    def show_results(self, stage: str, results: Sequence[Mapping[str, float]]) -> None:
+        """What `validate` or `test` measured."""
+        if any(results):
+            self._write(format_results(stage, results) + "\n")
+
+    def close(self, result: Result | None = None, with_tensorboard: bool = True) -> None:
+        """Put the terminal back as it was and, where there is a result, print its summary. May be called again."""
+        drawing, self._drawing = self._drawing, None
+        if drawing is not None:
+            drawing.stop()
+        if result is not None and self.enabled:
+            seconds = time.monotonic() - self._began
+            self._write("\n" + summarize_result(result, seconds, with_tensorboard) + "\n")
+
+    def _draw(self) -> None:
+        if self._drawing is None:
+            self._drawing = Drawing(self._place, self._stream, self._render)
+        if self._progress.has_begun:
+            self._drawing.update()
+
+    def _render(self, width: int, ascii_only: bool) -> Text:
+        with self._lock:
+            return render(self._progress, time.monotonic(), width, ascii_only)
+
+    def _print_line(self) -> None:
+        now = time.monotonic()
+        if self._next_line is None:
+            self._next_line = now + LINE_INTERVAL_S
+        if now < self._next_line:
+            return
+        self._next_line = now + LINE_INTERVAL_S
+        parts: list[str] = []
+        for stage, facts in describe(self._progress, now):
+            parts += [f"{label(self._progress, stage)} {facts[0]}", *facts[1:]]
+        self._write(", ".join(parts) + "\n")
+
+    def _say(self, rank: int, notice: Notice) -> None:
+        """Once, where several ranks say the same."""
+        if self._said.setdefault(notice.text, rank) != rank:
+            return
+        mark = "warning: " if notice.level == "warning" else ""
+        lead = "raylight: " if mark or "\n" not in notice.text else ""
+        self._write(f"{lead}{mark}{notice.text}\n")
+
+    def _write(self, text: str) -> None:
+        """Above the bars, if there are any."""
+        stream = self._drawing.printed_above if self._drawing is not None else self._stream
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding or "ascii"
+            stream.write(text.replace("─", "-").encode(encoding, "replace").decode(encoding))
+        stream.flush()
+
+
+def find_place(stream: TextIO) -> str:
+    """Where `stream` ends up: "terminal", "notebook" or "plain"."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if type(shell).__name__ in ("ZMQInteractiveShell", "Shell"):  # Jupyter's, Colab's
+        return "notebook"
+    if stream.isatty() and os.environ.get("TERM") != "dumb":
+        return "terminal"
+    return "plain"

@@ -1,0 +1,50 @@
+"""Rows of metrics in one CSV file whose columns are all the names that were ever logged."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+class CsvFile:
+    """Appends rows; a new name has the file written again with one column more."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self._columns: list[str] = []
+        if os.path.exists(path):
+            with open(path, newline="", encoding="utf-8") as file:
+                self._columns = next(csv.reader(file), [])
+
+    def append(self, rows: Sequence[Row | int]) -> None:
+        """A number among the rows takes out what is before it and beyond that step."""
+        added = [row for row in rows if not isinstance(row, int)]
+        new = [name for name in dict.fromkeys(name for row in added for name in row) if name not in self._columns]
+        if new or len(added) < len(rows):
+            kept: list[Row] = self._read()
+            for row in rows:
+                kept = [old for old in kept if int(old["step"]) <= row] if isinstance(row, int) else [*kept, row]
+            self._columns += new
+            self._rewrite(kept)
+        else:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self._columns).writerows(added)
+
+    def _read(self) -> list[Row]:
+        if not self._columns:
+            return []
+        with open(self.path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def _rewrite(self, rows: Iterable[Row]) -> None:
+        """Aside and renamed, so that a reader, or a crash, never meets half a file."""
+        aside = f"{self.path}.partial"
+        with open(aside, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(aside, self.path)

@@ -1,0 +1,123 @@
+"""Ranks are merged exactly, in step order, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from raylight.driver import aggregate
+from raylight.driver.aggregate import StepAggregator
+from raylight.messages import StepMetrics, StepRow, StepValue
+
+
+def message(*rows: tuple[int, dict[str, tuple[float, float, str]]], time: float = 1.0, epoch: int = 0) -> StepMetrics:
+    return StepMetrics(
+        tuple(
+            StepRow(step, epoch, time, {name: StepValue(*value) for name, value in values.items()})
+            for step, values in rows
+        )
+    )
+
+
+def mean(value: float, weight: float = 1.0) -> dict[str, tuple[float, float, str]]:
+    return {"loss": (value, weight, "mean")}
+
+
+def test_a_row_comes_out_when_every_rank_has_sent_it():
+    aggregator = StepAggregator(3)
+    assert aggregator.add(0, message((10, mean(1.0)))) == []
+    assert aggregator.add(2, message((10, mean(2.0)))) == []
+    assert aggregator.add(1, message((10, mean(6.0)), time=4.0)) == [(10, 0, 4.0, {"loss": 3.0})]
+    assert aggregator.flush() == []
+
+
+def test_reductions_over_ranks():
+    def values(x: float, weight: float) -> dict[str, tuple[float, float, str]]:
+        return {name: (x, weight, name) for name in ("mean", "sum", "min", "max")}
+
+    aggregator = StepAggregator(3)
+    aggregator.add(0, message((1, values(2.0, 30.0))))
+    aggregator.add(1, message((1, values(5.0, 10.0))))
+    ((_, _, _, merged),) = aggregator.add(2, message((1, values(-1.0, 0.0))))
+    assert merged == {"mean": (2 * 30 + 5 * 10) / 40, "sum": 6.0, "min": -1.0, "max": 5.0}
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum", "min", "max"])
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_nan_on_any_rank_is_seen(reduce, bad_rank):
+    aggregator = StepAggregator(2)
+    rows = []
+    for rank in range(2):
+        value = math.nan if rank == bad_rank else 1.0
+        rows += aggregator.add(rank, message((1, {"x": (value, 1.0, reduce)})))
+    assert math.isnan(rows[0][3]["x"])
+
+
+def test_one_rank_passes_straight_through():
+    rows = StepAggregator(1).add(0, message((1, mean(0.5, 7.0)), (2, {"n": (4.0, 1.0, "sum")}), epoch=3))
+    assert rows == [(1, 3, 1.0, {"loss": 0.5}), (2, 3, 1.0, {"n": 4.0})]
+
+
+def test_names_that_only_some_ranks_logged_are_merged_over_those():
+    aggregator = StepAggregator(2)
+    aggregator.add(0, message((1, {"loss": (1.0, 1.0, "mean"), "only_0": (9.0, 2.0, "mean")})))
+    ((_, _, _, values),) = aggregator.add(1, message((1, mean(3.0))))
+    assert values == {"loss": 2.0, "only_0": 9.0}
+
+
+def test_ranks_at_different_speeds_keep_step_order():
+    aggregator = StepAggregator(2)
+    aggregator.add(0, message(*((step, mean(float(step))) for step in range(1, 6))))
+    assert [row[0] for row in aggregator.add(1, message((1, mean(1.0)), (2, mean(2.0))))] == [1, 2]
+    assert [row[0] for row in aggregator.add(1, message((3, mean(3.0)), (4, mean(4.0))))] == [3, 4]
+    assert aggregator.flush() == [(5, 0, 1.0, {"loss": 5.0})]
+
+
+def test_a_step_that_one_rank_skipped_comes_out_before_the_next_complete_one():
+    aggregator = StepAggregator(2)
+    aggregator.add(0, message((1, mean(1.0)), (2, mean(2.0))))
+    rows = aggregator.add(1, message((2, mean(4.0))))
+    assert rows == [(1, 0, 1.0, {"loss": 1.0}), (2, 0, 1.0, {"loss": 3.0})]
+
+
+def test_repeated_and_late_rows_are_ignored():
+    aggregator = StepAggregator(2)
+    aggregator.add(0, message((1, mean(1.0))))
+    assert aggregator.add(0, message((1, mean(50.0)))) == []
+    assert aggregator.add(1, message((1, mean(3.0)))) == [(1, 0, 1.0, {"loss": 2.0})]
+    assert aggregator.add(1, message((1, mean(3.0)))) == []
+    assert aggregator.flush() == []
+    alone = StepAggregator(1)
+    alone.add(0, message((1, mean(1.0))))
+    assert alone.add(0, message((1, mean(1.0)))) == []
+
+
+def test_resize_gives_out_what_is_left_and_lets_steps_be_redone():
+    aggregator = StepAggregator(2)
+    aggregator.add(0, message((7, mean(1.0)), (8, mean(2.0))))
+    aggregator.add(1, message((7, mean(3.0))))
+    assert aggregator.resize(1) == [(8, 0, 1.0, {"loss": 2.0})]
+    assert aggregator.add(0, message((8, mean(5.0)))) == [(8, 0, 1.0, {"loss": 5.0})]
+    assert aggregator.resize(3) == []
+    for rank in range(2):
+        assert aggregator.add(rank, message((8, mean(0.0)))) == []
+    assert aggregator.add(2, message((8, mean(3.0)))) == [(8, 0, 1.0, {"loss": 1.0})]
+
+
+def test_memory_is_bounded_when_a_rank_never_sends(monkeypatch):
+    monkeypatch.setattr(aggregate, "MAX_PENDING", 10)
+    aggregator = StepAggregator(2)
+    out = []
+    for step in range(1, 31):
+        out += aggregator.add(0, message((step, mean(1.0))))
+        assert len(aggregator._pending) <= 10
+    assert [row[0] for row in out] == list(range(1, 21))
+    assert [row[0] for row in aggregator.flush()] == list(range(21, 31))
+
+
+def test_an_unknown_reduction_is_an_error():
+    aggregator = StepAggregator(2)
+    aggregator.add(0, message((1, {"x": (1.0, 1.0, "median")})))
+    with pytest.raises(ValueError, match="median"):
+        aggregator.add(1, message((1, {"x": (1.0, 1.0, "median")})))
