@@ -1,5 +1,7 @@
 """raylight trains PyTorch models at any scale on Ray."""
 
+# ruff: noqa: F401  (names for type checkers; __getattr__ loads them)
+
 from __future__ import annotations
 
 import importlib

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Execution:
             stage=self.stage,
             module=self.module,
             loaders=self.loaders,
-            config=self.config,
+            config=replace(self.config, logger=bool(self.config.logger), storage_filesystem=None),
             callbacks=self.callbacks,
             version_path=version.path if version is not None else "",
             files=files,

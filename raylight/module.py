@@ -40,6 +40,8 @@ class Module(nn.Module):
     automatic_optimization: bool = True
     strict_loading: bool = True
     example_input_array: Any = None
+    _trainer: Rank | None
+    _hparams: AttributeDict
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -53,7 +55,9 @@ class Module(nn.Module):
         """This worker's view of the run; the same object that callbacks receive."""
         trainer = self.__dict__.get("_trainer")
         if trainer is None:
-            raise RuntimeError(f"{type(self).__name__} is not attached to a run: `trainer` exists inside the hooks only.")
+            raise RuntimeError(
+                f"{type(self).__name__} is not attached to a run: `trainer` exists inside the hooks only."
+            )
         return trainer
 
     @trainer.setter
@@ -312,7 +316,16 @@ class Module(nn.Module):
         if trainer is None or (rank_zero_only and trainer.global_rank != 0):
             return
         trainer.metrics.log(
-            name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx, batch_size, metric_attribute
+            name,
+            value,
+            prog_bar,
+            logger,
+            on_step,
+            on_epoch,
+            reduce_fx,
+            add_dataloader_idx,
+            batch_size,
+            metric_attribute,
         )
 
     def log_dict(self, dictionary: Mapping[str, Any], **arguments: Any) -> None:

@@ -9,13 +9,11 @@ import torch
 
 from raylight import checks
 from raylight.arguments import as_list, resolve
-from raylight.config import Config, Checkpointing
+from raylight.config import Config
 from raylight.data_module import DataModule
-from raylight.errors import InvalidArguments, RaylightError
-from raylight.launch.in_process import InProcessGroup
-from raylight.launch.signals import stop_on_signal
+from raylight.errors import InvalidArguments
 from raylight.scale import Available
-from raylight.task import Loaders, SavedState, Task
+from raylight.task import Loaders
 
 NAMES = {"fit": "train_dataloaders", "validate": "dataloaders", "test": "dataloaders", "predict": "dataloaders"}
 
@@ -62,14 +60,24 @@ class Trainer:
         return self._execute("fit", model, loaders, ckpt_path)
 
     def validate(
-        self, model: Any = None, dataloaders: Any = None, datamodule: Any = None, ckpt_path: Any = None, verbose: bool = True
+        self,
+        model: Any = None,
+        dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: Any = None,
+        verbose: bool = True,
     ) -> list[dict[str, float]]:
         """One dict of metrics for each loader, exact for any number of workers."""
         loaders = self._evaluation_loaders("validate", dataloaders, datamodule)
         return self._execute("validate", model, loaders, ckpt_path, verbose)
 
     def test(
-        self, model: Any = None, dataloaders: Any = None, datamodule: Any = None, ckpt_path: Any = None, verbose: bool = True
+        self,
+        model: Any = None,
+        dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: Any = None,
+        verbose: bool = True,
     ) -> list[dict[str, float]]:
         """As `validate`, with test_step and the test loaders."""
         loaders = self._evaluation_loaders("test", dataloaders, datamodule)

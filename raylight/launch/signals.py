@@ -29,7 +29,10 @@ def stop_on_signal(request: Callable[[str], None], tell: Callable[[str, str], No
             raise KeyboardInterrupt
         if len(received) == 1:
             name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-            tell(f"{name}: the run stops after this step and saves a checkpoint; Ctrl-C again stops it at once", "warning")
+            tell(
+                f"{name}: the run stops after this step and saves a checkpoint; Ctrl-C again stops it at once",
+                "warning",
+            )
             request("interrupt")
 
     before: dict[int, Any] = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

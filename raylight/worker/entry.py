@@ -14,7 +14,7 @@ import torch
 from raylight.errors import InvalidArguments
 from raylight.messages import Finished, Hyperparameters, Message, Started
 from raylight.rank_zero import set_rank
-from raylight.seeding import seed_everything
+from raylight.seeding import seed_process
 from raylight.task import Place, Task
 from raylight.worker import process_group, state
 from raylight.worker.control import Control
@@ -143,7 +143,7 @@ def _set_numerics(task: Task, place: Place, stack: ExitStack) -> None:
     stack.callback(set_rank, 0)
     if config.seed is not None or place.world_size > 1:
         # every rank draws another stream, so that dropout masks differ between them
-        seed_everything(task.seed + place.rank, verbose=False)
+        seed_process(task.seed + place.rank)
     if config.deterministic:
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=config.deterministic == "warn")

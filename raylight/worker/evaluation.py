@@ -50,7 +50,9 @@ def evaluate(rank: Rank, stage: str, max_batches: float = float("inf")) -> Itera
     inside_fit = rank.fitting and stage == "validate"
     module = rank.module
     if inside_fit:
-        rank.call("on_validation_model_zero_grad") if rank.hooks("on_validation_model_zero_grad") else module.zero_grad()
+        rank.call("on_validation_model_zero_grad") if rank.hooks(
+            "on_validation_model_zero_grad"
+        ) else module.zero_grad()
     module._remember_modes()
     getattr(module, f"on_{prefix}_model_eval")()
     # DDP lets running statistics drift apart between its broadcasts; all ranks must measure the same module
@@ -155,7 +157,9 @@ def _gather_in_order(rank: Rank, outputs: list[list[tuple[int, Any]]]) -> list[l
     """Each loader's outputs of all ranks, in the order of its batches."""
     if rank.world_size > 1:
         shares = gather_objects(_to_cpu(outputs), rank.world_size)
-        outputs = [sorted(sum((share[i] for share in shares), []), key=lambda pair: pair[0]) for i in range(len(outputs))]
+        outputs = [
+            sorted(sum((share[i] for share in shares), []), key=lambda pair: pair[0]) for i in range(len(outputs))
+        ]
         outputs = move_to_device(outputs, rank.device)
     return [[output for _, output in loader] for loader in outputs]
 

@@ -38,7 +38,7 @@ class Gradients:
         self.rank, self.config, module = rank, rank.config, rank.module
         self.automatic = module.automatic_optimization
         self.parameters = [p for optimizer in rank.optimizers for g in optimizer.param_groups for p in g["params"]]
-        self.optimizer = rank.optimizers[0] if rank.optimizers else None
+        self.optimizer: Any = rank.optimizers[0] if rank.optimizers else None
         self.step = bind_step(module.training_step)
         self.ddp: Any = None
         if rank.world_size > 1:
@@ -129,7 +129,8 @@ class Gradients:
     def step_optimizer(self, optimizer: Any, closure: Callable[[], Any] | None = None) -> Any:
         """The one place where parameters change."""
         rank = self.rank
-        if not self.automatic:
+        if not self.automatic and self.on_before_optimizer_step:
+            rank.precision.unscale(optimizer)
             for hook in self.on_before_optimizer_step:
                 hook(optimizer)
         if rank.snapshots is not None and not rank.snapshots.wait():
@@ -201,7 +202,7 @@ class Gradients:
         if not self.automatic or not any(p.requires_grad for p in module.parameters()):
             broadcast_tensors([*module.parameters(), *module.buffers()], rank.world_size)
             return
-        bucket = {"bucket_cap_mb": options.bucket_cap_mb} if options.bucket_cap_mb is not None else {}
+        bucket: dict[str, Any] = {"bucket_cap_mb": options.bucket_cap_mb} if options.bucket_cap_mb is not None else {}
         self.step = self.ddp = nn.parallel.DistributedDataParallel(
             StepModule(module, self.step),
             device_ids=[rank.device] if rank.device.type == "cuda" else None,

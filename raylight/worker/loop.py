@@ -6,7 +6,7 @@ a second.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -21,6 +21,7 @@ from raylight.worker.data import TrainBatch, TrainBatches
 from raylight.worker.evaluation import evaluate, gather_outputs, open_evaluation_data
 from raylight.worker.gradients import Gradients
 from raylight.worker.optimization import step_schedulers
+from raylight.worker.profiler import Profiler
 from raylight.worker.rank import Rank, takes_outputs
 from raylight.worker.schedule import Schedule
 
@@ -35,11 +36,17 @@ def fit(rank: Rank) -> Iterator[Message]:
         yield from sanity_check(rank)
     open_training_data(rank)
     loop = Loop(rank)
+    if rank.profiler is not None:
+        profile(loop, rank.profiler)
     rank.call("on_train_start")
     while not loop.schedule.is_finished():
         yield from loop.train_epoch()
     yield from loop.save_last()
     rank.call("on_train_end")
+    if rank.profiler is not None:
+        rank.profiler.stop()
+        rank.notice(rank.profiler.summary())
+        yield from rank.take_outbox()
 
 
 def sanity_check(rank: Rank) -> Iterator[Message]:
@@ -283,6 +290,42 @@ class Loop:
 
     def _agree(self, flag: bool) -> bool:
         return agree(flag, self.rank.world_size)
+
+
+def profile(loop: Loop, profiler: Profiler) -> None:
+    """Puts sections around the pieces of a step; a loop without a profiler has none of these wrappers."""
+    rank, gradients = loop.rank, loop.gradients
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            with profiler.section(name):
+                return function(*arguments, **keywords)
+
+        return run
+
+    def timed_batches(*arguments: Any, **keywords: Any) -> Iterator[TrainBatch]:
+        batches = iterate(*arguments, **keywords)
+        while True:
+            with profiler.section("data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+            profiler.step()
+
+    iterate = rank.train_batches.iterate
+    setattr(rank.train_batches, "iterate", timed_batches)  # noqa: B010
+    backward = gradients.backward or Tensor.backward
+    for owner, name, section, function in (
+        (gradients, "forward", "training_step", gradients.forward),
+        (gradients, "backward", "backward", backward),
+        (gradients, "step_optimizer", "optimizer_step", gradients.step_optimizer),
+        (rank, "transfer", "transfer", rank.transfer),
+    ):
+        setattr(owner, name, timed(section, function))
+    loop.on_batch_start = tuple(timed("on_train_batch_start", hook) for hook in loop.on_batch_start)
+    loop.on_batch_end = tuple(timed("on_train_batch_end", hook) for hook in loop.on_batch_end)
+    profiler.start()
 
 
 def _detach(outputs: Any) -> Any:

@@ -203,7 +203,9 @@ class Metrics:
         if not isinstance(name, str):
             raise InvalidArguments(f"log(name={name!r}): a name is a str, not {type(name).__name__}")
         is_metric = hasattr(value, "compute") and hasattr(value, "update") and hasattr(value, "reset")
-        if isinstance(value, dict) or not (is_metric or isinstance(value, (Tensor, int, float)) or hasattr(value, "item")):
+        if isinstance(value, dict) or not (
+            is_metric or isinstance(value, (Tensor, int, float)) or hasattr(value, "item")
+        ):
             raise InvalidArguments(
                 f"log({name!r}): a number, a one-element tensor or a torchmetrics metric is needed, not "
                 f"{type(value).__name__}" + ("; use log_dict for a dict" if isinstance(value, dict) else "")
@@ -211,7 +213,9 @@ class Metrics:
         reduce = {torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max"}.get(reduce_fx, reduce_fx)
         reduce = {"avg": "mean"}.get(reduce, reduce) if isinstance(reduce, str) else reduce
         if not callable(reduce) and reduce not in REDUCTIONS:
-            raise InvalidArguments(f"log({name!r}, reduce_fx={reduce_fx!r}): one of {REDUCTIONS} or a function is needed")
+            raise InvalidArguments(
+                f"log({name!r}, reduce_fx={reduce_fx!r}): one of {REDUCTIONS} or a function is needed"
+            )
         if stage == "predict":
             raise InvalidArguments(f"log({name!r}): predict_step collects outputs and logs nothing")
         in_step = stage == "train" and self.hook_is_step
@@ -255,7 +259,7 @@ class Metrics:
     def _compute(self, name: str, gathered: list[tuple[Any, dict[str, str | None], Any]]) -> float:
         path = next(attributes[name] for _, attributes, _ in gathered if name in attributes)
         own = next((s.metric for s in self.series.values() if s.name == name and s.metric is not None), None)
-        metric = own if own is not None else self.module.get_submodule(path) if path is not None else None
+        metric: Any = own if own is not None else self.module.get_submodule(path) if path is not None else None
         if metric is None:
             raise InvalidArguments(f"log({name!r}): assign the metric to the module (self.x = Metric()) to log it")
         value = float(metric.compute())

@@ -72,7 +72,7 @@ def _split_dicts(dicts: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
     if unknown or any("optimizer" not in d for d in dicts):
         reason = f"unknown keys {unknown}" if unknown else 'a dict without "optimizer"'
         raise InvalidArguments(f"configure_optimizers: {reason}. It may return {FORMS}.")
-    schedulers = []
+    schedulers: list[Any] = []
     for d in dicts:
         given = d.get("lr_scheduler")
         if given is not None and "monitor" in d and not isinstance(given, dict):

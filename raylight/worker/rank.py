@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +22,7 @@ from raylight.task import Place, Task
 from raylight.worker.collectives import all_gather, broadcast_object
 from raylight.worker.control import Control
 from raylight.worker.metrics import Metrics
-from raylight.worker.optimization import SchedulerConfig, SteppingOptimizer
+from raylight.worker.optimization import SchedulerConfig
 from raylight.worker.precision import make_precision
 from raylight.worker.profiler import make_profiler
 from raylight.worker.snapshot import Snapshots
@@ -38,9 +40,9 @@ class Rank:
         self.callbacks: list[Any] = list(task.callbacks)
         self.device = torch.device(place.device)
         self.stage = "train" if task.stage == "fit" else task.stage
-        self.precision = make_precision(self.config.precision, self.device.type)
+        self.precision = make_precision(self.config.precision, self.device.type, plugins=self.config.plugins)
         self.metrics = Metrics(self.module, place.world_size)
-        self.profiler = make_profiler(self.config.profiler)
+        self.profiler = make_profiler(self.config.profiler, trace_path=self._trace_path())
         self.snapshots: Snapshots | None = None
         self.outbox: list[Message] = []
         self.unsaved_hyperparameters: set[str] = set()
@@ -77,6 +79,10 @@ class Rank:
         self.backward_manually: Callable[..., Any] | None = None
         self._attach()
 
+    def _trace_path(self) -> str:
+        local = self.task.files.local_path("") if self.task.files is not None else None
+        return os.path.join(local or tempfile.gettempdir(), f"trace-rank-{self.place.rank}.json")
+
     def _attach(self) -> None:
         self.module.trainer = self
         if self.datamodule is not None:
@@ -93,9 +99,7 @@ class Rank:
         return found
 
     def callback_hooks(self, name: str) -> tuple[Callable[..., Any], ...]:
-        return tuple(
-            _bind(callback, name, self) for callback in self.callbacks if _overrides(callback, name, Callback)
-        )
+        return tuple(_bind(callback, name, self) for callback in self.callbacks if _overrides(callback, name, Callback))
 
     def module_hook(self, name: str) -> tuple[Callable[..., Any], ...]:
         return (getattr(self.module, name),) if self.overrides(name) else ()
@@ -252,7 +256,9 @@ class Rank:
 
     def manual_backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:
         if self.backward_manually is None:
-            raise RuntimeError("manual_backward is for modules with automatic_optimization = False, inside training_step")
+            raise RuntimeError(
+                "manual_backward is for modules with automatic_optimization = False, inside training_step"
+            )
         self.backward_manually(loss, *arguments, **keywords)
 
     # ---- loaders
@@ -327,9 +333,7 @@ class LoggerProxy:
         step = rank.global_step if step is None else step
         values = {name: float(value) for name, value in metrics.items()}
         logged = frozenset(values)
-        rank.outbox.append(
-            EpochMetrics(rank.stage, rank.current_epoch, step, time.time(), values, logged, frozenset())
-        )
+        rank.outbox.append(EpochMetrics(rank.stage, rank.current_epoch, step, time.time(), values, logged, frozenset()))
 
     def log_hyperparams(self, params: Any) -> None:
         """Adds to the hyperparameters that the run records."""

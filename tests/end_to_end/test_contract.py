@@ -60,9 +60,7 @@ def fit(module: pl.Module, num_workers: int, path: Path, batch_size: int = 4, sh
     per_worker = batch_size * 6 // max(num_workers, 1)
     loader = DataLoader(make_data(), batch_size=per_worker, shuffle=shuffle)
     val = DataLoader(make_data(23), batch_size=4)
-    result = pl.fit(
-        module, loader, val, num_workers=num_workers, storage_path=str(path), **{**defaults, **arguments}
-    )
+    result = pl.fit(module, loader, val, num_workers=num_workers, storage_path=str(path), **{**defaults, **arguments})
     return result
 
 
@@ -92,7 +90,9 @@ def test_files_and_result(num_workers, tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-@pytest.mark.parametrize("num_workers", [pytest.param(2, marks=pytest.mark.ray), pytest.param(3, marks=pytest.mark.ray)])
+@pytest.mark.parametrize(
+    "num_workers", [pytest.param(2, marks=pytest.mark.ray), pytest.param(3, marks=pytest.mark.ray)]
+)
 def test_weights_follow_one_process(num_workers, optimizer, tmp_path):
     alone, together = Net(optimizer=optimizer, lr=0.01), Net(optimizer=optimizer, lr=0.01)
     fit(alone, 0, tmp_path / "alone", max_epochs=25)
@@ -102,7 +102,9 @@ def test_weights_follow_one_process(num_workers, optimizer, tmp_path):
         torch.testing.assert_close(together.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_workers", [pytest.param(2, marks=pytest.mark.ray), pytest.param(3, marks=pytest.mark.ray)])
+@pytest.mark.parametrize(
+    "num_workers", [pytest.param(2, marks=pytest.mark.ray), pytest.param(3, marks=pytest.mark.ray)]
+)
 def test_accumulation_follows_one_process(num_workers, tmp_path):
     alone, together = Net(), Net()
     one = fit(alone, 0, tmp_path / "alone", batch_size=2, accumulate_grad_batches=2, max_epochs=10)
@@ -269,7 +271,13 @@ class GAN(pl.Module):
 def test_gan_trains_alike_on_two_workers(tmp_path):
     loaders = [DataLoader(make_data(24), batch_size=size) for size in (8, 4)]
     modules = [GAN(), GAN()]
-    options = {"max_epochs": 2, "seed": 1, "enable_progress_bar": False, "enable_model_summary": False, "use_gpu": False}
+    options = {
+        "max_epochs": 2,
+        "seed": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_gpu": False,
+    }
     for module, loader, workers in zip(modules, loaders, (0, 2), strict=True):
         result = pl.fit(module, loader, num_workers=workers, storage_path=str(tmp_path / str(workers)), **options)
         assert result.num_steps == 12
