@@ -1,0 +1,204 @@
+"""Handover: a task from the driver to the workers and results back, large tensors without a copy by pickle."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import io
+import mmap
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import torch
+
+Buffer = Any  # what supports the buffer protocol; typing has no word for it before Python 3.12
+
+MIN_BUFFER_BYTES = 1 << 20
+"""Smaller tensors and arrays are pickled in place: sharing them saves less than it costs."""
+
+
+def dump(obj: Any) -> tuple[bytes, list[memoryview]]:
+    """Pickles `obj` by cloudpickle, and classes of `__main__` or a notebook by value.
+
+    The memory of large dense tensors and arrays is not copied, it comes back as buffers over the objects' own memory.
+    Views of one storage and tied parameters stay so. Tensors of a GPU arrive on the CPU.
+    """
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(obj)
+    return file.getvalue(), pickler.buffers
+
+
+def load(payload: Buffer, buffers: Sequence[Buffer]) -> Any:
+    """What `dump` was given. Large tensors are views of `buffers`, where those can be written to; but parameters, and
+    all tensors if not, have memory of their own."""
+    try:
+        return pickle.loads(payload, buffers=buffers)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error}: this worker cannot import a module that the model, the data or a callback comes from. Install "
+            "it on every node, or send it along by ray.init(runtime_env={'working_dir': '.'})",
+            name=error.name,
+            path=error.path,
+        ) from error
+
+
+# ---- shared memory of one machine
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentAddress:
+    """Where other processes of the machine find a Segment: a file descriptor of the process that made it."""
+
+    pid: int
+    fd: int
+    spans: tuple[tuple[int, int], ...]
+    """Offset and size of each buffer."""
+
+
+class Segment:
+    """Buffers in anonymous shared memory, made once a machine and mapped by all its workers.
+
+    It has no name, so it cannot be left behind: the system frees it when its maker and all who mapped it are gone,
+    in whatever way. Linux only.
+    """
+
+    def __init__(self, buffers: Sequence[Buffer]):
+        fd = os.memfd_create("raylight")
+        self._fd: int | None = fd
+        spans, end = [], 0
+        for buffer in buffers:
+            view = memoryview(buffer).cast("B")
+            end = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
+            spans.append((end, view.nbytes))
+            _write_all(fd, view, end)
+            end += view.nbytes
+        self.address = SegmentAddress(os.getpid(), fd, tuple(spans))
+
+    def close(self) -> None:
+        """Those who have mapped it keep it; nobody else can map it any more."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def map_segment(address: SegmentAddress) -> list[memoryview]:
+    """The buffers of a Segment, copy-on-write: what is written into them is seen by this process alone.
+
+    Pages that nobody writes exist once for all processes.
+    """
+    fd = os.open(f"/proc/{address.pid}/fd/{address.fd}", os.O_RDONLY)
+    try:
+        memory = memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_COPY))
+    finally:
+        os.close(fd)
+    return [memory[offset : offset + size] for offset, size in address.spans]
+
+
+@functools.cache
+def memory_domain() -> str | None:
+    """Processes that give the same answer can map each other's segments. None: this system has none."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')} {os.geteuid()}"
+
+
+def _write_all(fd: int, view: memoryview, offset: int) -> None:
+    written = 0
+    while written < view.nbytes:  # one call writes at most 2 GiB
+        written += os.pwrite(fd, view[written:], offset + written)
+
+
+# ---- pickling
+
+
+class _Pickler(cloudpickle.Pickler):
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file, protocol=5, buffer_callback=self._stays_inside)
+        self.buffers: list[memoryview] = []
+        self._memories: dict[int, _Memory] = {}
+
+    def _stays_inside(self, buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes < MIN_BUFFER_BYTES:
+            return True
+        self.buffers.append(raw)
+        return False
+
+    def reducer_override(self, obj: Any) -> Any:
+        kind = type(obj)
+        if kind is _Memory:
+            return _load_memory, (pickle.PickleBuffer(_view_bytes(obj.storage)), obj.is_own)
+        if (kind is torch.Tensor or kind is torch.nn.Parameter) and _is_plain(obj):
+            return _load_tensor, (
+                kind, self._memory_of(obj), obj.dtype, obj.storage_offset(), tuple(obj.shape), obj.stride(),
+                obj.requires_grad, obj.__dict__ or None,
+            )  # fmt: skip
+        return super().reducer_override(obj)
+
+    def _memory_of(self, tensor: torch.Tensor) -> _Memory:
+        """The same object for all views of one storage, so that pickle writes it once."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._memories:
+            self._memories[storage._cdata] = _Memory(storage, isinstance(tensor, torch.nn.Parameter))
+        return self._memories[storage._cdata]
+
+
+class _Memory:
+    """The bytes behind tensors."""
+
+    def __init__(self, storage: torch.UntypedStorage, is_own: bool):
+        self.storage = storage
+        self.is_own = is_own
+        """Whether each process must have it to itself. True for parameters: some strategies resize their storage."""
+
+
+def _view_bytes(storage: torch.UntypedStorage) -> ctypes.Array:
+    """A CPU storage's own memory, or a copy of a GPU's. Not by `numpy()`: that would forbid the user to resize it."""
+    storage = storage.cpu()
+    view = (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())
+    view.owner = storage  # type: ignore[attr-defined]
+    return view
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether bytes, shape and strides are all there is to it; others are pickled torch's way."""
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type != "meta"
+        and not tensor.is_quantized
+        and not tensor.is_nested
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and (tensor.is_leaf or not tensor.requires_grad)
+        and not tensor._backward_hooks
+    )
+
+
+def _load_memory(buffer: Buffer, is_own: bool) -> torch.UntypedStorage:
+    source = np.frombuffer(buffer, dtype=np.uint8)
+    if not is_own and source.flags.writeable and source.nbytes >= MIN_BUFFER_BYTES:
+        return torch.from_numpy(source).untyped_storage()
+    storage = torch.UntypedStorage(source.nbytes)
+    ctypes.memmove(storage.data_ptr(), source.ctypes.data, source.nbytes)
+    return storage
+
+
+def _load_tensor(
+    kind: type, storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, size: tuple[int, ...],
+    stride: tuple[int, ...], requires_grad: bool, attributes: dict[str, Any] | None,
+) -> torch.Tensor:  # fmt: skip
+    tensor = torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
+    if kind is torch.nn.Parameter:
+        tensor = torch.nn.Parameter(tensor, requires_grad)
+    elif requires_grad:
+        tensor.requires_grad_()
+    if attributes:
+        tensor.__dict__.update(attributes)
+    return tensor

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from raylight.launch import handover
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "raylight.launch.handover"])
+BIG = handover.MIN_BUFFER_BYTES
+
+
+def through(value: Any) -> Any:
+    """There and back within this process, by way of a segment as a worker would have it."""
+    payload, buffers = handover.dump(value)
+    if not buffers:
+        return handover.load(payload, [])
+    segment = handover.Segment(buffers)
+    try:
+        return handover.load(payload, handover.map_segment(segment.address))
+    finally:
+        segment.close()
+
+
+@pytest.mark.parametrize("num_elements", [0, 1, 1000, BIG // 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+def test_values_arrive(num_elements: int, dtype: torch.dtype):
+    tensor = (torch.arange(num_elements) % 7).to(dtype)
+    arrived = through({"x": tensor})["x"]
+    assert arrived.dtype is dtype
+    assert torch.equal(arrived, tensor)
+
+
+def test_small_values_need_no_buffer():
+    _, buffers = handover.dump([nn.Linear(10, 10), torch.ones(10), np.ones(10)])
+    assert buffers == []
+
+
+def test_large_values_are_buffers_over_their_own_memory():
+    tensor, array = torch.zeros(BIG), np.zeros(BIG)
+    payload, buffers = handover.dump([tensor, array])
+    assert len(payload) < 2000
+    assert [buffer.nbytes for buffer in buffers] == [BIG * 4, BIG * 8]
+    tensor[0], array[0] = 1.0, 1.0
+    assert [any(buffer[:8]) for buffer in buffers] == [True, True]
+
+
+@pytest.mark.parametrize("size", [8, BIG])
+def test_views_and_tied_parameters_stay_tied(size: int):
+    whole = torch.zeros(size)
+    encoder, decoder = nn.Linear(size, 1, bias=False), nn.Linear(size, 1, bias=False)
+    decoder.weight = encoder.weight
+    payload, buffers = handover.dump([whole, whole[2:5], whole.view(2, -1).T, encoder, decoder])
+    assert len(buffers) == (2 if size == BIG else 0)
+    whole, part, transposed, encoder, decoder = handover.load(payload, [bytearray(buffer) for buffer in buffers])
+    whole[2] = 7.0
+    assert part[0] == 7.0
+    assert transposed[2, 0] == 7.0
+    assert transposed.stride() == (1, size // 2)
+    assert decoder.weight is encoder.weight
+
+
+def test_parameters_have_memory_of_their_own_and_can_be_resized():
+    arrived = through(nn.Linear(BIG, 1))
+    assert isinstance(arrived.weight, nn.Parameter)
+    assert arrived.weight.requires_grad
+    arrived.weight.untyped_storage().resize_(0)
+
+
+def test_the_callers_own_tensors_stay_resizable():
+    tensor = torch.ones(BIG)
+    handover.dump(tensor)
+    tensor.untyped_storage().resize_(0)
+
+
+def test_everything_about_a_tensor_arrives():
+    parameter = nn.Parameter(torch.ones(3), requires_grad=False)
+    parameter.label = "frozen"
+    leaf = torch.ones(2, requires_grad=True)
+    arrived_parameter, arrived_leaf = through([parameter, leaf])
+    assert arrived_parameter.label == "frozen"
+    assert not arrived_parameter.requires_grad
+    assert arrived_leaf.requires_grad
+    assert type(arrived_leaf) is torch.Tensor
+
+
+def test_tensors_that_are_more_than_bytes_go_torchs_way():
+    sparse = torch.eye(3).to_sparse()
+    conjugate = torch.tensor([1 + 2j]).conj()
+    quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    meta = torch.empty(3, device="meta")
+    arrived = through([sparse, conjugate, quantized, meta])
+    assert torch.equal(arrived[0].to_dense(), sparse.to_dense())
+    assert torch.equal(arrived[1], conjugate)
+    assert torch.equal(arrived[2].dequantize(), quantized.dequantize())
+    assert arrived[3].device.type == "meta"
+
+
+def test_nothing_is_lost_where_buffers_cannot_be_written_to():
+    tensor, array = torch.arange(float(BIG)), np.arange(float(BIG))
+    payload, buffers = handover.dump([tensor, array])
+    arrived_tensor, arrived_array = handover.load(payload, [bytes(buffer) for buffer in buffers])
+    arrived_tensor[0] = 5.0
+    assert torch.equal(arrived_tensor[1:], tensor[1:])
+    assert np.array_equal(arrived_array, array)
+
+
+def test_writes_into_what_arrived_stay_there():
+    data = TensorDataset(torch.zeros(BIG))
+    payload, buffers = handover.dump(data)
+    segment = handover.Segment(buffers)
+    first, second = (handover.load(payload, handover.map_segment(segment.address)) for _ in range(2))
+    segment.close()
+    first.tensors[0][0] = 1.0
+    assert second.tensors[0][0] == 0.0
+    assert data.tensors[0][0] == 0.0
+
+
+def test_a_missing_module_says_what_to_do():
+    payload = b"cno_such_module_here\nThing\n."
+    with pytest.raises(ModuleNotFoundError, match="Install it on every node") as caught:
+        handover.load(payload, [])
+    assert caught.value.name == "no_such_module_here"
+
+
+def test_classes_of_a_script_go_along(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from raylight.launch import handover\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, x): return SCALE * x\n"
+        "SCALE = 3\n"
+        "sys.stdout.buffer.write(handover.dump(Net())[0])\n"
+    )
+    payload = subprocess.run([sys.executable, str(script)], check=True, capture_output=True).stdout
+    assert handover.load(payload, [])(2) == 6
+
+
+# ---- shared memory
+
+
+def _map_and_report(address: handover.SegmentAddress, payload: bytes, value: float, pipe: Any) -> None:
+    data = handover.load(payload, handover.map_segment(address))
+    total = float(data.tensors[0].sum())  # touches every page
+    private_before = _private_bytes()
+    data.tensors[0][:1000] = value
+    pipe.send((total, private_before, _private_bytes()))
+    pipe.recv()
+    pipe.send(float(data.tensors[0][0]))
+
+
+def _private_bytes() -> int:
+    """What this process has copied of the memory of segments."""
+    private, in_segment = 0, False
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            if "-" in line.split()[0]:
+                in_segment = "memfd:raylight" in line
+            elif in_segment and line.startswith("Anonymous:"):
+                private += int(line.split()[1]) * 1024
+    return private
+
+
+def test_two_processes_share_one_copy_and_do_not_see_each_others_writes():
+    num_elements = 25_000_000  # 100 MB
+    payload, buffers = handover.dump(TensorDataset(torch.ones(num_elements)))
+    segment = handover.Segment(buffers)
+    pipes = []
+    for value in (5.0, 6.0):
+        mine, theirs = PROCESSES.Pipe()
+        PROCESSES.Process(target=_map_and_report, args=(segment.address, payload, value, theirs), daemon=True).start()
+        pipes.append(mine)
+    for total, private_before, private_after in [pipe.recv() for pipe in pipes]:
+        assert total == num_elements
+        assert private_before == 0
+        assert 0 < private_after < 1_000_000  # the pages that were written
+    segment.close()
+    for pipe in pipes:
+        pipe.send("both have written")
+    assert [pipe.recv() for pipe in pipes] == [5.0, 6.0]
+
+
+def _hold_a_segment(pipe: Any) -> None:
+    segment = handover.Segment([bytes(BIG)])
+    pipe.send(segment.address)
+    pipe.recv()
+
+
+def test_a_segment_is_gone_with_the_process_that_made_it():
+    mine, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=_hold_a_segment, args=(theirs,))
+    process.start()
+    address = mine.recv()
+    assert len(handover.map_segment(address)[0]) == BIG
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with pytest.raises(FileNotFoundError):
+        handover.map_segment(address)
+
+
+def test_a_closed_segment_stays_with_those_who_mapped_it():
+    segment = handover.Segment([b"a" * BIG, b"b" * 10])
+    first, second = handover.map_segment(segment.address)
+    segment.close()
+    segment.close()
+    assert bytes(first[-2:]) == b"aa"
+    assert bytes(second) == b"b" * 10
+    with pytest.raises(FileNotFoundError):
+        handover.map_segment(segment.address)
+
+
+def test_memory_domain_is_that_of_the_machine():
+    assert handover.memory_domain() == pickle.loads(pickle.dumps(handover.memory_domain()))
+    assert str(os.geteuid()) in handover.memory_domain()
