@@ -25,7 +25,7 @@ class HostBuffers:
 
     def get(self, path: str, source: Tensor) -> Tensor:
         """Return the buffer that `source` is copied into; call `prepare` before the copy."""
-        layout = (source.shape, source.stride(), source.dtype)
+        layout = (source.shape, source.dtype)
         if self._layouts.get(path) != layout:
             self._buffers.pop(path, None)  # freed first: old and new never exist together
             self._buffers[path] = buffer = _allocate(source)

@@ -19,6 +19,8 @@ from raylight.errors import InvalidArguments
 OnTensor = Callable[[Tensor, str], Any]
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size})
+_KEYS = frozenset({int, str})  # nearly all keys
+_TENSORS = (Tensor, torch.nn.Parameter)
 _ARRAY = "__numpy__"  # {_ARRAY: tensor} stands for a numpy array, which weights_only refuses
 _ARRAY_TYPES = frozenset(map(numpy.dtype, "?bhilBHILefdFD"))
 _MAX_INT_BITS = 2000  # the reader has no opcode for longer ones
@@ -68,7 +70,7 @@ def find_tensor_mistake(tensor: Tensor) -> str | None:
     """Say why `tensor` has no plain copy in host memory, or None."""
     if tensor.is_meta:
         return "is on the meta device and has no values"
-    if is_traceable_wrapper_subclass(tensor) or tensor.is_nested:
+    if tensor.is_nested or (type(tensor) not in _TENSORS and is_traceable_wrapper_subclass(tensor)):
         return f"is a {type(tensor).__name__}; make it a plain tensor first (DTensor: full_tensor())"
     return None
 
@@ -80,16 +82,15 @@ class _Copier:
 
     def copy(self, value: Any, path: str, depth: int) -> Any:
         kind = type(value)
-        if kind is int and value.bit_length() > _MAX_INT_BITS:
-            return self.reject(path, f"is an integer of {value.bit_length()} bits")
         if kind in _ATOMS:
-            return value
+            too_long = kind is int and value.bit_length() > _MAX_INT_BITS
+            return self.reject(path, f"is an integer of {value.bit_length()} bits") if too_long else value
         if isinstance(value, Tensor):
             mistake = find_tensor_mistake(value)
             return self.reject(path, mistake) if mistake else self.on_tensor(value, path)
         if depth == _MAX_DEPTH:
             return self.reject(f"{path[:60]}...", f"is nested more than {_MAX_DEPTH} deep, or holds itself")
-        if isinstance(value, Mapping):
+        if kind is dict or isinstance(value, Mapping):
             return self.copy_mapping(value, path, depth + 1)
         if isinstance(value, (list, tuple, deque, set, frozenset)):
             return self.copy_sequence(value, path, depth + 1)
@@ -98,12 +99,15 @@ class _Copier:
     def copy_mapping(self, value: Mapping, path: str, depth: int) -> Any:
         copied = OrderedDict() if type(value) is OrderedDict else {}
         for key, item in value.items():
-            plain_key = self.copy(key, f"{path} key {key!r}", depth)
-            if isinstance(plain_key, Hashable) and not isinstance(plain_key, Tensor):
-                copied[plain_key] = self.copy(item, f"{path}[{plain_key!r}]", depth)
-            else:
-                self.reject(path, f"has a {type(key).__name__} as a key")
+            plain_key = key if type(key) in _KEYS else self.copy_key(key, path, depth)
+            copied[plain_key] = self.copy(item, f"{path}[{plain_key!r}]", depth)
         return Counter(copied) if type(value) is Counter else copied
+
+    def copy_key(self, key: Any, path: str, depth: int) -> Any:
+        plain_key = self.copy(key, f"{path} key {key!r}", depth)
+        if isinstance(plain_key, Hashable) and not isinstance(plain_key, Tensor):
+            return plain_key
+        return self.reject(path, f"has a {type(key).__name__} as a key")
 
     def copy_sequence(self, value: Any, path: str, depth: int) -> Any:
         kind = set if isinstance(value, (set, frozenset)) else tuple if isinstance(value, tuple) else list

@@ -82,8 +82,7 @@ class Snapshots:
         snapshot.contents, copies = self._stage(state, weights_only, optimizer_owned)
         self._buffers.prepare()
         snapshot.versions = [(tensor, tensor._version) for tensor in optimizer_owned]
-        late = set() if wait or self._in_one_piece else addresses(optimizer_owned)
-        snapshot.start_copying(copies, late)
+        snapshot.start_copying(copies, in_one_piece=wait or self._in_one_piece)
         snapshot.thread = threading.Thread(target=snapshot.write, args=(self.files,), name="snapshot", daemon=True)
         snapshot.stall_s = time.perf_counter() - started
         snapshot.thread.start()
@@ -182,16 +181,15 @@ class _Snapshot:
     stall_s: float = 0.0
     write_s: float = 0.0
 
-    def start_copying(self, copies: list[Copy], late: set[int]) -> None:
-        """Copy at once what is not in `late` (addresses); on a GPU, tell the current stream to."""
+    def start_copying(self, copies: list[Copy], in_one_piece: bool) -> None:
+        """Copy at once what no optimizer owns, or all; on a GPU, tell it to."""
         for copy in copies:
-            source = copy.source
-            if source.data_ptr() not in late or source.device.type not in ("cpu", "cuda"):
-                copy.target.copy_(source, non_blocking=source.is_cuda)
-            elif source.is_cuda:
-                self.late_on_gpu.append(copy)
-            else:
+            if in_one_piece or not copy.owned or not (copy.source.is_cpu or copy.source.is_cuda):
+                copy.target.copy_(copy.source, non_blocking=copy.source.is_cuda)
+            elif copy.source.is_cpu:
                 self.late.append(copy)
+            else:
+                self.late_on_gpu.append(copy)
         if any(copy.source.is_cuda for copy in copies):
             self.events.append(torch.cuda.current_stream().record_event())
         if self.late_on_gpu:
@@ -286,11 +284,12 @@ class _Sink:
 
 
 def _copy_in_one_thread(copy: Copy) -> None:
-    if copy.source.is_contiguous() and not copy.source.is_conj() and not copy.source.is_neg():
+    source, target = copy.source, copy.target
+    if source.is_contiguous() and target.is_contiguous() and not source.is_conj() and not source.is_neg():
         # torch's copy would start a second team of threads, against the one that trains
-        ctypes.memmove(copy.target.data_ptr(), copy.source.data_ptr(), copy.source.nbytes)
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
     else:
-        copy.target.copy_(copy.source)
+        target.copy_(source)
 
 
 def _lower_priority() -> None:

@@ -45,6 +45,8 @@ def training_file(rank: int, world_size: int) -> str:
 
 def share(names_and_sizes: Iterable[tuple[str, int]], world_size: int, rank: int) -> set[str]:
     """Return the names that `rank` writes: the largest first, each to the rank that has the fewest bytes so far."""
+    if world_size == 1:
+        return {name for name, _ in names_and_sizes}
     loads = [(0, candidate) for candidate in range(world_size)]
     mine = set()
     for name, size in sorted(names_and_sizes, key=lambda item: (-item[1], item[0])):
@@ -57,11 +59,11 @@ def share(names_and_sizes: Iterable[tuple[str, int]], world_size: int, rank: int
 
 def addresses(tensors: Iterable[Tensor]) -> set[int]:
     """Where in memory tensors lie; those that are empty or not strided lie nowhere."""
-    return {tensor.data_ptr() for tensor in tensors if _has_address(tensor)}
+    return {tensor.data_ptr() for tensor in tensors if tensor.layout is torch.strided} - {0}
 
 
-def _has_address(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.data_ptr() != 0
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout is torch.strided else 0
 
 
 @dataclass(slots=True)
@@ -69,6 +71,7 @@ class Copy:
     path: str
     source: Tensor
     target: Tensor
+    owned: bool  # by an optimizer, so that it changes in `optimizer.step` alone
 
 
 class Staging:
@@ -134,27 +137,27 @@ class Staging:
         return copy_plain(value, path, on_tensor or self.stage, self.mistakes)
 
     def share_or_stage(self, shared: dict[str, Tensor], tensor: Tensor, path: str) -> Tensor | None:
-        if _has_address(tensor) and tensor.data_ptr() in self.owned:
+        if _address(tensor) in self.owned:
             shared[path] = tensor
             return None
         return self.stage(tensor, path) if self.rank == 0 else None
 
     def stage(self, tensor: Tensor, path: str) -> Tensor:
-        if path in self.targets:
-            return self.targets[path]
-        source = tensor.detach()
-        if source.layout != torch.strided or source.is_quantized:
+        target = self.targets.get(path)
+        if target is not None:
+            return target
+        source = tensor.detach() if tensor.requires_grad else tensor
+        if source.layout is not torch.strided or source.is_quantized:
             target = source.to("cpu", copy=True)  # rare, and has no buffer to reuse
         else:
             if type(source) is not Tensor:
                 source = source.as_subclass(Tensor)
             target = self.buffers.get(path, source)
-            self.copies.append(Copy(path, source, target))
+            self.copies.append(Copy(path, source, target, _address(source) in self.owned))
         self.targets[path] = target
         return target
 
 
 def _identity(tensor: Tensor, path: str) -> Any:
-    if not _has_address(tensor):
-        return path
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    address = _address(tensor)
+    return (address, tensor.dtype, tensor.shape, tensor.stride()) if address else path
