@@ -11,7 +11,7 @@ from typing import BinaryIO
 # algorithm, so that a later version may choose another.
 ALGORITHM = "sha256"
 OVERLAP_SIZE = 1 << 20  # below this, handing a chunk to another thread costs more than it saves
-READ_SIZE = 4 << 20
+READ_SIZE = 8 << 20
 
 
 class Digest:

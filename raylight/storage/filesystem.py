@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from raylight.errors import InvalidArguments, StorageError
 from raylight.messages import SavedFile
 from raylight.storage.digests import Digest
 from raylight.storage.local_files import HIDDEN_PREFIX, Entry, LocalFiles, LocalSink
 from raylight.storage.location import locate
-from raylight.storage.remote_files import RemoteSink, can_send_again
-from raylight.storage.retry import Backoff, explain, logger, reason
+from raylight.storage.remote_files import RemoteSink
+from raylight.storage.retry import Backoff, explain, is_worth_retrying, logger, reason
 
 NUM_REQUESTS_AT_ONCE = 16
 NUM_SENDS_OF_A_FILE = 3
@@ -81,13 +81,14 @@ class Storage:
         """Writes one file. On remote storage, `chunks` that can be iterated again are sent again after a failure."""
         tries = 1 if self.is_local or iter(chunks) is chunks else NUM_SENDS_OF_A_FILE
         for left in reversed(range(tries)):
+            file = self.open_write(path)
             try:
-                with self.open_write(path) as file:
+                with file:
                     for chunk in chunks:
                         file.write(chunk)
                 return file.saved
             except StorageError as error:
-                if not left or error.__cause__ is None or not can_send_again(error.__cause__):
+                if not left or not file.broke or not is_worth_retrying(cast(OSError, error.__cause__)):
                     raise
                 logger.warning("%s\nSending it again from the start.", error)
         raise AssertionError("unreachable: the last try returns or raises")
@@ -205,7 +206,7 @@ class FileWriter:
         self._storage = storage
         self._path = path
         self._size = 0
-        self._failed = False
+        self.broke = False  # the storage failed in the middle of the file
 
     def __enter__(self) -> FileWriter:
         self._digest = Digest()
@@ -239,7 +240,7 @@ class FileWriter:
 
     def _abort(self) -> None:
         try:
-            self._sink.abort(failed=self._failed)
+            self._sink.abort(failed=self.broke)
         except OSError as error:  # the caller is on the way out with the first cause already
             logger.warning("could not clean up after writing %s: %s", self._storage.uri_of(self._path), reason(error))
 
@@ -249,5 +250,5 @@ class FileWriter:
             try:
                 yield
             except OSError:
-                self._failed = True
+                self.broke = True
                 raise

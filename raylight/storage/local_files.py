@@ -149,7 +149,7 @@ def make_directories(path: str) -> None:
     except FileExistsError:
         if os.path.isdir(path):
             return
-        raise
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
     sync_directory(parent)
 
 

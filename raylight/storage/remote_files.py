@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from raylight.errors import StorageError
 from raylight.storage.local_files import HIDDEN_PREFIX, Entry
-from raylight.storage.retry import Backoff, is_worth_retrying, retry
+from raylight.storage.retry import Backoff, retry
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -244,9 +244,16 @@ class _RemoteReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)
-        wanted = min(view.nbytes, max(0, self._size - self._position))
-        if not wanted:
-            return 0
+        data = self._read(view.nbytes)
+        view[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        """One request; without this, Python asks for 8 kB at a time."""
+        return self._read(self._size)
+
+    def _read(self, most: int) -> bytes:
+        wanted = min(most, max(0, self._size - self._position))
 
         def read_once() -> bytes:
             data = self._file.read_at(wanted, self._position)
@@ -254,19 +261,14 @@ class _RemoteReader(io.RawIOBase):
                 raise OSError(f"the connection ended after {len(data)} of {wanted} bytes")
             return data
 
-        view[:wanted] = self._files.retry(read_once, "read", self._path)
+        data = self._files.retry(read_once, "read", self._path) if wanted else b""
         self._position += wanted
-        return wanted
+        return data
 
     def close(self) -> None:
         if not self.closed:
             self._file.close()
         super().close()
-
-
-def can_send_again(error: BaseException) -> bool:
-    """Whether writing the whole file once more may help: the storage broke a stream in its middle."""
-    return isinstance(error, OSError) and not isinstance(error, StorageError) and is_worth_retrying(error)
 
 
 def _entry(info: fs.FileInfo, name: str) -> Entry:

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from raylight.storage.filesystem import Storage
+from raylight.storage.retry import Backoff
+from tests.faults_storage import FaultProxy, s3_server, uri_at
+
+QUICK = Backoff(num_attempts=6, first_s=0.01, longest_s=0.05)
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    with s3_server() as port:
+        yield port
+
+
+@pytest.fixture
+def s3_uri(s3_port: int) -> str:
+    """A prefix of its own on the S3 server, reached directly."""
+    return uri_at(s3_port, uuid.uuid4().hex)
+
+
+@pytest.fixture
+def proxy(s3_port: int) -> Iterator[FaultProxy]:
+    proxy = FaultProxy(s3_port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def behind_proxy(proxy: FaultProxy) -> Storage:
+    """S3 reached through the proxy, with short waits between tries."""
+    return Storage(proxy.uri(uuid.uuid4().hex), backoff=QUICK)
+
+
+@pytest.fixture(params=["local", "s3", "fsspec"])
+def storage(request: pytest.FixtureRequest) -> Storage:
+    """The same contract on a folder, on S3, and on a file system of fsspec that the caller made."""
+    if request.param == "local":
+        return Storage(request.getfixturevalue("tmp_path") / "storage")
+    if request.param == "s3":
+        return Storage(request.getfixturevalue("s3_uri"), backoff=QUICK)
+    import fsspec
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return Storage(f"/{uuid.uuid4().hex}", PyFileSystem(FSSpecHandler(fsspec.filesystem("memory"))), backoff=QUICK)
