@@ -32,7 +32,7 @@ class Images(raylight.DataModule):
     def dataset(self, train: bool):
         transform = transforms.Compose(AUGMENT + TO_TENSOR if train else TO_TENSOR)
         if self.fake:
-            return datasets.FakeData(16, image_size=(3, 32, 32), num_classes=10, transform=transform)
+            return datasets.FakeData(8, image_size=(3, 32, 32), num_classes=10, transform=transform)
         return datasets.CIFAR10(self.path, train=train, transform=transform)
 
     def train_dataloader(self):

@@ -75,7 +75,7 @@ def write_mnist_files(folder: Path) -> None:
 
 def test_mnist_trains_from_files_that_are_there(tmp_path: Path) -> None:
     write_mnist_files(tmp_path / "data" / "MNIST" / "raw")
-    done = run_example("mnist.py", "--num-workers", "0", "--max-epochs", "4", cwd=tmp_path)
+    done = run_example("mnist.py", "--num-workers", "0", "--max-epochs", "8", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     accuracy = re.search(r"Test accuracy ([\d.]+)%, stored in .*mnist/version_0", done.stdout)
     assert accuracy is not None, done.stdout
