@@ -45,24 +45,21 @@ class LocalFiles:
         return _entry(os.path.basename(path), status, os.path.isdir(path))
 
     def list(self, path: str) -> builtins.list[Entry]:
-        try:
-            with os.scandir(path) as found:
-                items = [item for item in found if not item.name.startswith(HIDDEN_PREFIX)]
-        except FileNotFoundError:
-            return []
-        entries = (_entry_if_there(item, item.name) for item in items)
+        entries = (_entry_if_there(item, item.name) for item in _scan(path))
         return [entry for entry in entries if entry is not None]
 
     def walk(self, path: str) -> builtins.list[Entry]:
         return list(self._walk(path, ""))
 
     def _walk(self, path: str, prefix: str) -> Iterator[Entry]:
-        for entry in self.list(path):
-            name = prefix + entry.name
-            if entry.is_directory:
-                yield from self._walk(os.path.join(path, entry.name), name + "/")
-            else:
-                yield Entry(name, entry.size, False, entry.modified_at)
+        """Links to folders are not followed: they may lead out, or around in a circle."""
+        for item in _scan(path):
+            if item.is_dir(follow_symlinks=False):
+                yield from self._walk(item.path, f"{prefix}{item.name}/")
+                continue
+            entry = _entry_if_there(item, prefix + item.name)
+            if entry is not None and not entry.is_directory:
+                yield entry
 
     def delete(self, path: str) -> None:
         try:
@@ -181,6 +178,14 @@ def remove_tree(path: str) -> None:
         else:
             _ignoring_missing(os.unlink, item.path)
     _ignoring_missing(os.rmdir, path)
+
+
+def _scan(path: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as found:
+            return [item for item in found if not item.name.startswith(HIDDEN_PREFIX)]
+    except FileNotFoundError:
+        return []
 
 
 def _entry(name: str, status: os.stat_result, is_directory: bool) -> Entry:
