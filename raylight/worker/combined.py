@@ -16,12 +16,13 @@ from raylight.worker.streams import TrackProgress
 
 
 def is_collection_of_loaders(loader: Any) -> bool:
-    """A list, tuple or dict of loaders, as opposed to a list of batches, which is a loader itself."""
+    """A dict of loaders, or a list or tuple of them, as opposed to a list of batches, which is a loader itself."""
     if type(loader) not in (list, tuple, dict) or not loader:
         return False
-    members = loader.values() if isinstance(loader, dict) else loader
+    if isinstance(loader, dict):
+        return True
     data = (Tensor, np.ndarray, list, tuple, dict, str, bytes)
-    return all(isinstance(m, DataLoader) or (hasattr(m, "__iter__") and not isinstance(m, data)) for m in members)
+    return all(isinstance(m, DataLoader) or (hasattr(m, "__iter__") and not isinstance(m, data)) for m in loader)
 
 
 class CombinedSource:

@@ -72,6 +72,8 @@ class TrainBatches:
         if total == 0:
             raise DataError(describe_empty(loader, self.source.own_division))
         self.num_batches = num_limited(limit, total)
+        # The data ends an epoch where no limit does: entered in the middle it may have a step more or less.
+        self._limit = None if self.num_batches == total else self.num_batches
         self.position = 0
         self._epoch, self._start = 0, 0
 
@@ -92,7 +94,7 @@ class TrainBatches:
         if start != self.position:
             self.source.restore({}, True)
         self._epoch, self._start, self.position = epoch, start, 0
-        fetched = self.source.read(epoch, start, self.num_batches, track=progress)
+        fetched = self.source.read(epoch, start, self._limit, track=progress)
         if agree is not None and self.world_size > 1 and self.source.may_end_apart:
             fetched = _end_together(fetched, agree)
         return self._number(fetched, start)

@@ -88,7 +88,7 @@ class _StreamEvaluation:
         self.source = StreamSource(check_iterable(loader), rank, world_size, seed, for_evaluation=True)
         self.rank, self.world_size = rank, world_size
         self.batch_size = self.source.division.micro
-        length = self.source.num_units
+        length = self.source.length
         if length is not None:
             length = length // self.batch_size if self.source.stream.drop_last else math.ceil(length / self.batch_size)
             length *= self.source.replicas

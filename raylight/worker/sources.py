@@ -95,8 +95,9 @@ class IndexedSource(Source):
         if not hasattr(order, "__len__"):
             options = {"are_batches": self.are_batches, "drop_last": self.drop_last}
             return self._fetch(deal_unsized(order, division, start, limit, **options), epoch, cycle)
-        end = self._in_whole_windows(len(order), start) if self.drop_last else len(order)
-        end = end if limit is None else min(end, limit)
+        end = len(order) if limit is None else min(len(order), limit)
+        if self.drop_last:
+            end = self._in_whole_windows(end, start)
         if self.are_batches:
             return self._fetch(deal_batches(order, division, start, end), epoch, cycle)
         rows = self.rows.place(order) if self.rows is not None else None
@@ -173,10 +174,8 @@ class StreamSource(Source):
         super().__init__(division, self.stream.is_whole)
         # A list is the same on all ranks; what code gives may not be.
         self.may_end_apart = self.stream.is_whole or type(source) not in (list, tuple)
-        self.length = length_of(source)
-        self.num_units = self.length
-        if self.length is not None and self.drop_last:
-            self.num_units = self._in_whole_windows(self.length)
+        length = self.length = length_of(source)
+        self.num_units = self._in_whole_windows(length) if length is not None and self.drop_last else length
         self.pins = reads_dataset and pins_memory(loader)
         self.restored: dict[str, Any] | None = None  # state of a stateful source, for the next pass
         self.worker_loader = self._copy_loader() if reads_dataset and loader.num_workers > 0 else None
