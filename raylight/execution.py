@@ -11,11 +11,13 @@ from raylight.config import Config
 from raylight.driver.restart import first_cause
 from raylight.driver.result import Result
 from raylight.driver.run import Run
+from raylight.driver.timetable import Timetable
 from raylight.errors import RaylightError, WorkerFailed
 from raylight.launch.in_process import InProcessGroup
 from raylight.launch.signals import stop_on_signal
 from raylight.loading import Resume, find_resume
 from raylight.loggers import make_loggers
+from raylight.messages import Saved
 from raylight.report.console import Console
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
@@ -35,53 +37,74 @@ class Execution:
 
     def run(self, ckpt_path: Any, verbose: bool) -> Any:
         group = self._start_group()
-        storage = Storage(self.config.storage_path, self.config.storage_filesystem)
-        resume = find_resume(ckpt_path, storage, self.config.name, self.previous)
+        task, console = self._prepare(group, ckpt_path)
+        driver, status = self.driver, "failed"
+        assert driver is not None
+        with stop_on_signal(group.request, driver.tell):
+            try:
+                self._follow(group, task)
+                status = self._status()
+                return self._finish(status, console, verbose)
+            except BaseException:
+                group.halt()
+                driver.close(status)
+                console.close(None)
+                raise
+            finally:
+                self.module.trainer = None
+                if self.module.device.type != "cpu":
+                    self.module.cpu()
+
+    def _prepare(self, group: Any, ckpt_path: Any) -> tuple[Task, Console]:
+        """Version, run.json, loggers and console; and the task for the workers."""
+        config = self.config
+        storage = Storage(config.storage_path, config.storage_filesystem)
+        resume = find_resume(ckpt_path, storage, config.name, self.previous)
         version, attempt = self._choose_version(storage, resume)
-        files = version.storage if version is not None else None
-        loggers = make_loggers(self.config.logger, files, version.path) if version is not None else []
+        loggers = make_loggers(config.logger, version.storage, version.path) if version is not None else []
         console = Console(
-            self.config.enable_progress_bar, world_size=group.world_size, max_epochs=self.config.max_epochs
+            config.enable_progress_bar,
+            world_size=group.world_size,
+            max_epochs=config.max_epochs,
+            max_steps=config.max_steps,
+            max_time_s=config.max_time_s,
         )
         protected = resume.checkpoint.path if resume.checkpoint is not None else None
-        driver = self.driver = Run(version, self.config, group.world_size, [console], loggers, attempt, protected)
+        driver = self.driver = Run(version, config, group.world_size, [console], loggers, attempt, protected)
         seed = resume.seed if resume.seed is not None else self._draw_seed()
         driver.start({"seed": seed, "stage": self.stage, "resumed_from": protected})
         if resume.notice:
             driver.tell(resume.notice)
+        if self.stage == "fit" and config.enable_model_summary:
+            console.show_model(self.module)
         task = Task(
             stage=self.stage,
             module=self.module,
             loaders=self.loaders,
-            config=replace(self.config, logger=bool(self.config.logger), storage_filesystem=None),
+            config=replace(config, logger=bool(config.logger), storage_filesystem=None),
             callbacks=self.callbacks,
             version_path=version.path if version is not None else "",
-            files=files,
+            files=version.storage if version is not None else None,
             seed=seed,
             checkpoint=resume.checkpoint,
             weights_only=self.stage != "fit",
             attempt=attempt,
             options={"share_module": not isinstance(group, InProcessGroup)},
         )
-        if self.stage == "fit" and self.config.enable_model_summary:
-            console.show_model(self.module)
-        status = "failed"
-        try:
-            with stop_on_signal(group.request, driver.tell):
-                for rank, message in group.run(task):
-                    driver.handle(rank, message)
-            self._raise_failure(group)
-            status = self._status()
-        except BaseException:
-            group.halt()
-            driver.close(status)
-            console.close(None)
-            raise
-        finally:
-            self.module.trainer = None
-            if self.module.device.type != "cpu":
-                self.module.cpu()
-        return self._finish(status, console, verbose)
+        return task, console
+
+    def _follow(self, group: Any, task: Task) -> None:
+        """Takes the workers' messages until all are done, and raises what ended them otherwise."""
+        assert self.driver is not None
+        timetable = Timetable(self.config) if self.stage == "fit" else None
+        for rank, message in group.run(task):
+            self.driver.handle(rank, message)
+            if timetable is not None:
+                if isinstance(message, Saved):
+                    timetable.learn(message)
+                for action in timetable.due():
+                    group.request(action)
+        self._raise_failure(group)
 
     # ---- before
 

@@ -92,7 +92,7 @@ def _run_loader(
         if index >= max_batches:
             break
         rank.control.beat = (stage, rank.global_step, monotonic())
-        metrics.batch_size = _size_finder(batch)
+        metrics.begin_batch(_size_finder(batch))
         batch = rank.transfer(batch, loader_index)
         for hook in on_start:
             hook(batch, index, *arguments)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from raylight.errors import DataError
 from raylight.messages import Message, Progress, StageFinished, StageStarted
+from raylight.seeding import seed_step
 from raylight.worker import state
 from raylight.worker.collectives import agree
 from raylight.worker.data import TrainBatch, TrainBatches
@@ -96,11 +97,11 @@ class Loop:
         self.gradients = Gradients(rank)
         self.schedule = Schedule(rank)
         self.transfers = rank.transfers
+        self.several = rank.world_size > 1
         self.on_batch_start = rank.hooks("on_train_batch_start")
         self.on_batch_end = rank.hooks("on_train_batch_end")
         self.keeps_outputs = rank.overrides("training_epoch_end")
         self.wants_outputs = self.keeps_outputs or bool(self.on_batch_end)
-        self.outputs: list[Any] = []  # of the epoch
         self.steps_schedulers = any(c.interval == "step" for c in rank.lr_scheduler_configs)
         self.num_samples = 0
         self.next_report = 0.0
@@ -142,7 +143,9 @@ class Loop:
     def train_batch(self, batch: TrainBatch) -> int | None:
         rank, index, data = self.rank, batch.index, batch.data
         complete = batch.last or self.gradients.window + 1 >= rank.accumulate_grad_batches
-        rank.metrics.batch_size = batch.size
+        if self.several:
+            seed_step(rank.seed, rank.global_rank, rank.num_batches_seen)
+        rank.metrics.begin_batch(batch.size, mark=self.several and not self.gradients.window)
         self.num_samples += batch.size
         if batch.size:
             if self.transfers:
@@ -161,7 +164,7 @@ class Loop:
             for hook in self.on_batch_end:
                 hook(outputs, data, index)
             if self.keeps_outputs:
-                self.outputs.append(outputs)
+                rank.outputs.append(outputs)
         return None
 
     # ---- around the steps
@@ -176,6 +179,8 @@ class Loop:
         self.num_samples, self.next_report, self.gradients.window = 0, 0.0, 0
         yield StageStarted("train", rank.current_epoch, rank.global_step, rank.num_training_batches)
         rank.metrics.stage, rank.metrics.hook_is_step = "train", True
+        if rank.batch_idx and self.schedule.validates_after_batch() and rank.validated_at != rank.num_batches_seen:
+            yield from self.validate()  # it was due, and then the run was cut short
 
     def report(self, index: int) -> Iterator[Message]:
         """What is told a few times a second; the only place of the loop that waits for the device."""
@@ -205,6 +210,7 @@ class Loop:
         rank.stage = "train"
         rank.metrics.stage, rank.metrics.hook_is_step = "train", True
         rank.seconds["validation"] += perf_counter() - began
+        rank.validated_at = rank.num_batches_seen
         if self.schedule.saves_after_validation():
             rank.checkpoint_requested = True
 
@@ -214,9 +220,9 @@ class Loop:
         yield from self._drain()
         rank.metrics.stage, rank.metrics.hook_is_step = "train", False
         if self.keeps_outputs:
-            hook, outputs = rank.module.training_epoch_end, gather_outputs(rank, self.outputs)
+            hook, outputs = rank.module.training_epoch_end, gather_outputs(rank, rank.outputs)
             hook(outputs) if takes_outputs(hook) else hook()
-            self.outputs = []
+            rank.outputs = []
         values = [rank.metrics.finish_epoch("train", rank.current_epoch, rank.global_step)]
         if rank.hooks("on_train_epoch_end"):
             rank.call("on_train_epoch_end")
@@ -226,7 +232,7 @@ class Loop:
         if whole:
             step_schedulers(rank, "epoch", rank.current_epoch + 1, plateau=True)
             rank.current_epoch += 1
-            rank.batch_idx, rank.position = 0, 0
+            rank.batch_idx = rank.position = 0
         yield StageFinished("train", rank.current_epoch, rank.global_step)
         yield from rank.take_outbox()
         if whole and self.schedule.saves_after_epoch():

@@ -15,7 +15,7 @@ from raylight.messages import EpochMetrics, StepMetrics, StepRow, StepValue
 from raylight.worker.collectives import gather_objects
 
 REDUCTIONS = ("mean", "sum", "min", "max")
-KEEP = 512  # values kept per name before they are folded into one; bounds memory in long epochs
+KEEP = 512  # batches whose values are kept before they are folded into one; bounds memory in long epochs
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +65,9 @@ class Metrics:
         self.epoch_values: dict[str, float] = {}
         self.logged_values: dict[str, float] = {}
         self.shown_values: dict[str, float] = {}
+        self._mark: dict[tuple[str, str, int], int] = {}
+        self._num_batches = 0
+        self._num_rows = 0
 
     # ---- hot path
 
@@ -94,11 +97,27 @@ class Metrics:
                 raise ValueError(f"log({name!r}): one element is needed, the tensor has shape {tuple(value.shape)}")
         if batch_size is None:
             batch_size = self.batch_size if isinstance(self.batch_size, int) else self._find_batch_size()
-        if len(series.values) >= KEEP:
-            series.fold() if series.on_epoch else _keep_newest(series)
         series.values.append(value)
         series.weights.append(batch_size)
         series.fresh = True
+
+    def begin_batch(self, batch_size: int | Callable[[], int | None], mark: bool = False) -> None:
+        """`mark`: `rollback` may take back what is logged from here on."""
+        self.batch_size = batch_size
+        self._num_batches += 1
+        if self._num_batches % KEEP == 0:
+            for series in self.series.values():
+                series.fold() if series.on_epoch else _keep_newest(series)
+        if mark:
+            self._mark = {key: len(series.values) for key, series in self.series.items()}
+            self._num_rows = len(self.rows)
+
+    def rollback(self) -> None:
+        """Forgets what a step has logged that did not count. A torchmetrics object keeps it."""
+        del self.rows[self._num_rows :]
+        for key, series in self.series.items():
+            count = self._mark.get(key, 0)
+            del series.values[count:], series.weights[count:]
 
     def record(self, step: int, epoch: int) -> None:
         """Notes the newest step values as the row of this step; nothing is read from the device yet."""

@@ -57,6 +57,8 @@ class Rank:
         self.batch_idx = 0  # finished batches of this rank in the epoch
         self.num_batches_seen = 0  # finished batches of this rank in the run
         self.position = 0  # samples of the epoch that all ranks have consumed
+        self.validated_at = -1  # num_batches_seen at the newest validation
+        self.outputs: list[Any] = []  # of the epoch's steps, where training_epoch_end wants them
         self.saved_step = -1  # of the newest snapshot
         self.should_stop = False
         self.said_not_finite = False

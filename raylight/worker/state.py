@@ -13,7 +13,7 @@ from raylight.worker.rank import Rank
 from raylight.worker.restore import apply_weights
 from raylight.worker.snapshot import State, check_plain
 
-LOOP_COUNTERS = ("current_epoch", "global_step", "batch_idx", "num_batches_seen", "position")
+LOOP_COUNTERS = ("current_epoch", "global_step", "batch_idx", "num_batches_seen", "position", "validated_at")
 LIGHTNING_KEYS = ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "callbacks", "loops", "hyper_parameters")  # fmt: skip
 
 

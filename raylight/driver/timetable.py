@@ -1,0 +1,45 @@
+"""What the driver asks of all ranks because time has passed: checkpoints every so often, and the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from raylight.config import Config
+from raylight.messages import Saved
+
+AUTO_FIRST_S = 30.0  # the first checkpoint of every_s="auto", which measures what one costs
+AUTO_LEAST_S = 10.0
+AUTO_SHARE = 0.01  # of the wall time
+
+
+class Timetable:
+    """Asked after every message; messages come several times a second while a run trains."""
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic):
+        self.clock = clock
+        began = clock()
+        every = config.checkpoint.every_s if config.checkpoint is not None else None
+        self.is_automatic = every == "auto"
+        self.every_s = AUTO_FIRST_S if every == "auto" else float(every) if every else None
+        self.next_save = began + self.every_s if self.every_s else None
+        self.end = began + config.max_time_s if config.max_time_s is not None else None
+
+    def due(self) -> list[str]:
+        """Actions for `group.request`: "save", "stop". Each is given once."""
+        now, actions = self.clock(), []
+        if self.next_save is not None and self.every_s is not None and now >= self.next_save:
+            self.next_save = now + self.every_s
+            actions.append("save")
+        if self.end is not None and now >= self.end:
+            self.end = None
+            actions.append("stop")
+        return actions
+
+    def learn(self, saved: Saved) -> None:
+        """With every_s="auto" the interval follows what a checkpoint was seen to cost: the stall of the loop, and a
+        tenth of the time that writing shares the machine with training."""
+        if self.is_automatic:
+            cost = saved.stall_s + 0.1 * saved.write_s
+            self.every_s = max(AUTO_LEAST_S, cost / AUTO_SHARE, 2.0 * saved.write_s)
+            self.next_save = self.clock() + self.every_s
