@@ -67,7 +67,7 @@ class Console:
     def show_model(self, module: Any) -> None:
         """The table of layers; nothing where the module has no layers yet."""
         if any(True for _ in module.children()):
-            self._write(summarize_model(module) + "\n\n")
+            self._write(summarize_model(module) + ("\n" if self._place == "plain" else "\n\n"))
 
     def show_results(self, stage: str, results: Sequence[Mapping[str, float]]) -> None:
         """What `validate` or `test` measured."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Render = Callable[[int, bool], Text]  # width, whether ASCII alone can be shown
 
 DRAW_INTERVAL_S = 0.2
-NOTEBOOK_WIDTH = 110
+NOTEBOOK_WIDTH = 130
 
 
 class Drawing:
@@ -112,7 +112,7 @@ class NotebookBars:
         self._handle: Any = display(HTML(""), display_id=True)
 
     def draw(self, render: Render) -> None:
-        self._console.print(render(NOTEBOOK_WIDTH, False))
+        self._console.print(render(NOTEBOOK_WIDTH, False), no_wrap=True, overflow="ellipsis")
         page = self._console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
         self._handle.update(self._html(page))
 

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import types
 
 import pytest
 import torch
@@ -254,3 +256,34 @@ def test_in_a_terminal_prints_go_above_the_bars_and_it_is_left_as_it_was(tmp_pat
     assert "loss 0.25" in written
     assert lines[-2] == "after"
     assert written.count("not finished by a newline") == 1
+
+
+def test_in_a_notebook_one_output_is_drawn_over_and_over(monkeypatch):
+    """With a stand-in for IPython, which is no dependency; Jupyter itself calls the same two functions."""
+    shown: list[str] = []
+
+    class Handle:
+        def update(self, page: str) -> None:
+            shown.append(page)
+
+    class ZMQInteractiveShell:
+        pass
+
+    def display(page: str, display_id: bool) -> Handle:
+        assert display_id
+        return Handle()
+
+    ipython = types.SimpleNamespace(get_ipython=ZMQInteractiveShell)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(HTML=str, display=display))
+    stdout, stream = sys.stdout, io.StringIO()
+    console = Console(stream=stream, max_epochs=1)
+    console.handle(0, StageStarted("train", 0, 0, 10))
+    console.handle(0, Progress("train", 0, 10, 10, 320, {"a": 0.5, "b": 0.25, "c": 1.0, "d<&": 2.0}))
+    while not shown:
+        threading.Event().wait(0.01)
+    assert sys.stdout is stdout  # prints go to the cell anyway
+    console.close()
+    text = re.sub("<[^>]*>", "", shown[-1]).strip()
+    assert re.fullmatch("epoch 1/1  ━+  10/10  step 10  a 0.5  b 0.25  c 1  d&lt;&amp; 2", text)
+    assert stream.getvalue() == ""
