@@ -101,8 +101,8 @@ class TrainBatches:
 
     def _number(self, fetched: Iterator[Fetched], start: int) -> Iterator[TrainBatch]:
         first = index = self.source.index_at(start)
-        for step, data in fetched:
-            yield TrainBatch(data, index, step.share, step.size, step.uneven, step.last)
+        for (_, size, share, uneven, last, _), data in fetched:
+            yield TrainBatch(data, index, share, size, uneven, last)
             index += 1
         if index == first and start == 0 and self.num_batches != 0:
             raise DataError(_describe_nothing(self.loader, self._epoch))

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from raylight.errors import DataError, InvalidArguments
 
 
@@ -126,6 +128,11 @@ def deal(order: Any, division: Division, start: int, end: int) -> Iterator[Step]
     """
     rank, world_size, step, window = division.rank, division.world_size, division.step, division.window
     factor = world_size * division.accumulate
+    if window == step:  # full steps, which are all but the last, need none of the arithmetic below
+        micro, offset, full_end = division.micro, rank * division.micro, end - (end - start) % step
+        for units in _cut(order, start, full_end, step, offset, micro):
+            start += step
+            yield Step(units, micro, 1.0, False, start == end, start - step + offset)
     for window_start in range(start, end, window):
         window_end = min(window_start + window, end)
         num_samples = window_end - window_start
@@ -135,6 +142,16 @@ def deal(order: Any, division: Division, start: int, end: int) -> Iterator[Step]
             begin, stop = low + count * rank // world_size, low + count * (rank + 1) // world_size
             share = (stop - begin) * factor / num_samples
             yield Step(order[begin:stop], stop - begin, share, count < world_size, high == end, begin)
+
+
+def _cut(order: Any, start: int, end: int, step: int, offset: int, micro: int) -> Iterator[Any]:
+    """`micro` units at `offset` of each full step."""
+    if not isinstance(order, Tensor):
+        yield from (order[low : low + micro] for low in range(start + offset, end, step))
+        return
+    block = step * 1024  # cut in one call, which takes a third of the time of slicing one by one
+    for low in range(start, end, block):
+        yield from order[low : min(low + block, end)].view(-1, step)[:, offset : offset + micro].unbind()
 
 
 def deal_batches(batches: Sequence[Any], division: Division, start: int, end: int) -> Iterator[Step]:

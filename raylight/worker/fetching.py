@@ -144,19 +144,17 @@ class Rows:
         return order
 
     def fetch(self, steps: Iterable[Step]) -> Iterator[tuple[Step, Any]]:
-        tensors = self.tensors
+        tensors, pins = self.tensors, self.pins
         for step in steps:
-            rows = step.units
-            if not step.size:
-                data = None
-            elif type(rows) is range:
+            rows = step[0]
+            if type(rows) is Tensor:
+                data = [tensor.index_select(0, rows) for tensor in tensors]
+            else:
                 # A copy, not a view: code that changes its batch in place must not change the dataset.
                 data = [tensor[rows.start : rows.stop].clone() for tensor in tensors]
-            else:
-                data = [tensor.index_select(0, rows) for tensor in tensors]
-            if self.pins and data is not None:
+            if pins:
                 data = [tensor.pin_memory() for tensor in data]
-            yield step, data
+            yield step, data if step[1] else None
 
 
 def find_rows(loader: DataLoader) -> Rows | None:
