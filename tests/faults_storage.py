@@ -55,8 +55,8 @@ class FaultProxy:
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str]] = field(default_factory=list)
     bytes_per_s: float | None = None
-    before: Callable[[int], None] | None = None  # called with the number of the request, counted from 1
-    after: Callable[[int], None] | None = None
+    before: Callable[[int], bool] | None = None  # told the number of the request, from 1; True: it is not passed on
+    after: Callable[[int], object] | None = None  # told when the server has done it, before the answer
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -118,8 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
         if kind in ERRORS:
             status, code = ERRORS[kind]
             return self._answer(status, [("Content-Type", "application/xml")], ERROR_BODY.format(code).encode())
-        if self.proxy.before is not None:
-            self.proxy.before(number)
+        if self.proxy.before is not None and self.proxy.before(number):
+            return self._reset()
         status, headers, answer = self._pass_on(body)
         if self.proxy.after is not None:
             self.proxy.after(number)

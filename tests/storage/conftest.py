@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +52,11 @@ def storage(request: pytest.FixtureRequest) -> Storage:
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
     return Storage(f"/{uuid.uuid4().hex}", PyFileSystem(FSSpecHandler(fsspec.filesystem("memory"))), backoff=QUICK)
+
+
+@pytest.fixture
+def memory_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: killed processes, unlike power cuts, do not depend on the disk."""
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm")) if os.access("/dev/shm", os.W_OK) else tmp_path
+    yield folder
+    shutil.rmtree(folder)
