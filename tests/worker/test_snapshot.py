@@ -133,6 +133,18 @@ def gate(monkeypatch) -> threading.Event:
     return opened
 
 
+class OpensWhenWaitedFor(threading.Event):
+    """The copy begins no sooner than `wait` waits for its end."""
+
+    def __init__(self, gate: threading.Event):
+        super().__init__()
+        self.gate = gate
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.gate.set()
+        return super().wait(timeout)
+
+
 class GatedFiles:
     """Storage whose writes wait until `opened` is set; `reached` tells that one does."""
 
@@ -380,12 +392,10 @@ def test_what_an_optimizer_owns_is_copied_before_its_step(storage, gate):
     snapshots = Snapshots(storage, 0, 1)
     assert training.take(snapshots)
     assert snapshots.poll() == []
-    opener = threading.Thread(target=gate.set)
     forward = training.net(torch.randn(16, 20))  # changes the running mean and the RNG, which are copied by now
     forward.sum().backward()
-    opener.start()
+    snapshots._in_flight.copied = OpensWhenWaitedFor(gate)
     assert snapshots.wait()
-    assert gate.is_set()
     for _ in range(3):
         training.optimizer.step()
     assert_same_state(load_state(committed(storage, [finish(snapshots)]), 0, 1), expected)
