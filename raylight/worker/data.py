@@ -76,6 +76,7 @@ class TrainBatches:
         self._limit = None if self.num_batches == total else self.num_batches
         self.position = 0
         self._epoch, self._start = 0, 0
+        self._entered = False  # a batch has been given since `_start` was set
 
     def iterate(
         self,
@@ -93,7 +94,7 @@ class TrainBatches:
         """
         if start != self.position:
             self.source.restore({}, True)
-        self._epoch, self._start, self.position = epoch, start, 0
+        self._epoch, self._start, self._entered, self.position = epoch, start, False, 0
         fetched = self.source.read(epoch, start, self._limit, track=progress)
         if agree is not None and self.world_size > 1 and self.source.may_end_apart:
             fetched = _end_together(fetched, agree)
@@ -102,6 +103,7 @@ class TrainBatches:
     def _number(self, fetched: Iterator[Fetched], start: int) -> Iterator[TrainBatch]:
         first = index = self.source.index_at(start)
         for (_, size, share, uneven, last, _), data in fetched:
+            self._entered = True
             yield TrainBatch(data, index, share, size, uneven, last)
             index += 1
         if index == first and start == 0 and self.num_batches != 0:
@@ -110,9 +112,17 @@ class TrainBatches:
     def position_after(self, index: int) -> int:
         """How much of the epoch all ranks together have consumed when step `index` is done.
 
-        In samples; in batches where only batches are known.
+        In samples; in batches where only batches are known. Before the first batch of a resumed epoch it is where that
+        epoch was entered, whatever the index, which another number of workers may have counted.
         """
+        if self._start and not self._entered:
+            return self._start
         return self.source.position_after(self._start, index)
+
+    @property
+    def first_index(self) -> int:
+        """The index of the first batch that `iterate(epoch, position)` gives."""
+        return self.source.index_at(self.position)
 
     def state_dict(self, index: int | None = None) -> dict[str, Any]:
         """Where the epoch stands when step `index` is done; None: at the beginning of an epoch."""
@@ -128,7 +138,8 @@ class TrainBatches:
                 f"present training loader gives {self.source.unit}; resume with the loader of that run, or from a "
                 "checkpoint made at the end of an epoch"
             )
-        self.position = state["position"]
+        self.position = self._start = state["position"]
+        self._entered = False
         self.source.restore(state, state["world_size"] == self.world_size)
 
     def indices(self, epoch: int, index: int) -> list[Any] | None:

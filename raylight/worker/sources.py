@@ -47,7 +47,10 @@ class Source:
 
 
 class IndexedSource(Source):
-    """A map-style DataLoader: samples are found by index, so an epoch can be entered anywhere at no cost."""
+    """A map-style DataLoader: samples are found by index, so an epoch can be entered anywhere at no cost.
+
+    A `state_dict` of such a loader's own is not asked for: it would skip once more what the position skips already.
+    """
 
     def __init__(
         self,

@@ -154,6 +154,17 @@ def test_workers_come_and_go_in_the_middle_of_an_epoch(kind):
     assert seen == flat(read_steps(open_ranks(LOADERS[kind](length), 1), 2))
 
 
+def test_a_position_is_kept_until_the_first_batch_of_another_number_of_workers():
+    state = {"position": 48, "unit": "samples", "world_size": 2}
+    batches = open_ranks(LOADERS["shuffled"](103), 4)[0]
+    batches.load_state_dict(state)
+    assert batches.first_index == 3
+    assert batches.state_dict(5)["position"] == 48  # index 5 is what two workers had come to
+    entered = batches.iterate(0, batches.position)
+    assert batches.state_dict(5)["position"] == 48
+    assert batches.state_dict(next(entered).index)["position"] == 64
+
+
 def test_an_epoch_is_a_function_of_seed_and_epoch():
     def order(seed, epoch):
         return flat(read_steps(open_ranks(LOADERS["shuffled"](50), 2, seed=seed), epoch))
