@@ -75,7 +75,10 @@ class Execution:
         driver.start({"seed": seed, "stage": self.stage, "resumed_from": protected})
         if resume.notice:
             driver.tell(resume.notice)
-        if self.stage == "fit" and config.enable_model_summary:
+        if attempt and resume.checkpoint is not None:
+            driver.redo_from(resume.checkpoint.step)
+        has_summary = any(type(callback).__name__.endswith("ModelSummary") for callback in self.callbacks)
+        if self.stage == "fit" and config.enable_model_summary and not has_summary:
             console.show_model(self.module)
         task = Task(
             stage=self.stage,
@@ -176,7 +179,7 @@ class Execution:
                 goodput=finished[0].seconds,
                 version=driver.version,
             )
-            console.close(self.result)
+            console.close(self.result, with_tensorboard=bool(self.config.logger))
             return self.result
         driver.close(status)
         console.close(None)

@@ -143,7 +143,7 @@ class Hyperparameters:
 @dataclass(frozen=True, slots=True)
 class Failure:
     """An exception ended this rank. `traceback` has the user's own frames first; `cause` is the pickled
-    exception, where it can be pickled; `follows` says that a peer's failure was the likely reason."""
+    exception, where it can be pickled."""
 
     kind: str
     text: str
@@ -151,7 +151,6 @@ class Failure:
     step: int
     stage: str
     cause: bytes | None
-    follows: bool = False
 
     def load_cause(self) -> BaseException | None:
         """The exception itself; None where it was not sent, or its class cannot be imported here."""

@@ -20,6 +20,7 @@ class Files(Protocol):
     def open_write(self, path: str) -> Any: ...  # context manager: write(chunk), then .saved after a clean exit
     def open_read(self, path: str) -> BinaryIO: ...
     def local_path(self, path: str) -> str | None: ...  # where the bytes lie on this machine, if they do
+    def exists(self, path: str) -> bool: ...
 
 
 class SavedState(Protocol):

@@ -40,5 +40,5 @@ def first_cause(failures: list[tuple[int, Failed]], run: Run) -> WorkerFailed:
 def _order(failure: Failed) -> int:
     """A user's exception explains more than a dead process, and that more than a broken collective."""
     if isinstance(failure, Failure):
-        return 3 if failure.follows else 0
+        return 0
     return 1 if isinstance(failure, Died) else 2

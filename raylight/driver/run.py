@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -53,6 +54,7 @@ class Run:
     ):  # fmt: skip
         self.version, self.config, self.world_size, self.attempt = version, config, world_size, attempt
         self.sinks, self.loggers = list(sinks), loggers
+        self._log = [_timed(logger) for logger in loggers]
         self.outcome = Outcome()
         self.aggregator = StepAggregator(world_size)
         self.journal = Journal(version.storage) if version is not None else None
@@ -116,8 +118,19 @@ class Run:
         self.callback_metrics |= values
         if self.journal is not None:
             self.journal.add(step, epoch, values, moment)
+        for log in self._log:
+            log({**values, "epoch": float(epoch)}, step, moment)
+
+    def redo_from(self, step: int) -> None:
+        """What was logged beyond `step` is taken back: the steps after it are made again."""
+        for row in self.aggregator.resize(self.world_size):
+            self._write_values(row[0], row[1], row[2], row[3])
+        if self.journal is not None:
+            self.journal.drop_after(step)
         for logger in self.loggers:
-            logger.log_metrics({**values, "epoch": float(epoch)}, step)
+            if hasattr(logger, "drop_after"):
+                logger.drop_after(step)
+        self.saved.clear()
 
     def _on_hyperparameters(self, rank: int, message: m.Hyperparameters) -> None:
         self.hyperparameters |= message.values
@@ -234,6 +247,13 @@ class Run:
             except StorageError as error:
                 self.tell(str(error), "warning")
         self.write_record()
+
+
+def _timed(logger: Any) -> Callable[[dict[str, float], int, float], None]:
+    """raylight's own loggers take the time at which a value was measured; those of others do not know it."""
+    if "seconds" in inspect.signature(logger.log_metrics).parameters:
+        return lambda values, step, moment: logger.log_metrics(values, step, seconds=moment)
+    return lambda values, step, moment: logger.log_metrics(values, step)
 
 
 def _closer(logger: Any, status: str) -> Callable[[], None]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
-from time import perf_counter
 from typing import Any
 
 import torch
 
 from raylight.errors import InvalidArguments
-from raylight.messages import Finished, Hyperparameters, Message, Started
+from raylight.messages import Finished, Hyperparameters, Message, PeerLost, Started
 from raylight.rank_zero import set_rank
 from raylight.seeding import seed_process
 from raylight.task import Place, Task
-from raylight.worker import process_group, state
-from raylight.worker.control import Control
+from raylight.worker import process_group, rejoin, state
+from raylight.worker.control import Control, Halted
+from raylight.worker.dynamo import postpone_dynamo
 from raylight.worker.evaluation import evaluate, open_evaluation_data, split_by_loader
 from raylight.worker.failure import describe_failure
 from raylight.worker.loop import fit
@@ -28,28 +28,60 @@ from raylight.worker.snapshot import Snapshots
 
 
 def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
-    """Everything that one rank does for one task. An exception ends it with a `Failure`, never with a raise."""
+    """Everything that one rank does for one task. An exception ends it with a message, never with a raise.
+
+    In a later generation of the group the ranks that are left go on with the state they kept, and new ones take the
+    places of the dead.
+    """
     rank: Rank | None = None
     try:
         yield Started(socket.gethostname(), os.getpid(), place.device)
         with ExitStack() as numerics:
             _set_numerics(task, place, numerics)
-            if place.world_size > 1:
-                process_group.join(place, task.config.strategy.backend, task.config.strategy.timeout_s)
-                numerics.callback(process_group.leave)
-            rank = control.kept["rank"] = Rank(task, place, control)
-            yield from _prepare(rank)
+            if place.generation:
+                rank = yield from _rejoin(task, place, control, numerics)
+            else:
+                control.kept.clear()
+                _join(place, task, numerics)
+                rank = control.kept["rank"] = Rank(task, place, control)
+                yield from _prepare(rank)
+                if task.stage == "fit":
+                    _prepare_fit(rank)
             yield from (_fit(rank) if task.stage == "fit" else _evaluate(rank))
             rank.call("teardown", task.stage)
             if rank.datamodule is not None:
                 rank.datamodule.teardown(task.stage)
         yield _finish(rank)
     except Exception as error:
-        control.kept["exception"] = error
+        rank = rank or control.kept.get("rank")
         yield from _fail(rank, error)
+        if place.world_size == 1:
+            control.kept["exception"] = error
     finally:
         if rank is not None:
             rank.module.trainer = None
+
+
+def _join(place: Place, task: Task, stack: ExitStack) -> None:
+    if place.world_size > 1:
+        options = task.config.strategy
+        process_group.join(place, options.backend, options.timeout_s)
+        stack.callback(process_group.leave)
+
+
+def _rejoin(task: Task, place: Place, control: Control, stack: ExitStack) -> Generator[Message, None, Rank]:
+    """A survivor brings the rank it kept; a replacement makes one before it joins, so that nobody waits for it twice."""
+    rank: Rank | None = control.kept.get("rank")
+    if rank is None:
+        rank = Rank(task, place, control)
+        yield from _prepare(rank)
+        _prepare_fit(rank)
+        control.kept["rank"] = rank
+    else:
+        rejoin.move(rank, task, place, control)
+    _join(place, task, stack)
+    rejoin.meet(rank)
+    return rank
 
 
 def _prepare(rank: Rank) -> Iterator[Message]:
@@ -62,7 +94,8 @@ def _prepare(rank: Rank) -> Iterator[Message]:
         if data_module is not None:
             data_module.prepare_data()
         module.prepare_data()
-    rank.barrier()
+    if not rank.place.generation:
+        rank.barrier()
     if data_module is not None:
         data_module.setup(task.stage)
     for hook in rank.callback_hooks("setup"):
@@ -82,9 +115,9 @@ def _prepare(rank: Rank) -> Iterator[Message]:
     yield from rank.take_outbox()
 
 
-def _fit(rank: Rank) -> Iterator[Message]:
+def _prepare_fit(rank: Rank) -> None:
+    """Optimizers, snapshots, and the state of the checkpoint that the run goes on from."""
     task, config = rank.task, rank.config
-    began = perf_counter()
     rank.optimizers, rank.lr_scheduler_configs = make_optimizers(rank.module.configure_optimizers())
     mistakes = check_schedulers(rank.optimizers, rank.lr_scheduler_configs)
     if rank.module.automatic_optimization and len(rank.optimizers) > 1:
@@ -99,10 +132,12 @@ def _fit(rank: Rank) -> Iterator[Message]:
     if config.checkpoint is not None and task.files is not None:
         rank.snapshots = Snapshots(task.files, rank.global_rank, rank.world_size)
     rank.call("on_fit_start")
-    if task.checkpoint is not None and not task.weights_only:
+    if rank.restored is not None and not task.weights_only:
         state.restore_training(rank, rank.restored)
     rank.restored = None
-    rank.seconds["setup"] = perf_counter() - began
+
+
+def _fit(rank: Rank) -> Iterator[Message]:
     yield from fit(rank)
     rank.call("on_fit_end")
 
@@ -121,24 +156,30 @@ def _finish(rank: Rank) -> Finished:
         returned = state.share_module(rank) if rank.task.options.get("share_module") else None
     elif rank.is_global_zero:
         returned = split_by_loader(rank.evaluation_results[0], len(rank.evaluation_batches))
-    if isinstance(rank.logger, object) and rank.logger is not None:
+    if rank.logger is not None:
         rank.logger.close()
     return Finished(rank.status, rank.global_step, rank.current_epoch, dict(rank.seconds), returned)
 
 
 def _fail(rank: Rank | None, error: Exception) -> Iterator[Message]:
-    """Tells the hooks, saves what there is, and describes the exception."""
-    if rank is not None:
+    """A broken collective is a peer's failure: this rank settles and waits for a new group. Anything else is its own:
+    the hooks are told, and the exception is described."""
+    lost_peer = process_group.is_peer_loss(error) or (isinstance(error, Halted) and error.broken)
+    step, stage = (rank.global_step, rank.stage) if rank is not None else (0, "setup")
+    if rank is not None and not lost_peer:
         for hook in rank.hooks("on_exception"):
             hook(error)
         yield from rank.take_outbox()
-    step, stage = (rank.global_step, rank.stage) if rank is not None else (0, "setup")
-    yield describe_failure(error, step, stage, follows=process_group.is_peer_loss(error))
+    failure = describe_failure(error, step, stage)
+    if rank is not None and rank.fitting:
+        rejoin.settle(rank)
+    yield PeerLost(step, failure.text) if lost_peer else failure
 
 
 def _set_numerics(task: Task, place: Place, stack: ExitStack) -> None:
     """Global switches of torch, put back when the run ends: in-process the caller's program goes on."""
     config = task.config
+    postpone_dynamo()
     set_rank(place.rank)
     stack.callback(set_rank, 0)
     if config.seed is not None or place.world_size > 1:

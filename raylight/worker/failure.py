@@ -14,8 +14,7 @@ PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
 
 
-def describe_failure(error: BaseException, step: int, stage: str, follows: bool = False) -> Failure:
-    """`follows`: a peer's failure was the likely reason."""
+def describe_failure(error: BaseException, step: int, stage: str) -> Failure:
     return Failure(
         kind=type(error).__name__,
         text=str(error),
@@ -23,7 +22,6 @@ def describe_failure(error: BaseException, step: int, stage: str, follows: bool 
         step=step,
         stage=stage,
         cause=_pickle(error),
-        follows=follows,
     )
 
 
@@ -40,7 +38,9 @@ def format_user_traceback(error: BaseException) -> str:
     tail = frames[frames.index(users[-1]) + 1 :]
     if tail:
         last = tail[-1]
-        lines.append(f'  ... {len(tail)} library frames, the last in "{last.filename}", line {last.lineno}, {last.name}\n')
+        lines.append(
+            f'  ... {len(tail)} library frames, the last in "{last.filename}", line {last.lineno}, {last.name}\n'
+        )
     lines += traceback.format_exception_only(error)
     cause = error.__cause__
     if cause is not None:

@@ -39,6 +39,7 @@ def fit(rank: Rank) -> Iterator[Message]:
     loop = Loop(rank)
     if rank.profiler is not None:
         profile(loop, rank.profiler)
+    rank.has_trained = True
     rank.call("on_train_start")
     while not loop.schedule.is_finished():
         yield from loop.train_epoch()
@@ -94,7 +95,7 @@ class Loop:
 
     def __init__(self, rank: Rank):
         self.rank, self.config = rank, rank.config
-        self.gradients = Gradients(rank)
+        self.gradients = rank.gradients = Gradients(rank)
         self.schedule = Schedule(rank)
         self.transfers = rank.transfers
         self.several = rank.world_size > 1

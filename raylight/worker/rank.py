@@ -60,6 +60,7 @@ class Rank:
         self.validated_at = -1  # num_batches_seen at the newest validation
         self.outputs: list[Any] = []  # of the epoch's steps, where training_epoch_end wants them
         self.saved_step = -1  # of the newest snapshot
+        self.has_trained = False  # its state is that of the run, not only of its start
         self.should_stop = False
         self.said_not_finite = False
         self.status = "finished"
@@ -69,6 +70,7 @@ class Rank:
         self.accumulate_grad_batches = self.config.accumulate_grad_batches
         # data, found when the loop begins
         self.train_batches: Any = None
+        self.gradients: Any = None  # the loop's, while it trains
         self.train_dataloader: Any = None
         self.val_dataloaders: Any = None
         self.num_training_batches: int | None = None

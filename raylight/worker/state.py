@@ -135,7 +135,7 @@ def restore_training(rank: Rank, state: State) -> None:
     own = state.own or (state.others[0] if state.others else {})
     if rank.batch_idx and own.get("data"):
         rank.task.options["train_position"] = own["data"]
-    if state.own:  # with another number of workers there is no RNG stream that would be the right one
+    if "rng" in state.own:  # with another number of workers there is no RNG stream that would be the right one
         set_rng_state(state.own["rng"])
 
 

@@ -1,0 +1,138 @@
+"""After a failure: the ranks that are left go back to their last whole step, and all ranks meet at the furthest one.
+
+An optimizer step counts on all ranks or on none. Gradients are averaged before any rank steps, so that ranks differ by
+one step at most, and the furthest one's state is that of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raylight.task import Place, Task
+from raylight.worker import state
+from raylight.worker.collectives import broadcast_object, gather_objects
+from raylight.worker.control import Control
+from raylight.worker.plain import copy_plain
+from raylight.worker.rank import Rank
+from raylight.worker.snapshot import State
+
+CHUNK_BYTES = 64 << 20
+
+
+def settle(rank: Rank) -> None:
+    """Takes back what a broken step left: gradients, logged values, batches of an accumulation window."""
+    window = rank.gradients.window if rank.gradients is not None else 0
+    rank.gradients = None  # and with it DDP, which holds on to the broken group
+    rank.batch_idx -= window
+    rank.num_batches_seen -= window
+    rank.metrics.rollback()
+    rank.module._restore_modes()
+    for parameter in rank.module.parameters():
+        parameter.grad = None
+    rank.stage = "train"
+
+
+def move(rank: Rank, task: Task, place: Place, control: Control) -> None:
+    """A survivor takes its place in the new group."""
+    rank.task, rank.place, rank.control = task, place, control
+    rank.metrics.world_size = place.world_size
+    rank.module.trainer = rank
+    if rank.datamodule is not None:
+        rank.datamodule.trainer = rank
+
+
+def meet(rank: Rank) -> None:
+    """Gives every rank the state of the one that is furthest; a replacement has none of its own."""
+    standings = gather_objects(rank.num_batches_seen if rank.has_trained else -1, rank.world_size)
+    furthest = max(standings)
+    if furthest < 0:
+        return
+    source = standings.index(furthest)
+    mine = state.collect(rank) if rank.global_rank == source else None
+    if mine is not None:
+        mine.own = {"data": mine.own["data"], "saved_step": _committed_step(rank)}
+    received = broadcast_state(mine, rank.world_size, source)
+    if standings[rank.global_rank] != furthest:
+        state.restore_weights(rank, received)
+        state.restore_training(rank, received)
+    rank.saved_step = received.own["saved_step"]
+    if rank.batch_idx:
+        rank.task.options["train_position"] = received.own["data"]
+        rank.position = received.own["data"]["position"]
+
+
+def _committed_step(rank: Rank) -> int:
+    """This step, if its checkpoint is on storage: then it must not be written again."""
+    files = rank.task.files
+    done = files is not None and files.exists(f"{state.checkpoint_directory(rank.global_step)}/manifest.json")
+    return rank.global_step if done else -1
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Stands for a tensor in what is sent ahead of the tensors."""
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_cuda: bool
+
+
+def broadcast_state(mine: State | None, world_size: int, source: int) -> State:
+    """`mine` of the rank `source` on all ranks; its tensors go through the process group, not through pickle."""
+    tensors: list[Tensor] = []
+
+    def take(tensor: Tensor, path: str) -> Any:
+        tensors.append(tensor.detach())
+        return _Slot(len(tensors) - 1, tuple(tensor.shape), tensor.dtype, tensor.is_cuda)
+
+    parts: Any = None
+    if mine is not None:
+        parts = [copy_plain(part, "state", take) for part in (mine.model, mine.replicated, mine.own, mine.module)]
+    parts, slots = broadcast_object((parts, [_slot(t, i) for i, t in enumerate(tensors)]), world_size, source)
+    if mine is None:
+        tensors = [
+            torch.empty(slot.shape, dtype=slot.dtype, device="cuda" if slot.is_cuda else "cpu") for slot in slots
+        ]
+    for chunk in _chunks(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in chunk])
+        dist.broadcast(flat, src=source)
+        if mine is None:
+            for tensor, piece in zip(chunk, flat.split([t.numel() for t in chunk]), strict=True):
+                tensor.copy_(piece.view_as(tensor))
+    return mine if mine is not None else State(*(_fill(part, tensors) for part in parts))
+
+
+def _slot(tensor: Tensor, index: int) -> _Slot:
+    return _Slot(index, tuple(tensor.shape), tensor.dtype, tensor.is_cuda)
+
+
+def _chunks(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors of one kind and device in groups of bounded size, the same on every rank."""
+    chunks: list[list[Tensor]] = []
+    open_chunks: dict[tuple[torch.dtype, bool], tuple[list[Tensor], int]] = {}
+    for tensor in tensors:
+        key, size = (tensor.dtype, tensor.is_cuda), tensor.numel() * tensor.element_size()
+        chunk, filled = open_chunks.get(key, ([], 0))
+        if not chunk or filled + size > CHUNK_BYTES:
+            chunk, filled = [], 0
+            chunks.append(chunk)
+        chunk.append(tensor)
+        open_chunks[key] = (chunk, filled + size)
+    return chunks
+
+
+def _fill(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, _Slot):
+        return tensors[value.index]
+    if isinstance(value, dict):
+        return type(value)((key, _fill(item, tensors)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value)(_fill(item, tensors) for item in value)
+    return value
