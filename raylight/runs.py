@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from raylight.driver.journal import read_metrics
 from raylight.errors import CheckpointCorrupt, InvalidArguments, MissingFile
-from raylight.storage.checkpoints import MANIFEST_FILE, Checkpoint, best, find_checkpoint, list_checkpoints, verify
+from raylight.storage.checkpoints import (
+    CHECKPOINTS,
+    MANIFEST_FILE,
+    Checkpoint,
+    best,
+    find_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    verify,
+)
 from raylight.storage.filesystem import Storage
 from raylight.storage.summaries import Summary, leftover_folders, monitor_of, read_run_or_status, summarize
 from raylight.storage.versions import Version, list_runs, number_of, versions_in
@@ -182,25 +191,28 @@ def verify_path(
 ) -> Iterator[tuple[str, list[str]]]:
     """Each checkpoint under a storage, run, version or checkpoint path, and what is wrong with it, as it is found."""
     storage = Storage(path, filesystem)
-    if storage.exists(MANIFEST_FILE) or storage.parent().name == "checkpoints":
-        try:
-            yield storage.uri, verify(find_checkpoint(path, filesystem, digests=False), digests)
-        except CheckpointCorrupt as error:
-            yield storage.uri, [str(error)]
+    if storage.exists(MANIFEST_FILE):
+        yield storage.uri, _problems_in(storage, digests)
         return
     for version in find_versions(path, filesystem):
         yield from _verify_version(version, digests).items()
 
 
 def _verify_version(version: Version, digests: bool) -> dict[str, list[str]]:
-    """Leftovers without a manifest were never checkpoints; those with one that cannot be read are damaged ones."""
     checkpoints = list_checkpoints(version.storage)
     results = {checkpoint.path: verify(checkpoint, digests) for checkpoint in checkpoints}
     for name in leftover_folders(version, checkpoints):
-        folder = version.storage.child("checkpoints", name)
-        if folder.exists(MANIFEST_FILE):
-            results[folder.uri] = [f"{MANIFEST_FILE} is damaged, or of an attempt that had been replaced"]
+        folder = version.storage.child(CHECKPOINTS, name)
+        if folder.exists(MANIFEST_FILE):  # without one it never was a checkpoint, and nothing is wrong with that
+            results[folder.uri] = _problems_in(folder, digests) or ["it is of an attempt that had been replaced"]
     return results
+
+
+def _problems_in(folder: Storage, digests: bool) -> list[str]:
+    try:
+        return verify(read_checkpoint(folder), digests)
+    except CheckpointCorrupt as error:
+        return [str(error)]
 
 
 def find_versions(path: str | os.PathLike[str], filesystem: Any = None) -> list[Version]:

@@ -20,7 +20,7 @@ from raylight.storage.retention import best, retain
 
 __all__ = [
     "Checkpoint", "Manifest", "best", "commit", "delete", "directory_of", "find_checkpoint", "list_checkpoints",
-    "newest_whole", "raise_fence", "retain", "sweep_leftovers", "verify",
+    "newest_whole", "raise_fence", "read_checkpoint", "retain", "sweep_leftovers", "verify",
 ]  # fmt: skip
 
 logger = logging.getLogger("raylight.storage")
@@ -151,7 +151,7 @@ def _folders(version: Storage) -> list[str]:
 def _read_or_warn(version: Storage, name: str, fence: Fence) -> Checkpoint | None:
     folder = version.child(CHECKPOINTS, name)
     try:
-        checkpoint = _read(folder)
+        checkpoint = read_checkpoint(folder)
     except MissingFile:
         return None  # not committed
     except CheckpointCorrupt as error:
@@ -166,7 +166,8 @@ def _read_or_warn(version: Storage, name: str, fence: Fence) -> Checkpoint | Non
     return checkpoint
 
 
-def _read(folder: Storage) -> Checkpoint:
+def read_checkpoint(folder: Storage) -> Checkpoint:
+    """The checkpoint in a folder, its files not looked at. Raises MissingFile or CheckpointCorrupt."""
     try:
         return Checkpoint(folder, Manifest.from_bytes(folder.read_bytes(MANIFEST_FILE)))
     except CheckpointCorrupt as error:
@@ -229,7 +230,7 @@ def find_checkpoint(path: str | os.PathLike[str], filesystem: Any = None, digest
     if folder.name == MANIFEST_FILE:
         folder = folder.parent()
     try:
-        checkpoint = _read(folder)
+        checkpoint = read_checkpoint(folder)
     except MissingFile:
         raise _nothing_committed(folder) from None
     if problems := verify(checkpoint, digests):
@@ -288,7 +289,7 @@ def sweep_leftovers(version: Storage, keep: Collection[str] = ()) -> list[str]:
 
 def _is_leftover(version: Storage, name: str, fence: Fence) -> bool:
     try:
-        checkpoint = _read(version.child(CHECKPOINTS, name))
+        checkpoint = read_checkpoint(version.child(CHECKPOINTS, name))
     except MissingFile:
         return True
     except CheckpointCorrupt:
