@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from raylight.config import Config
-from raylight.driver.restart import first_cause
+from raylight.driver.restart import Decision, History, decide, find_first, make_error
 from raylight.driver.result import Result
 from raylight.driver.run import Run
 from raylight.driver.timetable import Timetable
@@ -19,6 +20,7 @@ from raylight.loading import Resume, find_resume
 from raylight.loggers import make_loggers
 from raylight.messages import Saved
 from raylight.report.console import Console
+from raylight.storage.checkpoints import newest_whole
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
 from raylight.task import Loaders, Task
@@ -34,6 +36,7 @@ class Execution:
         self.previous = previous
         self.driver: Run | None = None
         self.result: Result | None = None
+        self.history = History()
 
     def run(self, ckpt_path: Any, verbose: bool) -> Any:
         group = self._start_group()
@@ -97,17 +100,58 @@ class Execution:
         return task, console
 
     def _follow(self, group: Any, task: Task) -> None:
-        """Takes the workers' messages until all are done, and raises what ended them otherwise."""
-        assert self.driver is not None
+        """Takes the workers' messages until all are done. After a failure the group goes on as restart.py decides."""
+        driver = self.driver
+        assert driver is not None
         timetable = Timetable(self.config) if self.stage == "fit" else None
-        for rank, message in group.run(task):
-            self.driver.handle(rank, message)
-            if timetable is not None:
-                if isinstance(message, Saved):
-                    timetable.learn(message)
-                for action in timetable.due():
-                    group.request(action)
-        self._raise_failure(group)
+        history = self.history
+        messages = group.run(task)
+        while True:
+            for rank, message in messages:
+                driver.handle(rank, message)
+                if timetable is not None:
+                    if isinstance(message, Saved):
+                        timetable.learn(message)
+                    for action in timetable.due():
+                        group.request(action)
+            failures = driver.outcome.take_failures()
+            if not failures:
+                return
+            limit = self.config.max_restarts if group.can_recover else 0
+            decision = decide(failures, group.world_size, driver.step, self.stage, limit, history)
+            cause = failures[find_first(failures)]
+            history.note(cause, driver.step, decision)
+            if decision.action == "give up":
+                raise self._make_error(failures, decision, group)
+            driver.tell(
+                f"rank {find_first(failures)} failed at step {driver.step} ({decision.reason}); the run goes on",
+                "warning",
+            )
+            messages = self._go_on(group, task, decision)
+
+    def _go_on(self, group: Any, task: Task, decision: Decision) -> Any:
+        """The messages of the next generation of the group: of the ranks that are left and their new peers, or, where
+        nobody is left, of a group that begins from the newest checkpoint."""
+        driver = self.driver
+        assert driver is not None
+        time.sleep(decision.delay_s)
+        driver.begin_generation(decision.reason)
+        if decision.action == "recover":
+            return group.rejoin(task)
+        checkpoint = newest_whole(driver.version.storage) if driver.version is not None else None
+        driver.redo_from(checkpoint.step if checkpoint is not None else 0)
+        return group.restart(replace(task, checkpoint=checkpoint or task.checkpoint, weights_only=False))
+
+    def _make_error(self, failures: dict[int, Any], decision: Decision, group: Any) -> BaseException:
+        assert self.driver is not None
+        error = make_error(failures, self.driver, decision.reason)
+        original = getattr(group, "exception", None)
+        if original is not None:
+            error.cause = original
+        if isinstance(error.cause, RaylightError) and not isinstance(error.cause, WorkerFailed):
+            return error.cause
+        error.__cause__ = error.cause
+        return error
 
     # ---- before
 
@@ -139,19 +183,6 @@ class Execution:
 
     # ---- after
 
-    def _raise_failure(self, group: Any) -> None:
-        assert self.driver is not None
-        failures = self.driver.outcome.failures
-        if not failures:
-            return
-        error = first_cause(failures, self.driver)
-        original = getattr(group, "exception", None)
-        if original is not None:
-            error.cause = original
-        if isinstance(error.cause, RaylightError) and not isinstance(error.cause, WorkerFailed):
-            raise error.cause
-        raise error from error.cause
-
     def _status(self) -> str:
         assert self.driver is not None
         statuses = {message.status for message in self.driver.outcome.finished.values()}
@@ -176,6 +207,7 @@ class Execution:
                 checkpoints=list(driver.checkpoints),
                 num_steps=finished[0].step,
                 num_epochs=finished[0].epoch,
+                num_restarts=self.history.num_restarts,
                 goodput=finished[0].seconds,
                 version=driver.version,
             )

@@ -2,43 +2,118 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-from raylight.errors import WorkerFailed
+from raylight.errors import WorkerFailed, WorkerHung
 from raylight.messages import Died, Failure, PeerLost
 
 if TYPE_CHECKING:
     from raylight.driver.run import Run
 
 Failed = Failure | Died | PeerLost
+BACKOFF_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before the n-th attempt in a row that made no progress
+# What user code or arguments get wrong the same way every time: trying again would only hide it.
+PERMANENT = (
+    "InvalidArguments", "DataError", "CheckpointMismatch", "CheckpointCorrupt", "NotEnoughResources",
+    "NotImplementedError", "ImportError", "ModuleNotFoundError", "SyntaxError",
+)  # fmt: skip
 
 
-def first_cause(failures: list[tuple[int, Failed]], run: Run) -> WorkerFailed:
-    """The failure that the others followed from, as the error that the user reads."""
-    rank, cause = min(enumerate(failures), key=lambda item: (_order(item[1][1]), item[0]))[1]
-    followed = len(failures) - 1
-    node = run.outcome.nodes[rank].node if rank in run.outcome.nodes else "unknown node"
-    step = cause.step if not isinstance(cause, Died) else run.step
-    log = f"{run.version.path}/logs/rank-{rank}.log" if run.version is not None else None
-    lines = [f"rank {rank} on {node} failed at step {step} (attempt {run.attempt + 1})."]
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """"recover": the ranks that are left go on and the dead are replaced. "restart": all begin again from the newest
+    checkpoint. "give up": the caller gets the error."""
+
+    action: Literal["recover", "restart", "give up"]
+    reason: str
+    delay_s: float = 0.0
+    is_charged: bool = True
+    """Whether it uses up one of `max_restarts`; losing a node does not."""
+
+
+@dataclass(slots=True)
+class History:
+    """What has failed so far in this fit."""
+
+    num_charged: int = 0
+    num_restarts: int = 0
+    last: tuple[str, str, int] | None = None  # kind, text and step of the newest failure
+    num_without_progress: int = 0
+    last_step: int = -1
+    causes: list[str] = field(default_factory=list)
+
+    def note(self, cause: Failed, step: int, decision: Decision) -> None:
+        self.last = identify(cause, step)
+        self.num_without_progress = self.num_without_progress + 1 if step <= self.last_step else 0
+        self.last_step = step
+        self.causes.append(decision.reason)
+        if decision.action != "give up":
+            self.num_restarts += 1
+            self.num_charged += decision.is_charged
+
+
+def identify(cause: Failed, step: int) -> tuple[str, str, int]:
+    """Two failures are the same where these are equal."""
     if isinstance(cause, Failure):
-        lines.append(cause.traceback)
-    else:
-        lines.append(f"The process is gone: {cause.reason}")
+        return cause.kind, cause.text, cause.step
+    return type(cause).__name__, "", step
+
+
+def decide(
+    failures: dict[int, Failed], world_size: int, step: int, stage: str, max_restarts: int, history: History
+) -> Decision:
+    """`failures`: the newest of each rank that did not finish; `step`: the furthest that was reported."""
+    cause = failures[find_first(failures)]
+    text = cause.text if isinstance(cause, Failure) else cause.reason
+    if stage != "fit":
+        return Decision("give up", f"{stage} is not restarted")
+    if isinstance(cause, Failure):
+        if cause.kind in PERMANENT or cause.stage == "setup":
+            return Decision("give up", "the same would happen again")
+        if history.last == identify(cause, step):
+            return Decision("give up", f"{cause.kind} came twice at step {cause.step}")
+    is_charged = not (isinstance(cause, Died) and cause.node_lost)
+    if is_charged and history.num_charged >= max_restarts:
+        return Decision("give up", f"max_restarts={max_restarts} is used up")
+    alike = history.num_without_progress + 1 if step <= history.last_step else 0
+    delay_s = BACKOFF_S[min(alike, len(BACKOFF_S) - 1)]
+    num_dead = sum(isinstance(failure, Died) for failure in failures.values())
+    action: Literal["recover", "restart"] = "recover" if num_dead < world_size else "restart"
+    return Decision(action, text.splitlines()[0] if text else type(cause).__name__, delay_s, is_charged)
+
+
+def find_first(failures: dict[int, Failed]) -> int:
+    """The rank whose failure the others followed from: a user's exception explains more than a dead process, and that
+    more than a broken collective."""
+
+    def order(rank: int) -> tuple[int, int]:
+        failure = failures[rank]
+        return 0 if isinstance(failure, Failure) else 1 if isinstance(failure, Died) else 2, rank
+
+    return min(failures, key=order)
+
+
+def make_error(failures: dict[int, Failed], run: Run, reason: str, stacks: str | None = None) -> WorkerFailed:
+    """The failure that the others followed from, as the error that the user reads."""
+    rank = find_first(failures)
+    cause = failures[rank]
+    node = run.outcome.nodes[rank].node if rank in run.outcome.nodes else "unknown node"
+    step = cause.step if isinstance(cause, Failure) else run.step
+    log = f"{run.version.path}/logs/rank-{rank}.log" if run.version is not None and run.world_size > 1 else None
+    lines = [f"rank {rank} on {node} failed at step {step} (attempt {run.attempt + 1}; {reason})."]
+    lines.append(cause.traceback if isinstance(cause, Failure) else f"The process is gone: {cause.reason}")
+    followed = len(failures) - 1
     if followed:
-        lines.append(f"{followed} other rank{'s' if followed > 1 else ''} failed because of it.")
+        lines.append(f"{followed} other rank{'s' if followed > 1 else ''} stopped because of it.")
     if log is not None:
         lines.append(f"Log: {log}")
     if run.last is not None:
         lines.append(f"Resume with: raylight.fit(..., name={run.config.name!r}, resume='last')")
-    error = WorkerFailed("\n".join(lines), rank=rank, node=node, step=step, attempt=run.attempt, log=log)
-    if isinstance(cause, Failure) and cause.cause is not None:
+    if stacks:
+        lines.append(stacks)
+    kind = WorkerHung if stacks else WorkerFailed
+    error = kind("\n".join(lines), rank=rank, node=node, step=step, attempt=run.attempt, log=log)
+    if isinstance(cause, Failure):
         error.cause = cause.load_cause()
     return error
-
-
-def _order(failure: Failed) -> int:
-    """A user's exception explains more than a dead process, and that more than a broken collective."""
-    if isinstance(failure, Failure):
-        return 0
-    return 1 if isinstance(failure, Died) else 2

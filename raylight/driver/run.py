@@ -41,8 +41,12 @@ class Outcome:
     """What the ranks said last."""
 
     finished: dict[int, m.Finished] = field(default_factory=dict)
-    failures: list[tuple[int, m.Failure | m.Died | m.PeerLost]] = field(default_factory=list)
+    failures: dict[int, m.Failure | m.Died | m.PeerLost] = field(default_factory=dict)
     nodes: dict[int, m.Started] = field(default_factory=dict)
+
+    def take_failures(self) -> dict[int, m.Failure | m.Died | m.PeerLost]:
+        taken, self.failures = self.failures, {}
+        return taken
 
 
 class Run:
@@ -76,9 +80,9 @@ class Run:
             m.SaveFailed: self._on_save_failed,
             m.Hyperparameters: self._on_hyperparameters,
             m.Finished: lambda rank, message: self.outcome.finished.__setitem__(rank, message),
-            m.Failure: lambda rank, message: self.outcome.failures.append((rank, message)),
-            m.Died: lambda rank, message: self.outcome.failures.append((rank, message)),
-            m.PeerLost: lambda rank, message: self.outcome.failures.append((rank, message)),
+            m.Failure: self._on_failure,
+            m.Died: self._on_failure,
+            m.PeerLost: self._on_failure,
         }
 
     # ---- messages
@@ -97,6 +101,9 @@ class Run:
 
     def _on_started(self, rank: int, message: m.Started) -> None:
         self.outcome.nodes[rank] = message
+
+    def _on_failure(self, rank: int, message: m.Failure | m.Died | m.PeerLost) -> None:
+        self.outcome.failures[rank] = message
 
     def _on_progress(self, rank: int, message: m.Progress) -> None:
         if message.stage == "train":
@@ -124,7 +131,7 @@ class Run:
     def redo_from(self, step: int) -> None:
         """What was logged beyond `step` is taken back: the steps after it are made again."""
         for row in self.aggregator.resize(self.world_size):
-            self._write_values(row[0], row[1], row[2], row[3])
+            self._write_values(*row)
         if self.journal is not None:
             self.journal.drop_after(step)
         for logger in self.loggers:
@@ -218,6 +225,17 @@ class Run:
             "command": sys.argv,
             **given,
         }  # fmt: skip
+        self.write_record()
+
+    def begin_generation(self, reason: str) -> None:
+        """The group is made anew after a failure."""
+        self.saved.clear()
+        self.outcome.finished.clear()
+        for row in self.aggregator.resize(self.world_size):
+            self._write_values(*row)
+        if self.record:
+            restarts = self.record.setdefault("restarts", [])
+            restarts.append({"time": time.time(), "step": self.step, "reason": reason})
         self.write_record()
 
     def write_record(self) -> None:

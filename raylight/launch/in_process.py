@@ -23,6 +23,8 @@ class InProcessGroup:
         self.places = [Place(node=os.uname().nodename, device=device)]
         self.control = Control()
 
+    can_recover = False  # what failed here failed in the caller's own process
+
     @property
     def world_size(self) -> int:
         return 1

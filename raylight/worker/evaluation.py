@@ -33,7 +33,8 @@ def open_evaluation_data(rank: Rank, stage: str) -> None:
     loaders = rank.evaluation_loaders(stage)
     rank.val_dataloaders = loaders
     rank.evaluation_batches = [
-        EvaluationBatches(loader, rank=rank.global_rank, world_size=rank.world_size, limit=limit) for loader in loaders
+        EvaluationBatches(loader, rank=rank.global_rank, world_size=rank.world_size, limit=limit, seed=rank.seed)
+        for loader in loaders
     ]
     rank.num_val_batches = [batches.num_batches for batches in rank.evaluation_batches]
 

@@ -85,6 +85,7 @@ def open_training_data(rank: Rank) -> None:
     position = options.pop("train_position", None)
     if position is not None:
         rank.train_batches.load_state_dict(position)
+        rank.batch_idx = rank.train_batches.first_index  # another number of workers counts other steps
     rank.num_training_batches = rank.train_batches.num_batches
     if config.global_batch_size is not None:
         rank.accumulate_grad_batches = rank.train_batches.accumulate
@@ -113,7 +114,7 @@ class Loop:
         yield from self._begin_epoch()
         epoch, logged = rank.current_epoch, rank.global_step
         skipped, waited = False, perf_counter()
-        for batch in rank.train_batches.iterate(epoch, rank.position, agree=self._agree):
+        for batch in rank.train_batches.iterate(epoch, rank.position, agree=self._agree, progress=self._say_skipped):
             rank.seconds["data"] += perf_counter() - waited
             control.beat = ("train", rank.global_step, monotonic())
             if self.train_batch(batch) == SKIP_EPOCH:
@@ -294,6 +295,10 @@ class Loop:
         if not rank.said_not_finite:
             rank.said_not_finite = True
             rank.notice(text + "; detect_anomaly=True stops at it and shows where it came from", "warning")
+
+    def _say_skipped(self, done: int, total: int) -> None:
+        if done >= total:
+            self.rank.notice(f"read {total} items of the stream again to go on where the run had stopped")
 
     def _agree(self, flag: bool) -> bool:
         return agree(flag, self.rank.world_size)

@@ -1,0 +1,74 @@
+"""Decisions after failures, as tables: no process is needed for them."""
+
+from __future__ import annotations
+
+import pytest
+
+from raylight.driver.restart import BACKOFF_S, Decision, History, decide, find_first
+from raylight.messages import Died, Failure, PeerLost
+
+
+def failure(kind: str = "KeyError", text: str = "x", step: int = 3, stage: str = "train") -> Failure:
+    return Failure(kind, text, "Traceback ...", step, stage, None)
+
+
+DEAD, LOST, GONE = Died("killed"), PeerLost(3, "closed"), Died("node died", node_lost=True)
+
+
+def ask(failures, history=None, world_size=2, step=3, stage="fit", max_restarts=3) -> Decision:
+    return decide(failures, world_size, step, stage, max_restarts, history or History())
+
+
+@pytest.mark.parametrize(
+    ("failures", "action"),
+    [
+        ({0: LOST, 1: DEAD}, "recover"),
+        ({0: DEAD, 1: DEAD}, "restart"),
+        ({0: failure(), 1: LOST}, "recover"),
+        ({0: failure(kind="InvalidArguments"), 1: LOST}, "give up"),
+        ({0: failure(stage="setup"), 1: LOST}, "give up"),
+    ],
+)
+def test_what_is_left_decides(failures, action):
+    assert ask(failures).action == action
+
+
+def test_evaluation_is_not_restarted():
+    assert ask({0: LOST, 1: DEAD}, stage="test").action == "give up"
+
+
+def test_the_same_exception_at_the_same_step_ends_the_run():
+    history = History()
+    first = ask({0: failure(), 1: LOST}, history)
+    history.note(failure(), 3, first)
+    assert ask({0: failure(), 1: LOST}, history).action == "give up"
+    assert ask({0: failure(step=4), 1: LOST}, history, step=4).action == "recover"
+    assert ask({0: failure(text="y"), 1: LOST}, history).action == "recover"
+
+
+def test_the_budget_counts_all_but_lost_nodes():
+    history = History()
+    for step in range(3):
+        decision = ask({0: LOST, 1: DEAD}, history, step=step)
+        assert decision.action == "recover"
+        history.note(DEAD, step, decision)
+    assert ask({0: LOST, 1: DEAD}, history, step=9).action == "give up"
+    assert ask({0: LOST, 1: GONE}, history, step=9).action == "recover"
+    assert ask({0: LOST, 1: DEAD}, max_restarts=0).action == "give up"
+
+
+def test_attempts_without_progress_wait_longer():
+    history, delays = History(), []
+    for step in (5, 5, 5, 6):
+        decision = ask({0: LOST, 1: DEAD}, history, step=step, max_restarts=9)
+        delays.append(decision.delay_s)
+        history.note(DEAD, step, decision)
+    assert delays == [BACKOFF_S[0], BACKOFF_S[1], BACKOFF_S[2], BACKOFF_S[0]]
+
+
+@pytest.mark.parametrize(
+    ("failures", "rank"),
+    [({0: LOST, 1: failure()}, 1), ({0: LOST, 1: DEAD}, 1), ({0: DEAD, 1: failure()}, 1), ({0: DEAD, 1: DEAD}, 0)],
+)
+def test_the_first_cause_is_what_the_user_reads(failures, rank):
+    assert find_first(failures) == rank

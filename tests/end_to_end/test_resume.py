@@ -1,0 +1,71 @@
+"""A run that stops anywhere and goes on is the run that never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import raylight as pl
+
+pytestmark = pytest.mark.usefixtures("ray_if_marked")
+NUM_SAMPLES = 41
+
+
+class Net(pl.Module):
+    """Dropout and numpy noise in each step: a wrong random state shows at once."""
+
+    def __init__(self, seen: str = ""):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        self.seen = seen
+
+    def training_step(self, batch, batch_idx):
+        noise = float(np.random.uniform(-0.01, 0.01))
+        if self.seen:
+            line = f"{self.current_epoch} {' '.join(str(int(i)) for i in batch[1])}\n"
+            Path(self.seen, f"{self.trainer.attempt}-{self.global_rank}.txt").open("a").write(line)
+        return (self.net(batch[0]) + noise).pow(2).mean()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def fit(module: Net, num_workers: int, path: Path, batch_size: int = 4, **arguments):
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(torch.randn(NUM_SAMPLES, 4, generator=generator), torch.arange(NUM_SAMPLES))
+    return pl.fit(
+        module, DataLoader(data, batch_size=batch_size, shuffle=True), num_workers=num_workers, use_gpu=False, seed=5,
+        storage_path=str(path), enable_progress_bar=False, enable_model_summary=False, **arguments,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stop", [3, 11, 14])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.ray)])
+def test_stopped_in_the_middle_of_an_epoch(num_workers, stop, tmp_path):
+    whole, again = Net(), Net()
+    fit(whole, num_workers, tmp_path / "whole", max_steps=20)
+    fit(Net(), num_workers, tmp_path / "parts", max_steps=stop)
+    result = fit(again, num_workers, tmp_path / "parts", max_steps=20, resume="last")
+    assert result.num_steps == 20
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.ray
+def test_each_sample_once_with_4_2_3_1_workers(tmp_path):
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    steps = 0
+    for num_workers, more in ((4, 1), (2, 2), (3, 1), (0, None)):
+        steps = -1 if more is None else steps + more
+        fit(Net(str(seen)), num_workers, tmp_path, batch_size=2, max_epochs=1, max_steps=steps, resume="last")
+    ids = [int(word) for file in seen.iterdir() for line in file.read_text().splitlines() for word in line.split()[1:]]
+    assert sorted(ids) == list(range(NUM_SAMPLES))
