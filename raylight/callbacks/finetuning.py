@@ -31,6 +31,7 @@ class BaseFinetuning(Callback):
 
     def __init__(self) -> None:
         self._saved: dict[str, Any] | None = None
+        self._latest_epoch = -1  # whose start was seen; it starts again when a lost worker has been replaced in it
 
     def freeze_before_training(self, module: Module) -> None:
         raise NotImplementedError(f"{type(self).__name__} must override freeze_before_training(self, module)")
@@ -43,7 +44,7 @@ class BaseFinetuning(Callback):
     # ---- hooks
 
     def setup(self, trainer: Rank, module: Module, stage: str) -> None:
-        self._saved = None
+        self._saved, self._latest_epoch = None, -1
         self.freeze_before_training(module)
 
     def on_fit_start(self, trainer: Rank, module: Module) -> None:
@@ -52,18 +53,33 @@ class BaseFinetuning(Callback):
             restore_groups(trainer, module, saved)
 
     def on_train_epoch_start(self, trainer: Rank, module: Module) -> None:
+        if trainer.current_epoch <= self._latest_epoch:
+            return
+        self._latest_epoch = trainer.current_epoch
         for optimizer in trainer.optimizers:
             num_groups = len(optimizer.param_groups)
             self.finetune_function(module, trainer.current_epoch, optimizer)
             if len(optimizer.param_groups) != num_groups:
                 extend_schedulers(trainer, optimizer)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"latest_epoch": self._latest_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._latest_epoch = state_dict["latest_epoch"]
+
     def on_save_checkpoint(self, trainer: Rank, module: Module, checkpoint: dict[str, Any]) -> None:
         checkpoint[f"{self.state_key}.groups"] = describe_groups(trainer, module)
 
     def on_load_checkpoint(self, trainer: Rank, module: Module, checkpoint: dict[str, Any]) -> None:
-        # optimizers must have their groups again before their state is loaded, and do not exist yet
-        self._saved = checkpoint.get(f"{self.state_key}.groups") if trainer.fitting else None
+        saved = checkpoint.get(f"{self.state_key}.groups") if trainer.fitting else None
+        if saved is None:
+            return
+        # optimizers must have their groups again before their state is loaded; in a fresh worker they do not exist yet
+        if trainer.optimizers:
+            restore_groups(trainer, module, saved)
+        else:
+            self._saved = saved
 
     # ---- what a schedule is made of
 
@@ -179,9 +195,10 @@ class BackboneFinetuning(BaseFinetuning):
         self.previous_backbone_lr: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"previous_backbone_lr": self.previous_backbone_lr}
+        return super().state_dict() | {"previous_backbone_lr": self.previous_backbone_lr}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         self.previous_backbone_lr = state_dict["previous_backbone_lr"]
 
     def freeze_before_training(self, module: Module) -> None:

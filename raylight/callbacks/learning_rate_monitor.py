@@ -46,9 +46,15 @@ class LearningRateMonitor(Callback):
             return []
         return ["LearningRateMonitor has nowhere to log to with logger=False; remove one of them."]
 
+    def setup(self, trainer: Rank, module: Module, stage: str) -> None:
+        if stage == "fit":
+            self._logged_step = 0
+            self.lrs = {}
+
     def on_train_start(self, trainer: Rank, module: Module) -> None:
-        self._logged_step = 0
-        self.lrs = {name: [] for _, _, names in _name_groups(trainer) for name in names}
+        for _, _, names in _name_groups(trainer):
+            for name in names:
+                self.lrs.setdefault(name, [])
 
     def on_train_batch_start(self, trainer: Rank, module: Module, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step + 1

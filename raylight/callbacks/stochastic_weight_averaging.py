@@ -116,13 +116,16 @@ class StochasticWeightAveraging(Callback):
         mistakes.raise_any()
 
     def on_train_start(self, trainer: Rank, module: Module) -> None:
-        if self._scheduler_state is None:
+        if self.average.is_swapped:  # a peer was lost while batch norm was measured, and the end is yet to come
+            self.average.swap(module)
+        state, self._scheduler_state = self._scheduler_state, None
+        if state is None:
             return
         optimizer = trainer.optimizers[0]
         rates = [group["lr"] for group in optimizer.param_groups]
         self._take_over_schedule(trainer)
         assert self._scheduler is not None
-        self._scheduler.load_state_dict(self._scheduler_state)
+        self._scheduler.load_state_dict(state)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate  # a scheduler that is made sets the rate of its first epoch
 
@@ -212,17 +215,19 @@ def measure_batch_norms(trainer: Rank, module: Module) -> None:
     layers = find_batch_norms(module)
     momenta = [layer.momentum for layer in layers]
     modes = {inner: inner.training for inner in module.modules()}
-    module.train()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # torch: the plain mean over batches, instead of one that forgets
-    run_training_steps(trainer, module, shares_batches=any(isinstance(m, nn.SyncBatchNorm) for m in layers))
-    if trainer.world_size > 1:
-        _merge(trainer, layers)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-    for inner, training in modes.items():
-        inner.training = training
+    try:
+        module.train()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # torch: the plain mean over batches, instead of one that forgets
+        run_training_steps(trainer, module, shares_batches=any(isinstance(m, nn.SyncBatchNorm) for m in layers))
+        if trainer.world_size > 1:
+            _merge(trainer, layers)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for inner, training in modes.items():
+            inner.training = training
 
 
 def run_training_steps(trainer: Rank, module: Module, shares_batches: bool) -> None:

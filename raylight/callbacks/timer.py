@@ -71,19 +71,24 @@ class Timer(Callback):
         return {
             "time_elapsed": {stage: self.time_elapsed(stage) for stage in STAGES},
             "agreed_s": self._agreed_s,
-            "check_at_step": self._check_at_step,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._offset_s = state_dict["time_elapsed"]["train"]
         self._agreed_s = state_dict["agreed_s"]
-        self._check_at_step = state_dict["check_at_step"]
         if "train" in self._started:
             self._started["train"] = time.monotonic()
 
+    def setup(self, trainer: Rank, module: Module, stage: str) -> None:
+        if stage == "fit":
+            self._started.pop("train", None)
+            self._ended.pop("train", None)
+            self._offset_s = self._agreed_s = 0.0
+
     def on_train_start(self, trainer: Rank, module: Module) -> None:
-        self._started["train"] = time.monotonic()
-        # no collective here: a worker that replaces a dead one begins alone
+        # training also starts anew when a lost worker has been replaced: then it began before, and all ranks check
+        self._started.setdefault("train", time.monotonic())
+        self._check_at_step = 0
         if self._duration_s is not None and self._agreed_s >= self._duration_s:
             self._stop(trainer)
 

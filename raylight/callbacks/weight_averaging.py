@@ -61,6 +61,10 @@ class WeightAveraging(Callback):
             self.average.reset()
             self._latest_update_step, self._latest_update_epoch = 0, -1
 
+    def on_train_start(self, trainer: Rank, module: Module) -> None:
+        if self.average.is_swapped:  # a peer was lost in the middle of a validation, and training goes on without it
+            self.average.swap(module)
+
     def on_train_batch_end(self, trainer: Rank, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._update_after_step(trainer, module)
 

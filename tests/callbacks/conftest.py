@@ -125,3 +125,8 @@ def fit(tmp_path: Any) -> Callable[..., Any]:
 @pytest.fixture
 def dataset() -> TensorDataset:
     return make_data()
+
+
+@pytest.fixture
+def make_samples() -> Callable[[int], TensorDataset]:
+    return make_data

@@ -145,3 +145,24 @@ def test_all_mistakes_are_told_at_once():
     assert len(caught.value.mistakes) == 3
     with pytest.raises(InvalidArguments, match="exclude one another"):
         WeightAveraging(avg_fn=print, multi_avg_fn=print)
+
+
+def test_training_that_starts_again_after_a_loss_in_validation_has_its_own_weights(make_rank, make_net):
+    callback, rank, net = EMAWeightAveraging(decay=0.5), make_rank(), make_net()
+    callback.setup(rank, net, "fit")
+    for rank.global_step in (1, 2):
+        with torch.no_grad():
+            net.head.weight.add_(1.0)
+        callback.on_train_batch_end(rank, net, None, None, 0)
+    weight = net.head.weight.detach().clone()
+    callback.on_validation_epoch_start(rank, net)
+    assert torch.equal(net.head.weight, weight - 0.5)
+
+    replacement, other = EMAWeightAveraging(decay=0.5), make_net()
+    replacement.setup(rank, other, "fit")
+    other.load_state_dict(net.state_dict())
+    replacement.load_state_dict(callback.state_dict())
+    for survivor, module in ((callback, net), (replacement, other)):
+        survivor.on_train_start(rank, module)
+        assert torch.equal(module.head.weight, weight)
+        assert torch.equal(survivor.average.kept["head.weight"], weight - 0.5)
