@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import quote
 
 from raylight.errors import InvalidArguments, StorageError
 from raylight.messages import SavedFile
@@ -53,21 +54,21 @@ class Storage:
     @property
     def name(self) -> str:
         """The last part of the root."""
-        return self._shown.rpartition("/")[2]
+        return self._root.rpartition("/")[2]
 
     @property
     def is_local(self) -> bool:
         return self._files.is_local
 
     def uri_of(self, path: str) -> str:
-        return f"{self._shown}/{path}{self._query}" if path else self.uri
+        return self._shown_at(path) + self._query
 
     def child(self, *parts: str) -> Storage:
         """The storage rooted at a folder in this one."""
         path = "/".join(parts)
         there = copy.copy(self)
         there._root = self._absolute(path)
-        there._shown = f"{self._shown}/{path}" if path else self._shown
+        there._shown = self._shown_at(path)
         return there
 
     def parent(self) -> Storage:
@@ -175,6 +176,11 @@ class Storage:
             return [function(item) for item in items]
         with ThreadPoolExecutor(min(NUM_REQUESTS_AT_ONCE, len(items)), thread_name_prefix="raylight-storage") as pool:
             return list(pool.map(function, items))
+
+    def _shown_at(self, path: str) -> str:
+        if not path:
+            return self._shown
+        return f"{self._shown.rstrip('/')}/{path if self.is_local else quote(path)}"
 
     def _absolute(self, path: str) -> str:
         if not path:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 from raylight.errors import InvalidArguments
 from raylight.storage.local_files import LocalFiles
@@ -104,7 +104,7 @@ def _locate_s3(text: str, backoff: Backoff) -> Location:
         options["secret_key"] = unquote(parts.password or "")
     path = unquote(parts.path).strip("/")
     files = RemoteFiles(partial(_open_s3, bucket, options), backoff)
-    shown = f"s3://{bucket}/{path}".rstrip("/")
+    shown = f"s3://{bucket}/{quote(path)}".rstrip("/")
     return Location(files, f"{bucket}/{path}".rstrip("/"), shown, f"?{parts.query}" if parts.query else "")
 
 
@@ -129,18 +129,23 @@ def _open_s3(bucket: str, options: dict[str, Any], streaming: bool) -> fs.FileSy
 
 def _locate_uri(text: str, scheme: str, backoff: Backoff) -> Location:
     parts = urlsplit(text)
-    place = parts.netloc.rpartition("@")[2]
-    if scheme in ("gs", "gcs"):
-        root = f"{place}/{unquote(parts.path).strip('/')}".rstrip("/")
+    path = unquote(parts.path).strip("/")
+    user, _, host = parts.netloc.rpartition("@")
+    if scheme.startswith("abfs"):
+        if not user or ":" in user or not host:
+            raise InvalidArguments(
+                f"storage_path: write {scheme}://container@account.dfs.core.windows.net/folder. With an account key, "
+                'give storage_path="container/folder" and storage_filesystem=pyarrow.fs.AzureFileSystem(...).'
+            )
+        root = f"{user}/{path}".rstrip("/")
     elif scheme in ("hdfs", "viewfs"):
-        root = unquote(parts.path).rstrip("/") or "/"
-    else:  # abfs://container@account.dfs.core.windows.net/path, or abfs://container/path
-        container = parts.username or parts.hostname or ""
-        root, place = f"{container}/{unquote(parts.path).strip('/')}".rstrip("/"), parts.netloc
-    if not root:
-        raise InvalidArguments(f"storage_path={text!r} names no bucket or folder.")
+        root = f"/{path}"
+    elif host:
+        root = f"{host}/{path}".rstrip("/")
+    else:
+        raise InvalidArguments(f"storage_path={text!r} names no bucket: write {scheme}://bucket/folder.")
     files = RemoteFiles(partial(_open_uri, urlunsplit((scheme, parts.netloc, "", parts.query, ""))), backoff)
-    shown = f"{scheme}://{place}{parts.path}".rstrip("/")
+    shown = f"{scheme}://{parts.netloc}/{quote(path)}".rstrip("/")
     return Location(files, root, shown, f"?{parts.query}" if parts.query else "")
 
 
@@ -171,7 +176,7 @@ def _locate_on(filesystem: Any, path: str, backoff: Backoff) -> Location:
         path = path.strip("/")
     root = path.rstrip("/") or "/"
     opened: Callable[[bool], Any] = partial(_return_it, filesystem)
-    return Location(RemoteFiles(opened, backoff), root, f"{kind.split('::')[-1]}://{root}")
+    return Location(RemoteFiles(opened, backoff), root, f"{kind.split('::')[-1]}://{quote(root)}")
 
 
 def _return_it(filesystem: Any, streaming: bool) -> Any:

@@ -163,6 +163,34 @@ def test_uris_open_the_same_place(tmp_path: Path, s3_uri: str) -> None:
         assert Storage(storage.child("x").uri).read_bytes("a") == b"1"
 
 
+@pytest.mark.parametrize("name", ["with space", "50%", "50%25", "a+b", "größe", "x=1&y=2", "#1", "q?"])
+def test_uris_of_odd_names_open_the_same_place(tmp_path: Path, s3_uri: str, name: str) -> None:
+    for storage in (Storage(tmp_path), Storage(s3_uri)):
+        child = storage.child(name)
+        child.write("a", [b"1"])
+        assert Storage(child.uri).read_bytes("a") == b"1"
+        assert Storage(child.uri).name == child.name == name
+        assert [entry.name for entry in storage.list()] == [name]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["gs://bucket/a/b", "gs://anonymous@bucket/a", "gcs://bucket/a%20b", "abfs://box@site.dfs.core.windows.net/a/b"],
+)
+def test_uris_mean_what_they_mean_to_pyarrow(uri: str) -> None:
+    from pyarrow.fs import FileSystem
+
+    storage = Storage(uri)
+    assert storage._root == FileSystem.from_uri(uri)[1]
+    assert storage.uri == uri
+    assert Storage(storage.child("c").uri)._root == storage._root + "/c"
+
+
+def test_a_uri_of_hdfs_connects_only_when_it_is_used() -> None:
+    storage = Storage("hdfs://namenode:8020/user/me/runs")
+    assert (storage._root, storage.child("x").uri) == ("/user/me/runs", "hdfs://namenode:8020/user/me/runs/x")
+
+
 def test_local_paths(tmp_path: Path, s3_uri: str) -> None:
     assert Storage(tmp_path).local_path("a") == str(tmp_path / "a")
     assert Storage(f"file://{tmp_path}").local_path() == str(tmp_path)
@@ -204,6 +232,8 @@ def test_local_storage_needs_no_pyarrow(tmp_path: Path) -> None:
         ("s3:/bucket/x", r"Did you mean s3://bucket/x\?"),
         ("s3:///x", "names no bucket"),
         ("s3://b/x?endpoint_overide=localhost:1", "did you mean 'endpoint_override'"),
+        ("gs:///x", "names no bucket"),
+        ("abfs://account.dfs.core.windows.net/x", "write abfs://container@account"),
         ("", "is no path"),
         ("a\0b", "is no path"),
     ],
