@@ -1,0 +1,118 @@
+"""Groups of workers on Ray that are kept from one fit to the next: that is worth more than all else at start-up."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from raylight.config import Config
+from raylight.launch import ray_cluster
+from raylight.launch.ray_cluster import Cluster, connect, describe_cluster
+from raylight.launch.ray_group import Entry, RayGroup
+
+__all__ = ["Cluster", "RayGroup", "acquire_group", "connect", "describe_cluster", "release_all"]
+
+_kept: list[tuple[tuple, RayGroup]] = []
+_lock = threading.Lock()
+
+
+def acquire_group(
+    config: Config,
+    num_workers: int | None = None,
+    use_gpu: bool | None = None,
+    resources_per_worker: dict[str, float] | None = None,
+    placement: str | None = None,
+    name: str | None = None,
+    num_standby: int | None = None,
+    entry: Entry = "raylight.worker.entry:run",
+    tell: Callable[[str], Any] | None = None,
+) -> RayGroup:
+    """A group for one run, as `config` says where an argument is None: one that an earlier run has left, with its dead
+    members replaced, or a new one.
+
+    It can be had again once its run has ended or was halted. Groups that lie idle give way to one of another shape.
+    Connects to Ray, or starts it. Raises NotEnoughResources before any actor is made.
+    """
+    cluster = connect(config)
+    use_gpu = _choose(use_gpu, config.use_gpu, cluster.num_gpus > 0)
+    needs = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {}) | (resources_per_worker or config.resources_per_worker)
+    placement = _choose(placement, getattr(config.strategy, "placement", None), "PACK")
+    num_workers = _choose(num_workers, _count_workers(config.num_workers, cluster, needs, placement), 1)
+    num_standby = _choose(num_standby, config.num_standby, 1)
+    around = ray.util.get_current_placement_group()
+    key = (
+        ray_cluster.session_name(), around.id if around is not None else None, num_workers, use_gpu, placement,
+        tuple(sorted(needs.items())), num_standby,
+    )  # fmt: skip
+    group = _take_kept(key)
+    if group is None:
+
+        def tell_and_make_room(text: str) -> None:
+            _release_idle()
+            if tell is not None:
+                tell(text)
+
+        group = RayGroup.start(config, num_workers, use_gpu, needs, placement, name, num_standby, tell_and_make_room)
+        with _lock:
+            _kept.append((key, group))
+    group.entry = entry
+    return group
+
+
+def release_all() -> None:
+    """Ends every group, leaving no actor, process or placement group. Done at exit."""
+    with _lock:
+        groups = [group for _, group in _kept]
+        _kept.clear()
+    if ray.is_initialized():
+        for group in groups:
+            group.shutdown()
+
+
+atexit.register(release_all)
+
+
+def _take_kept(key: tuple) -> RayGroup | None:
+    """A group of that shape that lies idle; all others that do are ended."""
+    with _lock:
+        found = next((group for kept_key, group in _kept if kept_key == key and not group.in_use), None)
+        if found is not None:
+            found.in_use = True
+    _release_idle()
+    if found is not None and not found.renew():
+        _release(found)
+        return None
+    return found
+
+
+def _release_idle() -> None:
+    with _lock:
+        idle = [group for _, group in _kept if not group.in_use]
+    for group in idle:
+        _release(group)
+
+
+def _release(group: RayGroup) -> None:
+    with _lock:
+        _kept[:] = [(key, kept) for key, kept in _kept if kept is not group]
+    group.shutdown()
+
+
+def _count_workers(
+    asked: int | tuple[int, int] | str, cluster: Cluster, needs: dict[str, float], placement: str
+) -> int:
+    """Of an elastic group as many as there is room for; of "auto" one for each GPU."""
+    if isinstance(asked, tuple):
+        fitting = ray_cluster.count_fitting(ray_cluster.node_resources(), needs, placement)
+        return min(max(fitting, asked[0]), asked[1])
+    if isinstance(asked, str):
+        return max(1, int(cluster.num_gpus / needs.get("GPU", 1.0)))
+    return asked
+
+
+def _choose(*candidates: Any) -> Any:
+    return next(candidate for candidate in candidates if candidate is not None)

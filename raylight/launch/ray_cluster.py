@@ -1,0 +1,269 @@
+"""The Ray cluster: joining one or starting one here, and what it has room for."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._private import state as ray_state
+
+from raylight.config import Config
+from raylight.errors import InvalidArguments, NotEnoughResources
+
+Resources = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What the connected cluster has in all, in use or not."""
+
+    num_nodes: int
+    num_cpus: float
+    num_gpus: float
+    autoscales: bool
+    """Whether it adds nodes on demand."""
+    started_here: bool
+    """Whether raylight started it, on this machine, for this process."""
+
+
+# ---- connecting
+
+
+def connect(config: Config | None = None) -> Cluster:
+    """Uses the Ray that this process is connected to, else the one that RAY_ADDRESS names, else starts one here with
+    as many logical CPUs as `config` asks for. A Ray that was started here ends with this process."""
+    num_cpus = _cpus_wanted(config) if config is not None else 0
+    if ray.is_initialized() and _local.is_too_small(num_cpus):
+        _local.stop()
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS", "local")
+        if address.startswith("ray://"):
+            raise InvalidArguments(
+                f"RAY_ADDRESS={address!r} is a Ray Client address, which cannot stream what workers say. Run the "
+                "script on the cluster (`ray job submit -- python script.py`), or give the address of its head node."
+            )
+        if address == "local":
+            _local.start(num_cpus)
+        else:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    elif ray.util.client.ray.is_connected():
+        raise InvalidArguments(
+            "this process is connected by Ray Client (ray://), which cannot stream what workers say. Run the script on "
+            "the cluster, for example with `ray job submit`."
+        )
+    _note_environment()
+    cluster = describe_cluster()
+    assert cluster is not None
+    return cluster
+
+
+def describe_cluster() -> Cluster | None:
+    """What the connected cluster has; None where this process is connected to none."""
+    if not ray.is_initialized():
+        return None
+    nodes = node_resources()
+    return Cluster(
+        num_nodes=len(nodes),
+        num_cpus=sum(node.get("CPU", 0.0) for node in nodes),
+        num_gpus=sum(node.get("GPU", 0.0) for node in nodes),
+        autoscales=_autoscales(),
+        started_here=_local.is_running,
+    )
+
+
+def node_resources() -> list[dict[str, float]]:
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def is_node_alive(node_id: str) -> bool:
+    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that will be taken away soon (preemption, scaling down) and should not be relied on."""
+    return set(ray_state.state.get_draining_nodes())
+
+
+def _autoscales() -> bool:
+    """Where the cluster's autoscaler says what it could add; Ray has no public question for it."""
+    return ray_state.state.get_max_resources_from_cluster_config() is not None
+
+
+def _cpus_wanted(config: Config) -> int:
+    workers = config.num_workers
+    most = workers[1] if isinstance(workers, tuple) else workers if isinstance(workers, int) else 1
+    return math.ceil(most * config.resources_per_worker.get("CPU", 1.0))
+
+
+class _LocalRay:
+    """The Ray that raylight started on this machine, if it did."""
+
+    def __init__(self) -> None:
+        self._num_cpus = 0
+        self._session: str | None = None
+        self._thread: threading.Thread | None = None
+        self._ending = threading.Event()
+
+    @property
+    def is_running(self) -> bool:
+        return self._session is not None and ray.is_initialized() and session_name() == self._session
+
+    def is_too_small(self, num_cpus: int) -> bool:
+        """Its logical CPUs are only what it was told, so more can be had by starting it anew."""
+        return self.is_running and num_cpus > self._num_cpus
+
+    def start(self, num_cpus: int) -> None:
+        self._num_cpus = max(num_cpus, os.cpu_count() or 1)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Else Ray warns on every start that it hides GPUs from workers that asked for none, and that this will change.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if threading.current_thread() is threading.main_thread():
+            self._init()
+        else:
+            self._init_in_a_thread_that_stays()
+        # Ray prints a paragraph for every process that dies, whatever log_to_driver says; raylight tells it itself.
+        ray._private.worker._worker_logs_enabled = False
+        self._session = session_name()
+
+    def stop(self) -> None:
+        if not self.is_running:
+            return
+        self._session = None
+        if self._thread is None:
+            ray.shutdown()
+        else:
+            self._ending.set()
+            self._thread.join()
+            self._thread = None
+
+    def _init(self) -> None:
+        ray.init(
+            address="local",
+            num_cpus=self._num_cpus,
+            include_dashboard=False,  # costs 2 s of start-up
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+    def _init_in_a_thread_that_stays(self) -> None:
+        """Ray's daemons end with the thread that started them."""
+        started, errors = threading.Event(), list[BaseException]()
+        self._ending.clear()
+
+        def live() -> None:
+            try:
+                self._init()
+            except BaseException as error:
+                errors.append(error)
+                return
+            finally:
+                started.set()
+            self._ending.wait()
+            ray.shutdown()
+
+        self._thread = threading.Thread(target=live, name="raylight local Ray", daemon=True)
+        self._thread.start()
+        started.wait()
+        if errors:
+            self._thread = None
+            raise errors[0]
+
+
+_local = _LocalRay()
+
+
+def disconnect() -> None:
+    """Ends the Ray that raylight started, if it did; one that others started is left alone. Done at exit."""
+    _local.stop()
+
+
+atexit.register(disconnect)
+
+
+def session_name() -> str:
+    """Tells one Ray from the next."""
+    node: Any = ray._private.worker.global_worker.node
+    return node.session_name
+
+
+# ---- environment variables
+
+
+_environment: dict[str, str] | None = None
+
+
+def _note_environment() -> None:
+    global _environment
+    if _environment is None:
+        _environment = dict(os.environ)
+
+
+def changed_environment() -> dict[str, str | None]:
+    """Variables that this process has set (None: deleted) since it connected, which Ray's processes cannot know."""
+    before = _environment or {}
+    changed: dict[str, str | None] = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    return changed | {name: None for name in before if name not in os.environ}
+
+
+# ---- room
+
+
+def count_fitting(nodes: Sequence[Resources], worker: Resources, strategy: str = "PACK") -> int:
+    """How many workers that need `worker` each have room on `nodes`, under a placement group's strategy."""
+    needs = {name: amount for name, amount in worker.items() if amount > 0}
+    rooms = [
+        min((int(node.get(name, 0.0) / amount + 1e-9) for name, amount in needs.items()), default=0) for node in nodes
+    ]
+    if strategy == "STRICT_PACK":
+        return max(rooms, default=0)
+    if strategy == "STRICT_SPREAD":
+        return sum(room > 0 for room in rooms)
+    return sum(rooms)
+
+
+def check_room(cluster: Cluster, num_workers: int, worker: Resources, strategy: str = "PACK") -> None:
+    """Raises NotEnoughResources where the cluster, even with nothing else on it, has no room for the workers."""
+    if cluster.autoscales:
+        return
+    nodes = node_resources()
+    fitting = count_fitting(nodes, worker, strategy)
+    if fitting >= num_workers:
+        return
+    has = " + ".join(_describe(node, worker) for node in nodes) or "no node"
+    fits = f"num_workers={fitting} would fit" if fitting else "not one of them would fit"
+    if fitting == 0 and worker.get("GPU") and not cluster.num_gpus:
+        fits = f"there are no GPUs; num_workers={num_workers}, use_gpu=False trains on CPUs"
+    raise NotEnoughResources(
+        f"asked for {num_workers} workers with {_describe(worker, worker)} each ({strategy}); the Ray cluster has "
+        f"{len(nodes)} node{'s' if len(nodes) != 1 else ''}: {has}. What fits: {fits}."
+    )
+
+
+def describe_wait(num_workers: int, worker: Resources) -> str:
+    """What a group that cannot be placed yet is waiting for."""
+    free = ray.available_resources()
+    state = "the cluster may add nodes" if _autoscales() else "others use the rest"
+    return (
+        f"waiting for room for {num_workers} workers with {_describe(worker, worker)} each: "
+        f"{_describe({name: free.get(name, 0.0) for name in worker}, worker)} free now, {state}"
+    )
+
+
+def _describe(resources: Resources, of: Resources) -> str:
+    return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in of)
+
+
+def wait_for(ready: Callable[[float], bool], tell: Callable[[str], Any] | None, describe: Callable[[], str]) -> None:
+    """Calls `ready(timeout_s)` until it is true; says what is waited for after 5 s, and once a minute."""
+    timeout_s = 5.0
+    while not ready(timeout_s):
+        if tell is not None:
+            tell(describe())
+        timeout_s = 60.0

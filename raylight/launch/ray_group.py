@@ -1,0 +1,321 @@
+"""A group of workers on Ray: it runs tasks, acts on ranks that run, and goes on when members are lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from raylight.config import Config
+from raylight.launch import handover, ray_cluster
+from raylight.launch.ray_delivery import Delivery
+from raylight.launch.ray_placement import Placement
+from raylight.launch.ray_roster import Roster
+from raylight.launch.ray_stream import Stream
+from raylight.launch.ray_worker import Order
+from raylight.messages import Died, Message
+from raylight.task import Files, Loaders, Place, Task
+
+Entry = str | Callable[..., Iterator[Message]]
+
+CONTROL_TIMEOUT_S = 10.0
+"""How long a rank may take to answer; it does so from a second thread, whatever it is doing."""
+
+
+DEATH_KNOWN_S = 0.05
+"""A call to an actor that is dead fails within this. One that lives may take longer, while it frees memory."""
+
+
+class RayGroup:
+    """Workers 0 to world_size - 1. `ray_actors.acquire_group` keeps it from one run to the next."""
+
+    can_recover = True
+
+    def __init__(self, roster: Roster):
+        self.entry: Entry = "raylight.worker.entry:run"
+        self.steady_after_s = 5.0
+        """How long training runs before standbys are made, so that they take nothing from its start."""
+        self.generation = -1
+        self._roster = roster
+        self._delivery: Delivery | None = None
+        self._log_files: Files | None = None
+        self._stream: Stream | None = None
+        self._requests: list[tuple[str, dict[str, Any]]] = []
+        self.in_use = True
+        """Until a run has ended or was halted; then another may take the group."""
+
+    @classmethod
+    def start(
+        cls,
+        config: Config,
+        num_workers: int,
+        use_gpu: bool = False,
+        resources_per_worker: dict[str, float] | None = None,
+        placement: str = "PACK",
+        name: str | None = None,
+        num_standby: int | None = None,
+        tell: Callable[[str], Any] | None = None,
+    ) -> RayGroup:
+        """Reserves room for the workers and lets them begin to import torch; does not wait for that.
+
+        `num_standby` is for each node that holds workers; None: one. `tell` hears what is waited for, if anything.
+        Raises NotEnoughResources, before any actor is made, where the cluster has no room for them.
+        """
+        needs = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {}) | (resources_per_worker or config.resources_per_worker)
+        cluster = ray_cluster.connect(replace(config, num_workers=num_workers, resources_per_worker=needs))
+        room = Placement(needs, placement)
+        if not room.is_given:
+            ray_cluster.check_room(cluster, num_workers, needs, placement)
+        roster = Roster(room, f"raylight:{name or config.name}", use_gpu, 1 if num_standby is None else num_standby)
+        try:
+            roster.fill(room.reserve(num_workers, tell))
+        except BaseException:
+            roster.shutdown()
+            raise
+        return cls(roster)
+
+    @property
+    def world_size(self) -> int:
+        return len(self._roster.members)
+
+    @property
+    def places(self) -> list[Place]:
+        """Where each rank is. Waits for actors that are coming up."""
+        for member in self._roster.members:
+            member.visit()
+        return self._roster.places(store_port=0, generation=self.generation)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._running()
+
+    # ---- runs
+
+    def run(self, task: Task, log_files: Files | None = None) -> Stream:
+        """Begins `task` on all ranks, each anew; `log_files` is where logs/rank-N.log go, None: task.files.
+
+        A rank whose process dies gives a `Died`. When one has failed or died, the others are told to leave, out of
+        collectives too, so that all end soon.
+        """
+        if not self.is_idle:
+            raise RuntimeError("this group is still running a task")
+        self.forget()
+        self.in_use = True
+        self._log_files = log_files if log_files is not None else task.files
+        self._delivery = Delivery((self.entry, task))
+        self._stream = Stream(self, self.steady_after_s)
+        self._begin(None)
+        return self._stream
+
+    def rejoin(self, task: Task) -> Stream:
+        """A new generation of the group, once all ranks of a broken one have ended: survivors go on from what they
+        kept, others begin. Of `task` they take all fields but module, loaders and callbacks, which stay those of `run`.
+
+        The stream that `run` returned goes on.
+        """
+        if self._stream is None or self._delivery is None or not self.is_idle:
+            raise RuntimeError("rejoin needs a run that has broken, and whose ranks have all ended")
+        self.in_use = True
+        self._delivery.forget_actor_segments()
+        changes, _ = handover.dump(replace(task, module=None, loaders=Loaders(), callbacks=[]))
+        self._begin(changes)
+        return self._stream
+
+    def forget(self) -> None:
+        """Gives back the memory of the last run, here and in the workers; it cannot be rejoined after that."""
+        self._requests.clear()
+        if self._delivery is None:
+            return
+        self._delivery.close()
+        self._delivery = self._stream = None
+        for member in self._roster.members:
+            if member.has_begun and not member.is_dead:
+                member.actor.forget.remote(self.generation)
+            member.has_begun = False
+
+    def _begin(self, changes: bytes | None) -> None:
+        stream, delivery = self._stream, self._delivery
+        assert stream is not None
+        assert delivery is not None
+        self.generation += 1
+        members = self._roster.members
+        store_port = self._open_store()
+        lost = [rank for rank, member in enumerate(members) if not member.visit()]
+        for rank in lost:
+            stream.report(rank, Died("its process ended before it began"))
+        if lost:
+            return
+        places = self._roster.places(store_port, self.generation)
+        generators = {}
+        for rank, member in enumerate(members):
+            payload = buffers = None
+            if not member.has_begun:
+                payload, buffers = delivery.payload, delivery.buffers_for(member, self.generation)
+            generators[rank] = member.actor.run.remote(self._order(rank, places[rank]), payload, buffers, changes)
+        for member in members:
+            member.has_begun = True
+        stream.begin(generators, members[0].actor.follow.remote(self.generation))
+
+    def _open_store(self) -> int:
+        """The port of the rendezvous store of this generation, which rank 0 hosts."""
+        first = self._roster.members[0]
+        if self.world_size == 1 or not first.visit():
+            return 0
+        try:
+            port: Any = ray.get(first.actor.open_store.remote(first.site.ip))
+            return port
+        except RayActorError:
+            first.is_dead = True
+            return 0
+
+    def _order(self, rank: int, place: Place) -> Order:
+        member = self._roster.members[rank]
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        return Order(
+            place=place,
+            is_fresh=not member.has_begun,
+            num_threads=int(threads) if threads.isdigit() else max(1, member.site.num_cores // place.local_world_size),
+            visible_gpus=self._roster.visible_gpus(member),
+            environment=ray_cluster.changed_environment(),
+            log_files=self._log_files,
+        )
+
+    # ---- acting on ranks that run
+
+    def request(self, action: str, **arguments: Any) -> None:
+        """As `hold_and_release`, done by the stream when it is next waited for. Safe in a signal handler."""
+        self._requests.append((action, arguments))
+
+    def hold_and_release(self, action: str, **arguments: Any) -> int | None:
+        """Makes all running ranks do `action` ("stop", "save", "resize", "interrupt") at one step boundary, which is
+        returned. None: a rank did not answer, and none of them acts."""
+        actors = [self._roster.members[rank].actor for rank in self._running()]
+        if not actors:
+            return None
+        try:
+            boundary = max(ray.get([actor.hold.remote() for actor in actors], timeout=CONTROL_TIMEOUT_S))
+        except (RayActorError, GetTimeoutError):
+            for actor in actors:
+                actor.release.remote(0, None, {})
+            return None
+        for actor in actors:
+            actor.release.remote(boundary, action, arguments)
+        return boundary
+
+    def halt(
+        self, ranks: Iterable[int] | None = None, reason: str = "the run was stopped", broken: bool = False
+    ) -> None:
+        """Makes ranks (None: all that run) leave at once, out of collectives too. `broken`: they keep their state."""
+        for rank in self._running() if ranks is None else ranks:
+            self._roster.members[rank].actor.halt.remote(reason, broken)
+        if ranks is None and not broken:
+            self.in_use = False
+
+    def ages(self) -> dict[int, tuple[str, int, float] | None]:
+        """Stage, step and seconds since the last sign of life of each running rank; None: it does not answer."""
+        return self._ask("age")
+
+    def stacks(self) -> dict[int, str]:
+        """The Python stack of every thread of each running rank."""
+        silent = f"no answer within {CONTROL_TIMEOUT_S:g} s: it is in native code that does not let Python run"
+        return {rank: text or silent for rank, text in self._ask("stacks").items()}
+
+    def _running(self) -> list[int]:
+        return self._stream.running if self._stream is not None else []
+
+    def _ask(self, question: str) -> dict[int, Any]:
+        asked = {rank: getattr(self._roster.members[rank].actor, question).remote() for rank in self._running()}
+        if asked:
+            ray.wait(list(asked.values()), num_returns=len(asked), timeout=CONTROL_TIMEOUT_S)
+        return {rank: _answer(reference) for rank, reference in asked.items()}
+
+    # ---- losing and winning members, between two generations
+
+    def replace(self, rank: int, timeout_s: float = 60.0) -> Place | None:
+        """Gives a rank another process: a standby where there is one, else a new one in the same room.
+
+        None where there is no room within `timeout_s`; `num_recruits` counts it when it comes later.
+        """
+        if not self._roster.replace(rank, timeout_s):
+            return None
+        return self.places[rank]
+
+    def drop(self, ranks: Iterable[int]) -> None:
+        """Goes on without these ranks from the next `rejoin`; the others move up."""
+        self._roster.drop(set(ranks))
+
+    def recruit(self, count: int) -> None:
+        """Asks for `count` more ranks, which may take until there is room for them."""
+        self._roster.recruit(count)
+
+    @property
+    def num_recruits(self) -> int:
+        """How many additional workers are there now and wait to be adopted."""
+        return self._roster.num_recruits
+
+    def adopt(self) -> int:
+        """Makes those that wait the last ranks, from the next `rejoin` on; returns how many."""
+        return self._roster.adopt()
+
+    def draining(self) -> list[int]:
+        """Ranks on nodes that will be taken away soon."""
+        nodes = ray_cluster.draining_nodes()
+        return [rank for rank, member in enumerate(self._roster.members) if member.node_id in nodes]
+
+    def renew(self, timeout_s: float = 60.0) -> bool:
+        """Between runs: replaces members that died or that a halt did not end. False where that was not possible."""
+        gone = set(self._running())
+        self.forget()
+        asked = [member.actor.age.remote() for member in self._roster.members]
+        ready, _ = ray.wait(asked, num_returns=len(asked), timeout=DEATH_KNOWN_S)
+        gone |= {rank for rank, reference in enumerate(asked) if reference in ready and _answer(reference) is None}
+        return all(self._roster.replace(rank, timeout_s) for rank in sorted(gone))
+
+    def shutdown(self) -> None:
+        """Ends all its processes, and gives back what was reserved for them."""
+        self._roster.shutdown()
+        self._stream = None
+        if self._delivery is not None:
+            self._delivery.close()
+
+    # ---- what the stream asks for
+
+    def perform_requests(self) -> None:
+        while self._requests:
+            action, arguments = self._requests.pop(0)
+            self.hold_and_release(action, **arguments)
+
+    def on_broken(self, rank: int, reason: str) -> None:
+        self.halt([other for other in self._running() if other != rank], reason, broken=True)
+
+    def on_death(self, rank: int) -> str:
+        member = self._roster.members[rank]
+        member.is_dead = True
+        return member.node_id
+
+    def on_steady(self) -> None:
+        if self._delivery is None:
+            return
+        for standby in self._roster.stand_by():
+            neighbour = next(member for member in self._roster.members if member.node_id == standby.home)
+            buffers = self._delivery.buffers_for(neighbour, self.generation)
+            standby.actor.warm_up.remote(self._delivery.payload, buffers)
+
+    def on_end(self, is_whole: bool) -> None:
+        self.in_use = False
+        if is_whole:
+            self.forget()
+
+    def kill(self, rank: int) -> None:
+        ray.kill(self._roster.members[rank].actor)
+
+
+def _answer(reference: Any) -> Any:
+    try:
+        return ray.get(reference, timeout=0)
+    except (RayActorError, GetTimeoutError):
+        return None

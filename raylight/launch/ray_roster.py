@@ -1,0 +1,197 @@
+"""Who is in a group of workers: the actor of each rank, those that stand by, and those that are still to come."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raylight.launch.ray_placement import Placement, Slot
+from raylight.launch.ray_worker import RankActor, Site
+from raylight.task import Place
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """One actor, and the room it is in."""
+
+    actor: Any
+    slot: Slot | None
+    """None for a standby, which takes no room until it takes a place."""
+    described: Any
+    """The answer to `describe`, when it comes."""
+    seen: Site | None = None
+    """Where it is, once it is up."""
+    home: str = ""
+    """The node that a standby was made for."""
+    gpu_ids: tuple[str, ...] = ()
+    has_begun: bool = False
+    """Whether it has state of the current run."""
+    is_dead: bool = False
+
+    def visit(self, timeout_s: float | None = None) -> bool:
+        """Waits until the actor is up; False where it is dead, or not up in time."""
+        if self.seen is None and not self.is_dead:
+            try:
+                self.seen = ray.get(self.described, timeout=timeout_s)
+                self.gpu_ids = self.gpu_ids or self.site.gpu_ids
+            except RayActorError:
+                self.is_dead = True
+            except GetTimeoutError:
+                return False
+        return not self.is_dead
+
+    @property
+    def site(self) -> Site:
+        assert self.seen is not None, "visit it first"
+        return self.seen
+
+    @property
+    def is_up(self) -> bool:
+        return self.visit(timeout_s=0)
+
+    def answers(self, timeout_s: float = 1.0) -> bool:
+        """Whether its process lives, now."""
+        try:
+            ray.get(self.actor.age.remote(), timeout=timeout_s)
+        except (RayActorError, GetTimeoutError):
+            return False
+        return True
+
+    @property
+    def node_id(self) -> str:
+        return self.seen.node_id if self.seen is not None else self.home
+
+
+class Roster:
+    """`members` in the order of their ranks."""
+
+    def __init__(self, placement: Placement, name: str, use_gpu: bool, num_standby: int):
+        self.members: list[Member] = []
+        self._placement, self._name, self._use_gpu, self._num_standby = placement, name, use_gpu, num_standby
+        self._standbys: list[Member] = []
+        self._recruits: list[Member] = []
+
+    # ---- coming and going
+
+    def fill(self, slots: list[Slot]) -> None:
+        self.members = [self._enlist(slot, f"rank{rank}") for rank, slot in enumerate(slots)]
+
+    def replace(self, rank: int, timeout_s: float) -> bool:
+        """Gives a rank another actor: a standby of its node at once, else a new one in the same room.
+
+        False where that is not up within `timeout_s`, because its node is gone and there is no other; then the room
+        stays asked for, and `num_recruits` counts who comes later.
+        """
+        old = self.members[rank]
+        self.kill(old)
+        standby = next((one for one in self._standbys if one.node_id == old.node_id and one.answers()), None)
+        if standby is not None:
+            self._standbys.remove(standby)
+            standby.slot, standby.gpu_ids = old.slot, old.gpu_ids
+            self.members[rank] = standby
+            return True
+        assert old.slot is not None
+        new = self._enlist(old.slot, f"rank{rank}")
+        if new.visit(timeout_s):
+            self.members[rank] = new
+            return True
+        self._recruits.append(new)
+        return False
+
+    def recruit(self, count: int) -> None:
+        """Asks for room and an actor for `count` more ranks, which come when there is room."""
+        self._recruits += [self._enlist(self._placement.extend(), "recruit") for _ in range(count)]
+
+    @property
+    def num_recruits(self) -> int:
+        """How many are there and could join."""
+        self._recruits = [one for one in self._recruits if not one.is_dead]
+        return sum(one.is_up for one in self._recruits)
+
+    def adopt(self) -> int:
+        """Recruits that are there become the last ranks; returns how many."""
+        arrived = [one for one in self._recruits if one.is_up]
+        self._recruits = [one for one in self._recruits if one not in arrived and not one.is_dead]
+        self.members += arrived
+        return len(arrived)
+
+    def drop(self, ranks: set[int]) -> None:
+        """Goes on without these; the others move up."""
+        for rank in ranks:
+            self.kill(self.members[rank])
+        self.members = [member for rank, member in enumerate(self.members) if rank not in ranks]
+
+    def stand_by(self) -> list[Member]:
+        """Makes the standbys that are missing on nodes that hold members, and returns them."""
+        self._standbys = [one for one in self._standbys if one.is_up or not one.is_dead]
+        made = []
+        for node_id in {member.node_id for member in self.members if not member.is_dead}:
+            options = {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
+            for _ in range(self._num_standby - sum(one.node_id == node_id for one in self._standbys)):
+                standby = self._create("standby", None, options, is_standby=True)
+                standby.home = node_id
+                made.append(standby)
+        self._standbys += made
+        return made
+
+    def kill(self, member: Member) -> None:
+        member.is_dead = True
+        ray.kill(member.actor)
+
+    def shutdown(self) -> None:
+        for member in [*self.members, *self._standbys, *self._recruits]:
+            self.kill(member)
+        self.members, self._standbys, self._recruits = [], [], []
+        self._placement.remove()
+
+    def _enlist(self, slot: Slot, role: str) -> Member:
+        return self._create(role, slot, self._placement.actor_options() | {"scheduling_strategy": slot.strategy})
+
+    def _create(self, role: str, slot: Slot | None, options: dict[str, Any], is_standby: bool = False) -> Member:
+        name = f"{self._name}:{role}"
+        try:
+            actor = RankActor.options(name=name, **options).remote(is_standby)
+        except ValueError:  # the name is taken: by the one that this replaces, or by another driver's run
+            actor = RankActor.options(name=f"{name}:{uuid.uuid4().hex[:6]}", **options).remote(is_standby)
+        return Member(actor, slot, actor.describe.remote())
+
+    # ---- where they stand
+
+    def places(self, store_port: int, generation: int) -> list[Place]:
+        """Of all members, which must be up. Ranks count up within a node; after a replacement elsewhere the ranks of a
+        node may not be neighbours any more."""
+        sites = [member.site for member in self.members]
+        nodes = list(dict.fromkeys(site.node_id for site in sites))
+        num_on: dict[str, int] = dict.fromkeys(nodes, 0)
+        places = []
+        for rank, site in enumerate(sites):
+            place = Place(
+                rank=rank,
+                local_rank=num_on[site.node_id],
+                node_rank=nodes.index(site.node_id),
+                world_size=len(sites),
+                num_nodes=len(nodes),
+                node=site.host,
+                store_host=sites[0].ip,
+                store_port=store_port,
+                device=self._device_of(self.members[rank]),
+                generation=generation,
+            )
+            places.append(place)
+            num_on[site.node_id] += 1
+        return [
+            replace(place, local_world_size=num_on[site.node_id]) for place, site in zip(places, sites, strict=True)
+        ]
+
+    def visible_gpus(self, member: Member) -> tuple[str, ...]:
+        """Those of all members on its node, in the order of local ranks: so LOCAL_RANK is the number of the device."""
+        neighbours = [other for other in self.members if other.node_id == member.node_id]
+        return tuple(dict.fromkeys(gpu for other in neighbours for gpu in other.gpu_ids)) if self._use_gpu else ()
+
+    def _device_of(self, member: Member) -> str:
+        return f"cuda:{self.visible_gpus(member).index(member.gpu_ids[0])}" if self._use_gpu else "cpu"

@@ -1,0 +1,165 @@
+"""What all ranks of a group say, as one stream."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayActorError
+
+from raylight.launch.ray_cluster import is_node_alive
+from raylight.launch.ray_worker import Packed, unpack
+from raylight.messages import Died, Failure, Message, PeerLost, Progress
+
+WAKE_EVERY_S = 0.2
+"""How long a wait lasts at most, so that a signal or a request is seen. A message ends it at once."""
+LAST_OUTPUT_S = 2.0
+
+
+class Group(Protocol):
+    """What a stream asks of its group."""
+
+    def perform_requests(self) -> None: ...
+    def on_broken(self, rank: int, reason: str) -> None: ...
+    def on_death(self, rank: int) -> str: ...  # the id of the node
+    def on_steady(self) -> None: ...
+    def on_end(self, is_whole: bool) -> None: ...
+    def kill(self, rank: int) -> None: ...
+
+
+class Stream(Iterator[tuple[int, Message]]):
+    """Messages of all ranks as they come; ends when the last rank has ended, and goes on after `RayGroup.rejoin`.
+
+    Not a generator: an exception that a signal handler raises out of `next` leaves it whole.
+    """
+
+    def __init__(self, group: Group, steady_after_s: float):
+        self._group, self._steady_after_s = group, steady_after_s
+        self._ranks: dict[Any, int] = {}
+        self._output: Any = None
+        self._ready: deque[tuple[int, Message]] = deque()
+        self._broken_at: float | None = None
+        self._grace_s = 0.0
+        self._kill_reasons: dict[int, str] = {}
+        self._training_since: float | None = None
+        self._is_over = False
+
+    @property
+    def running(self) -> list[int]:
+        return sorted(self._ranks.values())
+
+    def begin(self, generators: dict[int, Any], output: Any) -> None:
+        """Takes up what the ranks of a new generation say; `output` is what rank 0 prints."""
+        self._ranks.update({generator: rank for rank, generator in generators.items()})
+        self._output = output
+        self._broken_at, self._training_since, self._is_over = None, None, False
+        self._kill_reasons.clear()
+
+    def report(self, rank: int, message: Message) -> None:
+        """Puts in what the launcher itself has to say about a rank."""
+        self._ready.append((rank, message))
+
+    def __next__(self) -> tuple[int, Message]:
+        while not self._ready:
+            if not self._ranks:
+                self._end()
+                if not self._ready:
+                    raise StopIteration
+                break
+            self._group.perform_requests()
+            self._collect([*self._ranks, self._output] if self._output is not None else list(self._ranks))
+            self._watch_the_clock()
+        return self._ready.popleft()
+
+    def _collect(self, sources: list[Any], timeout_s: float = WAKE_EVERY_S) -> None:
+        ready, waiting = ray.wait(sources, num_returns=1, timeout=timeout_s)
+        if ready and waiting:
+            ready, _ = ray.wait(sources, num_returns=len(sources), timeout=0)
+        for source in ready:
+            self._take(source)
+
+    def _take(self, source: Any) -> None:
+        """One message of a source that has one ready, or its end."""
+        rank = self._ranks.get(source, 0)
+        try:
+            message = ray.get(next(source))
+            if isinstance(message, Packed):
+                message = unpack(message)
+        except StopIteration:
+            self._drop(source)
+        except RayActorError as error:
+            self._drop(source)
+            if source is not self._output:
+                self._on_death(rank, str(error))
+        except Exception as error:  # the wrapper around the rank failed, or what it sent cannot be loaded here
+            self._drop(source)
+            if source is not self._output:
+                self._on_message(rank, _describe_launch_failure(error))
+        else:
+            self._on_message(rank, message)
+
+    def _drop(self, source: Any) -> None:
+        self._ranks.pop(source, None)
+        if source is self._output:
+            self._output = None
+
+    def _on_message(self, rank: int, message: Message) -> None:
+        self._ready.append((rank, message))
+        if isinstance(message, Progress) and message.stage == "train" and self._training_since is None:
+            self._training_since = time.monotonic()
+        elif isinstance(message, Failure):
+            self._on_broken(rank, f"rank {rank} failed: {message.kind}", grace_s=5.0)
+        elif isinstance(message, PeerLost):
+            self._on_broken(rank, f"rank {rank} lost a peer", grace_s=30.0)
+
+    def _on_death(self, rank: int, text: str) -> None:
+        node_id = self._group.on_death(rank)
+        reason = self._kill_reasons.pop(rank, None) or _describe_death(text)
+        self._ready.append((rank, Died(reason, node_lost=not is_node_alive(node_id))))
+        self._on_broken(rank, f"rank {rank} died", grace_s=30.0)
+
+    def _on_broken(self, rank: int, reason: str, grace_s: float) -> None:
+        """The others cannot finish without this rank: they are told to leave, and given time for it."""
+        if self._broken_at is None:
+            self._broken_at, self._grace_s, self._training_since = time.monotonic(), grace_s, None
+            self._group.on_broken(rank, reason)
+
+    def _watch_the_clock(self) -> None:
+        now = time.monotonic()
+        if self._broken_at is not None and now - self._broken_at > self._grace_s:
+            for rank in self.running:
+                if rank not in self._kill_reasons:
+                    self._kill_reasons[rank] = f"it did not stop within {self._grace_s:g} s of another rank's failure"
+                    self._group.kill(rank)
+        if self._training_since is not None and now - self._training_since > self._steady_after_s:
+            self._training_since = None
+            self._group.on_steady()
+
+    def _end(self) -> None:
+        if self._is_over:
+            return
+        deadline = time.monotonic() + LAST_OUTPUT_S
+        while self._output is not None and time.monotonic() < deadline:
+            self._collect([self._output], timeout_s=LAST_OUTPUT_S)
+        self._output, self._is_over = None, True
+        self._group.on_end(is_whole=self._broken_at is None)
+
+
+def _describe_death(text: str) -> str:
+    """The sentence of Ray's long text that says what happened."""
+    found = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text, re.DOTALL)
+    detail = (found[1] if found else text.strip().splitlines()[-1]).strip()
+    if "connection error code 2" in detail:
+        return "its process was killed or crashed (SIGKILL, out of memory, or a fault in native code)"
+    return detail
+
+
+def _describe_launch_failure(error: Exception) -> Failure:
+    cause = getattr(error, "cause", None) or error
+    return Failure(
+        kind=type(cause).__name__, text=str(cause), traceback=str(error), step=0, stage="launch", cause=None
+    )  # fmt: skip

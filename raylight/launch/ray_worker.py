@@ -1,0 +1,303 @@
+"""The actor behind a worker: one slot runs the rank's generator, others let the driver act on it meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from raylight.launch.shared_memory import Segment, SegmentAddress, map_segment, memory_domain
+from raylight.launch.worker_logs import WorkerLog
+from raylight.launch.worker_reset import WorkerReset, free_memory
+from raylight.messages import Finished, Hyperparameters, Message, Notice, Output
+from raylight.task import Files, Place, Task
+from raylight.worker.control import Control
+from raylight.worker.failure import describe_failure
+
+FOLLOW_EVERY_S = 0.25
+_PACKED = (Finished, Hyperparameters)
+"""Messages that hold the user's objects: tensors, and classes that may be defined in the script."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where an actor is."""
+
+    node_id: str
+    ip: str
+    host: str
+    pid: int
+    gpu_ids: tuple[str, ...]
+    num_cores: int
+    memory_domain: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What an actor is for one generation of the group."""
+
+    place: Place
+    is_fresh: bool
+    """Whether a new run begins; otherwise the rank goes on from what it kept."""
+    num_threads: int
+    visible_gpus: tuple[str, ...]
+    environment: dict[str, str | None]
+    """Variables to set, or with None to delete."""
+    log_files: Files | None
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A message by way of handover; its buffers travel in the object store."""
+
+    payload: bytes
+    buffers: list[Any]
+
+
+class RankWorker:
+    """`run` holds the one default slot for as long as the rank works; the others answer meanwhile."""
+
+    def __init__(self, is_standby: bool = False):
+        self._reset = WorkerReset()
+        self._num_runs = 0
+        self._control = Control()
+        self._entry: Callable[..., Iterator[Message]] | None = None
+        self._task: Task | None = None
+        self._segment: tuple[int, Segment] | None = None
+        self._log: WorkerLog | None = None
+        self._generation = -1
+        self._began = threading.Condition()
+        self._imports = threading.Thread(target=_import_torch, args=(is_standby,), name="raylight imports", daemon=True)
+        self._imports.start()
+
+    # ---- the rank itself
+
+    @ray.method(num_returns="streaming")
+    def run(
+        self, order: Order, task: bytes | None, buffers: SegmentAddress | list | None, changes: bytes | None
+    ) -> Iterator[Message | Packed]:
+        """The rank's messages. `task` with its `buffers` is the pickled (entry, Task), or None to keep what was given
+        before; `changes` is a pickled Task without module, data and callbacks, whose fields replace the kept ones."""
+        self._imports.join()
+        speaks = order.place.rank == 0
+        try:
+            self._open_log(order)
+            for message in self._work(order, task, buffers, changes):
+                if speaks:
+                    yield from self._take_output()
+                yield _pack(message) if isinstance(message, _PACKED) else message
+        except Exception as error:
+            stage, step, _ = self._control.beat
+            yield describe_failure(error, step, stage)
+        self._reset.note_modules()
+        if self._log is not None:
+            self._log.flush()
+            if speaks:
+                yield from self._take_output()
+            problem = self._log.close()
+            if problem is not None:
+                yield Notice(f"the log of rank {order.place.rank} could not be stored: {problem}", "warning")
+
+    def _work(
+        self, order: Order, task: bytes | None, buffers: SegmentAddress | list | None, changes: bytes | None
+    ) -> Iterator[Message]:
+        from raylight.launch import handover  # here, because it needs torch
+
+        if order.is_fresh:
+            self._control, self._entry, self._task = Control(), None, None
+            if self._num_runs:
+                self._reset.restore()
+            self._num_runs += 1
+        else:
+            self._control.resume()
+        _set_up_process(order)
+        if task is not None:
+            self._entry, self._task = handover.load(task, _map(buffers))
+            self._reset.note_modules()
+        if self._task is None:
+            raise RuntimeError("this worker was told to go on with a run that it has never begun")
+        if changes is not None:
+            kept, changed = self._task, handover.load(changes, [])
+            self._task = replace(changed, module=kept.module, loaders=kept.loaders, callbacks=kept.callbacks)
+        yield from _find_entry(self._entry)(self._task, order.place, self._control)
+
+    @ray.method(num_returns="streaming", concurrency_group="output")
+    def follow(self, generation: int) -> Iterator[Output]:
+        """What rank 0 prints in this generation, also while it is busy between two messages."""
+        with self._began:
+            self._began.wait_for(lambda: self._generation >= generation)
+            log = self._log if self._generation == generation else None
+        if log is not None:
+            for text in log.follow(FOLLOW_EVERY_S):
+                yield Output(text)
+
+    def _open_log(self, order: Order) -> None:
+        log = None
+        try:
+            log = WorkerLog(order.log_files, order.place.rank)
+        finally:
+            with self._began:
+                self._log, self._generation = log, order.place.generation
+                self._began.notify_all()
+
+    def _take_output(self) -> Iterator[Output]:
+        text = self._log.read() if self._log is not None else ""
+        if text:
+            yield Output(text)
+
+    # ---- before and after a run
+
+    @ray.method(concurrency_group="control")
+    def describe(self) -> Site:
+        context = ray.get_runtime_context()
+        return Site(
+            node_id=context.get_node_id(),
+            ip=ray.util.get_node_ip_address(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            gpu_ids=tuple(context.get_accelerator_ids().get("GPU", [])),
+            num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            memory_domain=memory_domain(),
+        )
+
+    @ray.method(concurrency_group="control")
+    def open_store(self, host: str) -> int:
+        """The port of a rendezvous store, hosted here."""
+        self._imports.join()
+        from raylight.worker import process_group
+
+        return process_group.open_store(host)[1]
+
+    @ray.method(concurrency_group="control")
+    def share(self, generation: int, buffers: list[Any]) -> SegmentAddress:
+        """Makes the segment from which all workers of this machine map the data of the run that begins."""
+        segment = Segment(buffers)
+        with self._began:
+            self._close_segment(generation)
+            self._segment = (generation, segment)
+        return segment.address
+
+    def _close_segment(self, up_to: int) -> None:
+        if self._segment is not None and self._segment[0] <= up_to:
+            self._segment[1].close()
+            self._segment = None
+
+    @ray.method(concurrency_group="control")
+    def warm_up(self, task: bytes, buffers: SegmentAddress | list | None) -> None:
+        """Imports what the run imports, by loading its task and dropping it."""
+        self._imports.join()
+        from raylight.launch import handover
+
+        handover.load(task, _map(buffers))
+        self._reset.note_modules()
+
+    @ray.method(concurrency_group="control")
+    def forget(self, generation: int) -> None:
+        """Gives back the memory of a run that has ended, unless the next one has begun meanwhile."""
+        with self._began:
+            self._close_segment(generation)
+            if self._generation > generation:
+                return
+            self._control, self._entry, self._task = Control(), None, None
+        free_memory()
+
+    # ---- while it runs
+
+    @ray.method(concurrency_group="control")
+    def hold(self) -> int:
+        return self._control.hold()
+
+    @ray.method(concurrency_group="control")
+    def release(self, step: int, action: str | None, arguments: dict[str, Any]) -> None:
+        self._control.release(step, action, **arguments)
+
+    @ray.method(concurrency_group="control")
+    def halt(self, reason: str, broken: bool) -> None:
+        """Makes the rank leave: at its next step boundary, or at once where it is in a collective."""
+        self._control.abort(reason) if broken else self._control.stop_now(reason)
+        process_group = sys.modules.get("raylight.worker.process_group")
+        if process_group is not None:
+            process_group.abort()
+
+    @ray.method(concurrency_group="control")
+    def age(self) -> tuple[str, int, float]:
+        return self._control.age()
+
+    @ray.method(concurrency_group="control")
+    def stacks(self) -> str:
+        return self._control.stacks()
+
+
+_OPTIONS: dict[str, Any] = {
+    "max_restarts": 0,
+    "max_task_retries": 0,
+    "concurrency_groups": {"control": 2, "output": 1},
+}
+RankActor: Any = ray.remote(**_OPTIONS)(RankWorker)
+
+
+def _import_torch(at_low_priority: bool) -> None:
+    """What every first step would import. A standby does it in the time that running workers leave."""
+    if at_low_priority and sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    # c10d writes a stack trace into the log for each peer that it loses; raylight reports that itself.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    importlib.import_module("torch")
+    importlib.import_module("torch._dynamo")
+    importlib.import_module("raylight.launch.handover")
+    importlib.import_module("raylight.worker.process_group")
+    # What is imported stays; the garbage collector need not look through it again, in training or between runs.
+    gc.freeze()
+
+
+def _set_up_process(order: Order) -> None:
+    import torch
+
+    for name, value in order.environment.items():
+        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+    if order.visible_gpus:
+        # All of the node's workers, as libraries expect that take LOCAL_RANK for the number of the device.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(order.visible_gpus)
+    if order.place.device.startswith("cuda"):
+        torch.cuda.set_device(order.place.device)
+    torch.set_num_threads(order.num_threads)
+
+
+def _map(buffers: SegmentAddress | list | None) -> list[Any]:
+    if isinstance(buffers, SegmentAddress):
+        return list(map_segment(buffers))
+    return buffers or []
+
+
+def _find_entry(entry: Callable[..., Iterator[Message]] | str | None) -> Callable[..., Iterator[Message]]:
+    if not isinstance(entry, str):
+        assert entry is not None
+        return entry
+    module, _, name = entry.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _pack(message: Message) -> Packed:
+    import numpy as np
+
+    from raylight.launch import handover
+
+    payload, buffers = handover.dump(message)
+    return Packed(payload, [np.frombuffer(buffer, dtype=np.uint8) for buffer in buffers])
+
+
+def unpack(packed: Packed) -> Message:
+    """In the driver: with memory of its own, so that nothing of the object store stays in use."""
+    import numpy as np
+
+    from raylight.launch import handover
+
+    return handover.load(packed.payload, [np.array(buffer) for buffer in packed.buffers])

@@ -1,0 +1,41 @@
+"""What all tests share: one Ray for the session, started when the first test asks for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import cloudpickle
+import pytest
+
+if TYPE_CHECKING:
+    from raylight.launch.ray_cluster import Cluster
+
+NUM_CPUS = 8
+"""Logical ones, so that groups of several sizes fit whatever the machine has."""
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Cluster]:
+    """A local Ray with NUM_CPUS logical CPUs, one for each process of pytest-xdist. Groups are kept between tests."""
+    from raylight.config import Config
+    from raylight.launch import ray_actors, ray_cluster
+
+    yield ray_actors.connect(Config(num_workers=NUM_CPUS))
+    ray_actors.release_all()
+    ray_cluster.disconnect()
+
+
+@pytest.fixture(autouse=True)
+def _send_test_modules_by_value(request: pytest.FixtureRequest) -> None:
+    """Workers cannot import the tests; so their classes and functions go along, as those of a script do."""
+    module = getattr(request, "module", None)
+    if module is not None and module.__name__ in sys.modules:
+        cloudpickle.register_pickle_by_value(module)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
