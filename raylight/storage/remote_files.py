@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 SINGLE_PUT_SIZE = 8 << 20  # up to here a file is held in memory and sent whole, so that each try is one request
 SLICE_SIZE = 8 << 20
-IN_FLIGHT_SIZE = 64 << 20  # pyarrow copies what it has not sent yet and sets no bound to it
+# pyarrow copies what it has not sent yet and sets no bound to it. It sends eight parts of 10 MB at once.
+IN_FLIGHT_SIZE = 80 << 20
 READ_BUFFER_SIZE = 4 << 20
 NUM_TRIES_OF_A_PART = 8  # made by the S3 client itself, over about half a minute
 # On these a file appears only when it is closed. On others (HDFS, fsspec) it grows in view of all.
