@@ -120,7 +120,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from raylight.report.tables import verification_lines
+    from raylight.report.tables import count_text, verification_lines
     from raylight.runs import verify_path
 
     results: list[tuple[str, list[str]]] = []
@@ -134,7 +134,8 @@ def _verify(options: argparse.Namespace) -> int:
     for line in verification_lines(noted()):
         console.print(line)
     damaged = sum(bool(problems) for _, problems in results)
-    console.print(f"{len(results)} checkpoints, {damaged} damaged" if results else "no checkpoint is there")
+    counted = f"{count_text(len(results), 'checkpoint')}, {damaged} damaged"
+    console.print(counted if results else "no checkpoint is there")
     return 1 if damaged else 0
 
 

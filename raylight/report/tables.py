@@ -89,7 +89,7 @@ def _heading(summary: Summary, record: Mapping[str, Any]) -> Table:
     table.add_row(Text(f"{summary.name} version {summary.number}", "bold"), status_text(summary))
     table.add_row("path", Text(summary.path, overflow="fold"))
     table.add_row("started", f"{time_text(summary.started_at)}, {duration_text(summary.duration_s)}")
-    table.add_row("size", f"{size_text(summary.size)}, {summary.num_checkpoints} checkpoints")
+    table.add_row("size", f"{size_text(summary.size)}, {count_text(summary.num_checkpoints, 'checkpoint')}")
     if record.get("error"):
         table.add_row("error", Text(str(record["error"]), "red", overflow="fold"))
     return table
@@ -199,6 +199,10 @@ def value_text(value: Any) -> str:
 
 def number_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def count_text(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def size_text(size: float) -> str:

@@ -184,7 +184,8 @@ def verify(checkpoint: Checkpoint, digests: bool = True) -> list[str]:
     problems = [_size_problem(file, sizes) for file in files if sizes.get(file.path) != file.size]
     if digests:
         whole = [file for file in files if sizes.get(file.path) == file.size]
-        problems += filter(None, checkpoint.storage.map(lambda file: _digest_problem(checkpoint, file), whole))
+        found = checkpoint.storage.map(lambda file: _digest_problem(checkpoint, file), whole, os.cpu_count() or 1)
+        problems += [problem for problem in found if problem is not None]
     return problems
 
 

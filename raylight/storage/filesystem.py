@@ -169,12 +169,16 @@ class Storage:
             raise StorageError(f"{self.uri} gave back other bytes than were written. Choose another storage_path.")
         self.delete(probe)
 
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> builtins.list[Result]:
-        """`[function(item) for item in items]`, several at once where each waits for the network."""
+    def map(
+        self, function: Callable[[Item], Result], items: Iterable[Item], num_local_threads: int = 1
+    ) -> builtins.list[Result]:
+        """`[function(item) for item in items]`, several at once where each waits for the network. `num_local_threads`
+        may be more where `function` leaves the interpreter lock free, as reading and hashing large files does."""
         items = list(items)
-        if self.is_local or len(items) < 2:
+        num_threads = min(len(items), num_local_threads if self.is_local else NUM_REQUESTS_AT_ONCE)
+        if num_threads < 2:
             return [function(item) for item in items]
-        with ThreadPoolExecutor(min(NUM_REQUESTS_AT_ONCE, len(items)), thread_name_prefix="raylight-storage") as pool:
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="raylight-storage") as pool:
             return list(pool.map(function, items))
 
     def _shown_at(self, path: str) -> str:

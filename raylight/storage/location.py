@@ -103,7 +103,7 @@ def _locate_s3(text: str, backoff: Backoff) -> Location:
         options["access_key"] = unquote(parts.username)
         options["secret_key"] = unquote(parts.password or "")
     path = unquote(parts.path).strip("/")
-    files = RemoteFiles(partial(_open_s3, bucket, options), backoff)
+    files = RemoteFiles(partial(_open_s3, bucket, options), backoff, "s3://")
     shown = f"s3://{bucket}/{quote(path)}".rstrip("/")
     return Location(files, f"{bucket}/{path}".rstrip("/"), shown, f"?{parts.query}" if parts.query else "")
 
@@ -144,7 +144,8 @@ def _locate_uri(text: str, scheme: str, backoff: Backoff) -> Location:
         root = f"{host}/{path}".rstrip("/")
     else:
         raise InvalidArguments(f"storage_path={text!r} names no bucket: write {scheme}://bucket/folder.")
-    files = RemoteFiles(partial(_open_uri, urlunsplit((scheme, parts.netloc, "", parts.query, ""))), backoff)
+    opened = partial(_open_uri, urlunsplit((scheme, parts.netloc, "", parts.query, "")))
+    files = RemoteFiles(opened, backoff, f"{scheme}://" + (parts.netloc if root.startswith("/") else ""))
     shown = f"{scheme}://{parts.netloc}/{quote(path)}".rstrip("/")
     return Location(files, root, shown, f"?{parts.query}" if parts.query else "")
 
@@ -176,7 +177,8 @@ def _locate_on(filesystem: Any, path: str, backoff: Backoff) -> Location:
         path = path.strip("/")
     root = path.rstrip("/") or "/"
     opened: Callable[[bool], Any] = partial(_return_it, filesystem)
-    return Location(RemoteFiles(opened, backoff), root, f"{kind.split('::')[-1]}://{quote(root)}")
+    prefix = f"{kind.split('::')[-1]}://"
+    return Location(RemoteFiles(opened, backoff, prefix), root, prefix + quote(root))
 
 
 def _return_it(filesystem: Any, streaming: bool) -> Any:

@@ -34,22 +34,23 @@ class RemoteFiles:
     """Paths are as pyarrow wants them ("bucket/key"). Every call retries, and raises StorageError at the end.
 
     `open_filesystem(streaming)` is called in the process that needs it; with `streaming` the file system should retry
-    by itself, because a stream cannot be sent again from here.
+    by itself, because a stream cannot be sent again from here. `prefix` + path is how errors name a file.
     """
 
     is_local = False
 
-    def __init__(self, open_filesystem: Callable[[bool], fs.FileSystem], backoff: Backoff):
+    def __init__(self, open_filesystem: Callable[[bool], fs.FileSystem], backoff: Backoff, prefix: str):
         self._open_filesystem = open_filesystem
         self._backoff = backoff
+        self._prefix = prefix
         self._opened: dict[bool, fs.FileSystem] = {}
 
     def __reduce__(self) -> tuple:
-        return RemoteFiles, (self._open_filesystem, self._backoff)
+        return RemoteFiles, (self._open_filesystem, self._backoff, self._prefix)
 
     def filesystem(self, streaming: bool = False) -> fs.FileSystem:
         if streaming not in self._opened:
-            self._opened[streaming] = self.retry(lambda: self._open_filesystem(streaming), "connect to", "the storage")
+            self._opened[streaming] = self.retry(lambda: self._open_filesystem(streaming), "connect to", "")
         return self._opened[streaming]
 
     @property
@@ -58,7 +59,7 @@ class RemoteFiles:
         return kind in OBJECT_STORES
 
     def retry(self, operation: Callable[[], Result], what: str, path: str) -> Result:
-        return retry(operation, self._backoff, what, path)
+        return retry(operation, self._backoff, what, self._prefix + path)
 
     def open_sink(self, path: str) -> RemoteSink:
         return RemoteSink(self, path)
@@ -125,8 +126,8 @@ class RemoteFiles:
         if self.info(path) is not None:
             return False
         raise StorageError(
-            f"could not create {path}: another process claimed it and did not write it.\n"
-            f"If none is doing so now, delete {claims} and try again."
+            f"could not create {self._prefix}{path}: another process claimed it and did not write it.\n"
+            f"If none is doing so now, delete {self._prefix}{claims} and try again."
         )
 
     def claim(self, path: str) -> int:
