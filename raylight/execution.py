@@ -13,12 +13,12 @@ from raylight.driver.restart import Decision, History, decide, find_first, make_
 from raylight.driver.result import Result
 from raylight.driver.run import Run
 from raylight.driver.timetable import Timetable
-from raylight.errors import RaylightError, WorkerFailed
+from raylight.errors import NotEnoughResources, RaylightError, WorkerFailed
 from raylight.launch.in_process import InProcessGroup
 from raylight.launch.signals import stop_on_signal
 from raylight.loading import Resume, find_resume
 from raylight.loggers import make_loggers
-from raylight.messages import Saved
+from raylight.messages import Died, Saved
 from raylight.report.console import Console
 from raylight.storage.checkpoints import newest_whole
 from raylight.storage.filesystem import Storage
@@ -104,7 +104,6 @@ class Execution:
         driver = self.driver
         assert driver is not None
         timetable = Timetable(self.config) if self.stage == "fit" else None
-        history = self.history
         messages = group.run(task)
         while True:
             for rank, message in messages:
@@ -117,30 +116,49 @@ class Execution:
             failures = driver.outcome.take_failures()
             if not failures:
                 return
-            limit = self.config.max_restarts if group.can_recover else 0
-            decision = decide(failures, group.world_size, driver.step, self.stage, limit, history)
-            cause = failures[find_first(failures)]
-            history.note(cause, driver.step, decision)
-            if decision.action == "give up":
-                raise self._make_error(failures, decision, group)
-            driver.tell(
-                f"rank {find_first(failures)} failed at step {driver.step} ({decision.reason}); the run goes on",
-                "warning",
-            )
-            messages = self._go_on(group, task, decision)
+            messages = self._go_on(group, task, failures)
 
-    def _go_on(self, group: Any, task: Task, decision: Decision) -> Any:
+    def _go_on(self, group: Any, task: Task, failures: dict[int, Any]) -> Any:
         """The messages of the next generation of the group: of the ranks that are left and their new peers, or, where
-        nobody is left, of a group that begins from the newest checkpoint."""
-        driver = self.driver
+        nobody is left, of ranks that begin from the newest checkpoint. Raises where the run cannot go on."""
+        driver, config = self.driver, self.config
         assert driver is not None
+        limit = config.max_restarts if group.can_recover else 0
+        decision = decide(failures, group.world_size, driver.step, self.stage, limit, self.history)
+        first = find_first(failures)
+        self.history.note(failures[first], driver.step, decision)
+        dead = [rank for rank, failure in failures.items() if isinstance(failure, Died)]
+        if decision.action == "give up":
+            error = self._make_error(failures, decision, group)
+            self._rescue(group, task, dead)
+            raise error
+        driver.tell(f"rank {first} failed at step {driver.step} ({decision.reason}); the run goes on", "warning")
         time.sleep(decision.delay_s)
-        driver.begin_generation(decision.reason)
-        if decision.action == "recover":
-            return group.rejoin(task)
-        checkpoint = newest_whole(driver.version.storage) if driver.version is not None else None
-        driver.redo_from(checkpoint.step if checkpoint is not None else 0)
-        return group.restart(replace(task, checkpoint=checkpoint or task.checkpoint, weights_only=False))
+        for rank in dead:
+            if group.replace(rank, config.replacement_timeout_s) is None:
+                raise NotEnoughResources(
+                    f"rank {rank} was lost and no other worker found room within replacement_timeout_s="
+                    f"{config.replacement_timeout_s:g}. Resume with: raylight.fit(..., name={config.name!r}, resume='last')"
+                )
+        driver.begin_generation(group.world_size, decision.reason)
+        if decision.action == "restart":
+            checkpoint = newest_whole(driver.version.storage) if driver.version is not None else None
+            driver.redo_from(checkpoint.step if checkpoint is not None else 0)
+            task = replace(task, checkpoint=checkpoint or task.checkpoint, weights_only=False)
+        return group.rejoin(replace(task, options={**task.options, "rejoin": True}))
+
+    def _rescue(self, group: Any, task: Task, dead: list[int]) -> None:
+        """Before the run is given up, the ranks that are left save the last whole step."""
+        driver, options = self.driver, self.config.checkpoint
+        assert driver is not None
+        if self.stage != "fit" or options is None or not options.on_exception or len(dead) == group.world_size:
+            return
+        if dead:
+            group.drop(dead)
+        driver.begin_generation(group.world_size, "a last checkpoint")
+        for rank, message in group.rejoin(replace(task, options={"rescue": True})):
+            driver.handle(rank, message)
+        driver.outcome.take_failures()
 
     def _make_error(self, failures: dict[int, Any], decision: Decision, group: Any) -> BaseException:
         assert self.driver is not None
@@ -160,7 +178,7 @@ class Execution:
             return InProcessGroup(self.config)
         from raylight.launch.ray_actors import acquire_group
 
-        return acquire_group(self.config)
+        return acquire_group(self.config, tell=print)
 
     def _choose_version(self, storage: Storage, resume: Resume) -> tuple[Version | None, int]:
         """A fit claims a version of its own, or is the next attempt of the one it continues; what follows a fit of

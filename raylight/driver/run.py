@@ -227,15 +227,18 @@ class Run:
         }  # fmt: skip
         self.write_record()
 
-    def begin_generation(self, reason: str) -> None:
-        """The group is made anew after a failure."""
+    def begin_generation(self, world_size: int, reason: str) -> None:
+        """The group is made anew after a failure, of as many ranks."""
+        self.world_size = world_size
         self.saved.clear()
         self.outcome.finished.clear()
         for row in self.aggregator.resize(self.world_size):
             self._write_values(*row)
         if self.record:
             restarts = self.record.setdefault("restarts", [])
-            restarts.append({"time": time.time(), "step": self.step, "reason": reason})
+            restarts.append(
+                {"time": time.time(), "step": self.step, "world_size": world_size, "reason": reason}
+            )
         self.write_record()
 
     def write_record(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -31,7 +32,14 @@ class InProcessGroup:
 
     def run(self, task: Task) -> Iterator[tuple[int, Message]]:
         self.control = Control()
+        self.places[0] = replace(self.places[0], generation=0)
         for message in entry.run(task, self.places[0], self.control):
+            yield 0, message
+
+    def rejoin(self, task: Task) -> Iterator[tuple[int, Message]]:
+        """Goes on with the state that a failed run has left."""
+        place = self.places[0] = replace(self.places[0], generation=self.places[0].generation + 1)
+        for message in entry.run(task, place, self.control):
             yield 0, message
 
     def request(self, action: str) -> None:

@@ -38,15 +38,19 @@ def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
         yield Started(socket.gethostname(), os.getpid(), place.device)
         with ExitStack() as numerics:
             _set_numerics(task, place, numerics)
-            if place.generation:
+            if task.options.get("rescue"):
+                yield from rejoin.rescue(control.kept.get("rank"), task, place, control)
+                return
+            if task.options.get("rejoin"):
                 rank = yield from _rejoin(task, place, control, numerics)
             else:
                 control.kept.clear()
                 _join(place, task, numerics)
-                rank = control.kept["rank"] = Rank(task, place, control)
+                rank = Rank(task, place, control)
                 yield from _prepare(rank)
                 if task.stage == "fit":
                     _prepare_fit(rank)
+                control.kept["rank"] = rank
             yield from (_fit(rank) if task.stage == "fit" else _evaluate(rank))
             rank.call("teardown", task.stage)
             if rank.datamodule is not None:
@@ -94,7 +98,7 @@ def _prepare(rank: Rank) -> Iterator[Message]:
         if data_module is not None:
             data_module.prepare_data()
         module.prepare_data()
-    if not rank.place.generation:
+    if not task.options.get("rejoin"):
         rank.barrier()
     if data_module is not None:
         data_module.setup(task.stage)

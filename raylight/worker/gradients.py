@@ -202,13 +202,16 @@ class Gradients:
         if not self.automatic or not any(p.requires_grad for p in module.parameters()):
             broadcast_tensors([*module.parameters(), *module.buffers()], rank.world_size)
             return
-        bucket: dict[str, Any] = {"bucket_cap_mb": options.bucket_cap_mb} if options.bucket_cap_mb is not None else {}
+        given: dict[str, Any] = {}  # what differs from torch's defaults, some of which torch has begun to rename
+        if options.bucket_cap_mb is not None:
+            given["bucket_cap_mb"] = options.bucket_cap_mb
+        if not options.broadcast_buffers:
+            given["broadcast_buffers"] = False
         self.step = self.ddp = nn.parallel.DistributedDataParallel(
             StepModule(module, self.step),
             device_ids=[rank.device] if rank.device.type == "cuda" else None,
             find_unused_parameters=options.find_unused_parameters,
             static_graph=options.static_graph,
             gradient_as_bucket_view=options.gradient_as_bucket_view,
-            broadcast_buffers=options.broadcast_buffers,
-            **bucket,
+            **given,
         )

@@ -6,7 +6,7 @@ one step at most, and the furthest one's state is that of all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from raylight.messages import Message
 from raylight.task import Place, Task
 from raylight.worker import state
 from raylight.worker.collectives import broadcast_object, gather_objects
 from raylight.worker.control import Control
 from raylight.worker.plain import copy_plain
 from raylight.worker.rank import Rank
-from raylight.worker.snapshot import State
+from raylight.worker.snapshot import Snapshots, State
 
 CHUNK_BYTES = 64 << 20
+FINAL_WRITE_TIMEOUT_S = 3600.0
 
 
 def settle(rank: Rank) -> None:
@@ -65,6 +67,19 @@ def meet(rank: Rank) -> None:
     if rank.batch_idx:
         rank.task.options["train_position"] = received.own["data"]
         rank.position = received.own["data"]["position"]
+
+
+def rescue(rank: Rank | None, task: Task, place: Place, control: Control) -> Iterator[Message]:
+    """Saves this rank's share of its last whole step, before a run is given up; there is no group to ask any more.
+
+    Ranks whose last steps differ write to different directories, and neither checkpoint becomes whole.
+    """
+    if rank is None or not rank.has_trained or task.files is None or _committed_step(rank) == rank.global_step:
+        return
+    move(rank, task, place, control)
+    rank.snapshots = Snapshots(task.files, place.rank, place.world_size)
+    state.take_snapshot(rank, wait=True)
+    yield from rank.snapshots.close(FINAL_WRITE_TIMEOUT_S)
 
 
 def _committed_step(rank: Rank) -> int:

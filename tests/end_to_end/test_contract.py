@@ -283,3 +283,12 @@ def test_gan_trains_alike_on_two_workers(tmp_path):
         assert result.num_steps == 12
     for name, tensor in modules[0].state_dict().items():
         torch.testing.assert_close(modules[1].state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_a_run_that_fails_saves_its_last_step(num_workers, tmp_path):
+    with pytest.raises(pl.WorkerFailed):
+        fit(Failing(), num_workers, tmp_path, max_restarts=0)
+    last = pl.open_run(str(tmp_path)).last
+    assert last is not None
+    assert last.step == 1
