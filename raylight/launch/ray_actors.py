@@ -34,7 +34,8 @@ def acquire_group(
     """A group for one run, as `config` says where an argument is None: one that an earlier run has left, with its dead
     members replaced, or a new one.
 
-    It can be had again once its run has ended or was halted. Groups that lie idle give way to one of another shape.
+    It can be had again once its run has ended or was halted. Groups that lie idle give way to one of another shape
+    where there is no room for both.
     Connects to Ray, or starts it. Raises NotEnoughResources before any actor is made.
     """
     cluster = connect(config)
@@ -49,6 +50,8 @@ def acquire_group(
         tuple(sorted(needs.items())), num_standby,
     )  # fmt: skip
     group = _take_kept(key)
+    if group is None and not ray_cluster.has_room_now(num_workers, needs):
+        _release_idle()
     if group is None:
 
         def tell_and_make_room(text: str) -> None:
@@ -77,12 +80,11 @@ atexit.register(release_all)
 
 
 def _take_kept(key: tuple) -> RayGroup | None:
-    """A group of that shape that lies idle; all others that do are ended."""
+    """A group of that shape that lies idle."""
     with _lock:
         found = next((group for kept_key, group in _kept if kept_key == key and not group.in_use), None)
         if found is not None:
             found.in_use = True
-    _release_idle()
     if found is not None and not found.renew():
         _release(found)
         return None

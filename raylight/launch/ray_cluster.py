@@ -246,6 +246,12 @@ def check_room(cluster: Cluster, num_workers: int, worker: Resources, strategy: 
     )
 
 
+def has_room_now(num_workers: int, worker: Resources) -> bool:
+    """Whether that much is free on the cluster as a whole; whether it is on nodes where it fits, Ray finds out."""
+    free = ray.available_resources()
+    return all(free.get(name, 0.0) >= amount * num_workers for name, amount in worker.items())
+
+
 def describe_wait(num_workers: int, worker: Resources) -> str:
     """What a group that cannot be placed yet is waiting for."""
     free = ray.available_resources()

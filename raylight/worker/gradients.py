@@ -203,7 +203,11 @@ class Gradients:
             broadcast_tensors([*module.parameters(), *module.buffers()], rank.world_size)
             return
         given: dict[str, Any] = {}  # what differs from torch's defaults, some of which torch has begun to rename
-        if options.bucket_cap_mb is not None:
+        if self.config.deterministic:
+            # DDP lays its buckets out anew after its first step, and with three ranks or more the place of a value in
+            # a bucket decides in which order it is summed. A bucket for each parameter cannot be laid out otherwise.
+            given["bucket_cap_mb"] = 1e-6
+        elif options.bucket_cap_mb is not None:
             given["bucket_cap_mb"] = options.bucket_cap_mb
         if not options.broadcast_buffers:
             given["broadcast_buffers"] = False
