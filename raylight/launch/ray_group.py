@@ -33,7 +33,7 @@ DEATH_KNOWN_S = 0.05
 class RayGroup:
     """Workers 0 to world_size - 1. `ray_actors.acquire_group` keeps it from one run to the next."""
 
-    can_recover = True
+    can_recover = True  # those that are left outlive one that is lost
 
     def __init__(self, roster: Roster):
         self.entry: Entry = "raylight.worker.entry:run"
@@ -251,6 +251,11 @@ class RayGroup:
     def recruit(self, count: int) -> None:
         """Asks for `count` more ranks, which may take until there is room for them."""
         self._roster.recruit(count)
+
+    @property
+    def num_standbys(self) -> int:
+        """How many workers without a rank are up, and could take over at once."""
+        return self._roster.num_standbys
 
     @property
     def num_recruits(self) -> int:

@@ -139,6 +139,10 @@ class Roster:
         self._standbys += made
         return made
 
+    @property
+    def num_standbys(self) -> int:
+        return sum(one.is_up for one in self._standbys)
+
     def kill(self, member: Member) -> None:
         member.is_dead = True
         ray.kill(member.actor)

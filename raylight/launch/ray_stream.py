@@ -18,6 +18,10 @@ from raylight.messages import Died, Failure, Message, PeerLost, Progress
 WAKE_EVERY_S = 0.2
 """How long a wait lasts at most, so that a signal or a request is seen. A message ends it at once."""
 LAST_OUTPUT_S = 2.0
+GRACE_AFTER_FAILURE_S = 5.0
+"""How long the others may take to leave after an exception of one: the caller waits for its traceback."""
+GRACE_AFTER_LOSS_S = 30.0
+"""And after the loss of a process: then those that are left are wanted, and may be in a long forward pass."""
 
 
 class Group(Protocol):
@@ -76,7 +80,10 @@ class Stream(Iterator[tuple[int, Message]]):
         return self._ready.popleft()
 
     def _collect(self, sources: list[Any], timeout_s: float = WAKE_EVERY_S) -> None:
-        ready, waiting = ray.wait(sources, num_returns=1, timeout=timeout_s)
+        try:
+            ready, waiting = ray.wait(sources, num_returns=1, timeout=timeout_s)
+        except SystemError as error:  # what Ray makes of an exception that a signal handler raises meanwhile
+            raise error.__cause__ or error from None
         if ready and waiting:
             ready, _ = ray.wait(sources, num_returns=len(sources), timeout=0)
         for source in ready:
@@ -112,15 +119,15 @@ class Stream(Iterator[tuple[int, Message]]):
         if isinstance(message, Progress) and message.stage == "train" and self._training_since is None:
             self._training_since = time.monotonic()
         elif isinstance(message, Failure):
-            self._on_broken(rank, f"rank {rank} failed: {message.kind}", grace_s=5.0)
+            self._on_broken(rank, f"rank {rank} failed: {message.kind}", GRACE_AFTER_FAILURE_S)
         elif isinstance(message, PeerLost):
-            self._on_broken(rank, f"rank {rank} lost a peer", grace_s=30.0)
+            self._on_broken(rank, f"rank {rank} lost a peer", GRACE_AFTER_LOSS_S)
 
     def _on_death(self, rank: int, text: str) -> None:
         node_id = self._group.on_death(rank)
         reason = self._kill_reasons.pop(rank, None) or _describe_death(text)
         self._ready.append((rank, Died(reason, node_lost=not is_node_alive(node_id))))
-        self._on_broken(rank, f"rank {rank} died", grace_s=30.0)
+        self._on_broken(rank, f"rank {rank} died", GRACE_AFTER_LOSS_S)
 
     def _on_broken(self, rank: int, reason: str, grace_s: float) -> None:
         """The others cannot finish without this rank: they are told to leave, and given time for it."""

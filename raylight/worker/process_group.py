@@ -69,9 +69,7 @@ def join(place: Place, backend: str | None = None, timeout_s: float = 1800.0) ->
     backend = _resolve_backend(backend, place.device)
     environment = _set_environment(place, backend)
     listeners = set(_listeners())
-    store = _opened.get(place.store_port) if place.rank == 0 else None
-    if store is None:
-        store = dist.TCPStore(place.store_host, place.store_port, is_master=False, wait_for_workers=False)
+    store = _connect_store(place)
     endpoints = {(socket.gethostbyname(place.store_host), place.store_port)}
     _membership = _Membership(backend, timeout_s, store, listeners, endpoints, environment)
     prefixed = dist.PrefixStore(f"generation-{place.generation}", store)
@@ -198,6 +196,14 @@ def _interface_address(any_socket: socket.socket, name: str) -> str | None:
     except OSError:
         return None  # an interface without an IPv4 address
     return socket.inet_ntoa(answer[20:24])
+
+
+def _connect_store(place: Place) -> dist.Store:
+    if place.world_size == 1:
+        return dist.HashStore()
+    if place.rank == 0 and place.store_port in _opened:
+        return _opened[place.store_port]
+    return dist.TCPStore(place.store_host, place.store_port, is_master=False, wait_for_workers=False)
 
 
 def _meet(store: dist.Store, place: Place, topic: str, text: str, timeout_s: float) -> list[str]:
