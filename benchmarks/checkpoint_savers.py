@@ -89,7 +89,7 @@ class Raylight(Saver):
     def __init__(self, run: Run, folder: Path):
         super().__init__(run, folder)
         self.snapshots = Snapshots(Storage(folder), 0, 1)
-        self.snapshots.reserve(run.raylight_state(), run.owned())
+        self.snapshots.reserve(run.raylight_state(), False, run.owned())
         self.messages: list[Any] = []
 
     def save(self) -> None:

@@ -34,13 +34,12 @@ _WRITER_NICENESS = 10  # steps come first; not 19, where a busy machine would le
 class Snapshots:
     """The snapshots of one rank, one at a time. All methods are called by the thread that trains.
 
-    `last_step` is the step of the newest snapshot that has not failed so far, -1 where there is none. `take_again`
-    says that the newest was thrown away by `wait`: take the next at the end of this step.
+    `take_again` says that the newest was thrown away by `wait` (or by `poll`, which may have to call it): take the next
+    at the end of this step.
     """
 
     def __init__(self, files: Files, rank: int, world_size: int):
         self.files, self.rank, self.world_size = files, rank, world_size
-        self.last_step = -1
         self.take_again = False
         self._buffers = HostBuffers()
         self._preparation: threading.Thread | None = None
@@ -49,9 +48,12 @@ class Snapshots:
         self._pending: _Snapshot | None = None  # the one in flight, until `wait` has found its copy whole
         self._results: list[Saved | SaveFailed] = []
 
-    def reserve(self, state: State, optimizer_owned: Collection[Tensor]) -> None:
-        """Make the host buffers in the background: call it once, after the first step, when the state has its size."""
-        self._stage(state, False, optimizer_owned)
+    def reserve(self, state: State, weights_only: bool, optimizer_owned: Collection[Tensor]) -> None:
+        """Make the host buffers in the background: call it once, after the first step, when the state has its size.
+
+        Without it the first snapshot makes them, and stands still for about ten copies. Raises as `take` does.
+        """
+        self._stage(state, weights_only, optimizer_owned)
         self._preparation = threading.Thread(target=self._buffers.prepare, name="snapshot-buffers", daemon=True)
         self._preparation.start()
 
@@ -87,7 +89,7 @@ class Snapshots:
         snapshot.stall_s = time.perf_counter() - started
         snapshot.thread.start()
         self._in_flight = self._pending = snapshot
-        self.last_step, self.take_again = step, False
+        self.take_again = False
         return True
 
     def wait(self) -> bool:
@@ -102,7 +104,6 @@ class Snapshots:
         if snapshot.finish_copying():
             return True
         self._in_one_piece = self.take_again = True
-        self.last_step = -1
         return False
 
     @property
@@ -134,10 +135,7 @@ class Snapshots:
 
     def _finish(self, snapshot: _Snapshot) -> None:
         self._in_flight = None
-        result = snapshot.result()
-        self._results.append(result)
-        if isinstance(result, SaveFailed) and self.last_step == snapshot.step:
-            self.last_step = -1
+        self._results.append(snapshot.result())
 
     def _make_room(self, wait: bool) -> bool:
         snapshot = self._in_flight
@@ -206,17 +204,18 @@ class _Snapshot:
         self.copied.wait()
         if self.late_on_gpu:
             torch.cuda.current_stream().wait_event(self.events[-1])  # the device waits, not this thread
-        written = [tensor for tensor, version in self.versions if tensor._version != version]
+        written = addresses(tensor for tensor, version in self.versions if tensor._version != version)
         late = [*self.late, *self.late_on_gpu]
-        if written and late and self.reason is None:
-            paths = [copy.path for copy in late if copy.source.data_ptr() in addresses(written)]
+        torn = bool(written and late)
+        if torn and self.reason is None:
+            paths = [copy.path for copy in late if copy.source.data_ptr() in written]
             self.reason = (
                 f"{', '.join(paths[:3]) or 'a tensor that an optimizer owns'} was written to outside optimizer.step "
                 "while it was being copied; from now on snapshots are taken in one piece, which costs a longer stall"
             )
         self.versions, self.late, self.late_on_gpu = [], [], []
         self.stall_s += time.perf_counter() - started
-        return self.reason is None
+        return not torn
 
     def write(self, files: Files) -> None:
         """What the thread does: the rest of the copy, then the files."""
