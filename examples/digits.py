@@ -20,7 +20,7 @@ import raylight
 class Digits(raylight.Module):
     """A small convolutional network for 8 x 8 grey images of the digits 0 to 9."""
 
-    def __init__(self, hidden: int = 128, lr: float = 3e-3):
+    def __init__(self, hidden: int = 128, lr: float = 5e-3):
         super().__init__()
         self.save_hyperparameters()
         self.net = nn.Sequential(
@@ -74,6 +74,6 @@ if __name__ == "__main__":
 
     trainer = raylight.Trainer(seed=0, checkpoint=raylight.Checkpointing(monitor="val_loss"), **arguments)
     result = trainer.fit(Digits(), DataLoader(train, 32, shuffle=True), DataLoader(val, 100), ckpt_path=resume)
-    [metrics] = trainer.test(dataloaders=DataLoader(test, 100), ckpt_path="best")
+    [metrics] = trainer.test(dataloaders=DataLoader(test, 100))
     print(f"Test accuracy: {metrics['test_accuracy']:.2%}")
     print(f"Stored in:     {result.path}\nLook at it:    tensorboard --logdir {result.path}")

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("driver", "launch", "report", "loading", "loggers"),
     ("execution", "runs"),
     ("trainer",),
-    ("sweep", "cli", "doctor"),
+    ("sweep", "tuning", "cli", "doctor"),
 )  # fmt: skip
 
 # Neighbours of one layer that must not know each other.
