@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from raylight.launch.in_process import InProcessGroup
 from raylight.launch.signals import stop_on_signal
 from raylight.loading import Resume, find_resume
 from raylight.loggers import make_loggers
-from raylight.messages import Died, Saved
+from raylight.messages import Died, Message, Saved
 from raylight.report.console import Console
 from raylight.storage.checkpoints import newest_whole
 from raylight.storage.filesystem import Storage
@@ -39,26 +40,43 @@ class Execution:
         self.history = History()
 
     def run(self, ckpt_path: Any, verbose: bool) -> Any:
-        group = self._start_group()
-        task, console = self._prepare(group, ckpt_path)
-        driver, status = self.driver, "failed"
-        assert driver is not None
-        with stop_on_signal(group.request, driver.tell):
+        self.start(ckpt_path)
+        assert self.driver is not None
+        with stop_on_signal(self.group.request, self.driver.tell):
             try:
-                self._follow(group, task)
-                status = self._status()
-                return self._finish(status, console, verbose)
+                for _ in self.messages():
+                    pass
+                return self.finish(verbose)
             except BaseException:
-                group.halt()
-                driver.close(status)
-                console.close(None)
+                self.group.halt()
+                self._close("failed")
                 raise
             finally:
-                self.module.trainer = None
-                if self.module.device.type != "cpu":
-                    self.module.cpu()
+                self._give_back()
 
-    def _prepare(self, group: Any, ckpt_path: Any) -> tuple[Task, Console]:
+    def start(self, ckpt_path: Any, facts: dict[str, Any] | None = None) -> None:
+        """The workers and, on storage, the version; nothing is trained yet. `facts` go to run.json."""
+        self.group = self._start_group()
+        self.task, self.console = self._prepare(self.group, ckpt_path, facts or {})
+
+    def abandon(self, status: str) -> None:
+        """Ends a run whose messages nobody wants any more, and leaves the workers ready for another."""
+        self.group.halt()
+        self.group.wait()
+        self._close(status)
+        self._give_back()
+
+    def _close(self, status: str) -> None:
+        assert self.driver is not None
+        self.driver.close(status)
+        self.console.close(None)
+
+    def _give_back(self) -> None:
+        self.module.trainer = None
+        if self.module.device.type != "cpu":
+            self.module.cpu()
+
+    def _prepare(self, group: Any, ckpt_path: Any, facts: dict[str, Any]) -> tuple[Task, Console]:
         """Version, run.json, loggers and console; and the task for the workers."""
         config = self.config
         storage = Storage(config.storage_path, config.storage_filesystem)
@@ -75,11 +93,11 @@ class Execution:
         protected = resume.checkpoint.path if resume.checkpoint is not None else None
         driver = self.driver = Run(version, config, group.world_size, [console], loggers, attempt, protected)
         seed = resume.seed if resume.seed is not None else self._draw_seed()
-        driver.start({"seed": seed, "stage": self.stage, "resumed_from": protected})
+        driver.start({"seed": seed, "stage": self.stage, "resumed_from": protected, **facts})
         if resume.notice:
             driver.tell(resume.notice)
-        if attempt and resume.checkpoint is not None:
-            driver.redo_from(resume.checkpoint.step)
+        if attempt:
+            driver.redo_from(resume.checkpoint.step if resume.checkpoint is not None else 0)
         has_summary = any(type(callback).__name__.endswith("ModelSummary") for callback in self.callbacks)
         if self.stage == "fit" and config.enable_model_summary and not has_summary:
             console.show_model(self.module)
@@ -95,13 +113,17 @@ class Execution:
             checkpoint=resume.checkpoint,
             weights_only=self.stage != "fit",
             attempt=attempt,
-            options={"share_module": not isinstance(group, InProcessGroup)},
+            options={
+                "share_module": not isinstance(group, InProcessGroup),
+                "takes_new_hyperparameters": resume.takes_new_hyperparameters,
+            },
         )
         return task, console
 
-    def _follow(self, group: Any, task: Task) -> None:
-        """Takes the workers' messages until all are done. After a failure the group goes on as restart.py decides."""
-        driver = self.driver
+    def messages(self) -> Iterator[tuple[int, Message]]:
+        """What the workers say, once the driver has seen to it, until all are done. After a failure the group goes on
+        as restart.py decides."""
+        driver, group, task = self.driver, self.group, self.task
         assert driver is not None
         timetable = Timetable(self.config) if self.stage == "fit" else None
         messages = group.run(task)
@@ -113,6 +135,7 @@ class Execution:
                         timetable.learn(message)
                     for action in timetable.due():
                         group.request(action)
+                yield rank, message
             failures = driver.outcome.take_failures()
             if not failures:
                 return
@@ -187,7 +210,8 @@ class Execution:
             return None, 0
         if self.stage == "fit":
             if resume.version is not None:
-                return resume.version, len(resume.version.read_run().get("attempts", [])) or 1
+                attempts = resume.version.read_run().get("attempts", [])
+                return resume.version, len(attempts) or int(resume.checkpoint is not None)
             return claim_version(storage, self.config.name), 0
         if self.previous is not None and self.previous.version is not None:
             return self.previous.version, 0
@@ -206,8 +230,9 @@ class Execution:
         statuses = {message.status for message in self.driver.outcome.finished.values()}
         return next((status for status in ("interrupted", "stopped") if status in statuses), "finished")
 
-    def _finish(self, status: str, console: Console, verbose: bool) -> Any:
-        driver = self.driver
+    def finish(self, verbose: bool) -> Any:
+        """What the caller gets, after the last message."""
+        driver, console, status = self.driver, self.console, self._status()
         assert driver is not None
         finished = driver.outcome.finished
         returned = finished[0].returned

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from raylight.errors import CheckpointMismatch, InvalidArguments
 from raylight.storage.checkpoints import Checkpoint, best, find_checkpoint, list_checkpoints, newest_whole
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, list_versions
+
+POINTER_FILE = "raylight.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +24,37 @@ class Resume:
     version: Version | None = None
     seed: int | None = None
     notice: str = ""
+    takes_new_hyperparameters: bool = False
+    """Whether optimizers and schedulers get what is configured now where that is not what the checkpoint was saved
+    with; otherwise they go on with theirs, as in Lightning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """Where a trial's checkpoint lies. In a checkpoint of Ray Tune this is all there is: nothing is copied."""
+
+    trial_id: str
+    version: int
+    checkpoint: str
+    path: str
+    """As a person would write it."""
+
+    def write(self, folder: str) -> None:
+        with open(os.path.join(folder, POINTER_FILE), "w") as file:
+            json.dump(asdict(self), file)
+
+    @classmethod
+    def read(cls, folder: str) -> Pointer:
+        with open(os.path.join(folder, POINTER_FILE)) as file:
+            return cls(**json.load(file))
 
 
 def find_resume(ckpt_path: Any, storage: Storage, name: str, previous: Any = None) -> Resume:
     """What `resume` or `ckpt_path` means: None, "last", "best", a Checkpoint, or the path of one."""
     if ckpt_path is None:
         return Resume()
+    if isinstance(ckpt_path, Resume):
+        return ckpt_path
     if not isinstance(ckpt_path, str | os.PathLike):
         return Resume(checkpoint=ckpt_path, seed=None)
     if ckpt_path == "last":
@@ -70,7 +98,10 @@ def load_module(owner: type, path: Any, map_location: Any, strict: bool | None, 
 
 
 def _to_saved(path: Any) -> Any:
-    """A Lightning file stays a path; all else becomes a Checkpoint."""
+    """A Lightning file stays a path; all else becomes a Checkpoint. One of Ray Tune leads to that of its trial."""
+    if hasattr(path, "as_directory"):
+        with path.as_directory() as folder:
+            return find_checkpoint(Pointer.read(folder).path)
     if not isinstance(path, str | os.PathLike):
         return path
     text = os.fspath(path)

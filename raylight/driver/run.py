@@ -67,7 +67,8 @@ class Run:
         self.step, self.epoch = 0, 0
         self.saved: dict[str, dict[int, m.Saved]] = {}
         self.checkpoints: list[Checkpoint] = store.list_checkpoints(version.storage) if version is not None else []
-        self.protected = protected  # the checkpoint that this run was resumed from is never deleted
+        # Never deleted: the checkpoint that this run was resumed from, and those that others were told of.
+        self.protected: set[str] = {protected} if protected else set()
         self.hyperparameters: dict[str, Any] = {}
         self.began = time.time()
         self.record: dict[str, Any] = {}
@@ -178,8 +179,7 @@ class Run:
     def _retain(self) -> None:
         options = self.config.checkpoint or Checkpointing()
         extra = store.retain(
-            self.checkpoints, options.keep_best, options.keep_last, options.monitor, options.mode,
-            {self.protected} if self.protected else set(),
+            self.checkpoints, options.keep_best, options.keep_last, options.monitor, options.mode, self.protected
         )  # fmt: skip
         for checkpoint in extra:
             store.delete(checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,7 @@ class InProcessGroup:
         device = f"cuda:{torch.cuda.current_device()}" if uses_gpu else "cpu"
         self.places = [Place(node=os.uname().nodename, device=device)]
         self.control = Control()
+        self._messages: Iterator[Message] = iter(())
 
     can_recover = False  # what failed here failed in the caller's own process
 
@@ -33,13 +34,16 @@ class InProcessGroup:
     def run(self, task: Task) -> Iterator[tuple[int, Message]]:
         self.control = Control()
         self.places[0] = replace(self.places[0], generation=0)
-        for message in entry.run(task, self.places[0], self.control):
-            yield 0, message
+        return self._follow(task)
 
     def rejoin(self, task: Task) -> Iterator[tuple[int, Message]]:
         """Goes on with the state that a failed run has left."""
-        place = self.places[0] = replace(self.places[0], generation=self.places[0].generation + 1)
-        for message in entry.run(task, place, self.control):
+        self.places[0] = replace(self.places[0], generation=self.places[0].generation + 1)
+        return self._follow(task)
+
+    def _follow(self, task: Task) -> Iterator[tuple[int, Message]]:
+        self._messages = entry.run(task, self.places[0], self.control)
+        for message in self._messages:
             yield 0, message
 
     def request(self, action: str) -> None:
@@ -51,8 +55,19 @@ class InProcessGroup:
         """What ended the run, with its real traceback."""
         return self.control.kept.get("exception")
 
+    def pause(self) -> None:
+        """Nothing is trained while nobody asks for the next message."""
+
+    def resume(self) -> None:
+        """The counterpart of `pause`."""
+
     def halt(self) -> None:
-        """There is nothing that could go on."""
+        """Ends the run where it is."""
+        if isinstance(self._messages, Generator):
+            self._messages.close()
+
+    def wait(self) -> None:
+        """A run that was halted here has ended."""
 
     def shutdown(self) -> None:
         self.control.kept.clear()

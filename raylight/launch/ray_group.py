@@ -206,6 +206,22 @@ class RayGroup:
             actor.release.remote(boundary, action, arguments)
         return boundary
 
+    def pause(self) -> None:
+        """Makes all running ranks stand still at their next step boundary, until `resume`."""
+        held = [self._roster.members[rank].actor.hold.remote() for rank in self._running()]
+        ray.wait(held, num_returns=len(held), timeout=CONTROL_TIMEOUT_S) if held else None
+
+    def resume(self) -> None:
+        """Lets them go on. Waited for, because an actor may answer two calls in another order than they were made."""
+        let_go = [self._roster.members[rank].actor.release.remote(0, None, {}) for rank in self._running()]
+        ray.wait(let_go, num_returns=len(let_go), timeout=CONTROL_TIMEOUT_S) if let_go else None
+
+    def wait(self) -> None:
+        """Until all ranks have left that were halted; what they say on the way out is lost."""
+        if self._stream is not None:
+            for _ in self._stream:
+                continue
+
     def halt(
         self, ranks: Iterable[int] | None = None, reason: str = "the run was stopped", broken: bool = False
     ) -> None:

@@ -15,7 +15,7 @@ from raylight.messages import Finished, Hyperparameters, Message, PeerLost, Star
 from raylight.rank_zero import set_rank
 from raylight.seeding import seed_process
 from raylight.task import Place, Task
-from raylight.worker import process_group, rejoin, state
+from raylight.worker import hyperparameters, process_group, rejoin, state
 from raylight.worker.control import Control, Halted
 from raylight.worker.dynamo import postpone_dynamo
 from raylight.worker.evaluation import evaluate, open_evaluation_data, split_by_loader
@@ -135,6 +135,7 @@ def _prepare_fit(rank: Rank) -> None:
         raise InvalidArguments(mistakes)
     if config.checkpoint is not None and task.files is not None:
         rank.snapshots = Snapshots(task.files, rank.global_rank, rank.world_size)
+        rank.configured = hyperparameters.describe(rank.optimizers, rank.lr_scheduler_configs)
     rank.call("on_fit_start")
     if rank.restored is not None and not task.weights_only:
         state.restore_training(rank, rank.restored)

@@ -51,6 +51,7 @@ class Rank:
         self.optimizers: list[torch.optim.Optimizer] = []
         self.stepping_optimizers: list[Any] = []
         self.lr_scheduler_configs: list[SchedulerConfig] = []
+        self.configured: dict[str, list[Any]] = {}  # their options before the first step
         # where the run is: all of it is in every checkpoint
         self.current_epoch = 0
         self.global_step = 0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from raylight.errors import CheckpointMismatch
 from raylight.seeding import rng_state, set_rng_state
+from raylight.worker import hyperparameters
 from raylight.worker.rank import Rank
 from raylight.worker.restore import apply_weights
 from raylight.worker.snapshot import State, check_plain
@@ -57,6 +58,7 @@ def collect(rank: Rank) -> State:
         replicated={
             "optimizers": checkpoint["optimizer_states"],
             "schedulers": checkpoint["lr_schedulers"],
+            "configured": rank.configured,
             "callbacks": checkpoint["callbacks"],
             "loop": checkpoint["loops"],
             "precision": rank.precision.state_dict(),
@@ -117,9 +119,12 @@ def restore_training(rank: Rank, state: State) -> None:
         raise CheckpointMismatch(
             f"the checkpoint has {len(saved['optimizers'])} optimizers, configure_optimizers returned {len(rank.optimizers)}"
         )
-    for optimizer, optimizer_state in zip(rank.optimizers, saved["optimizers"], strict=True):
+    optimizer_states, scheduler_states = saved["optimizers"], saved["schedulers"]
+    if rank.task.options.get("takes_new_hyperparameters"):
+        optimizer_states, scheduler_states = hyperparameters.renew(saved, rank.configured)
+    for optimizer, optimizer_state in zip(rank.optimizers, optimizer_states, strict=True):
         optimizer.load_state_dict(optimizer_state)
-    for config, scheduler_state in zip(rank.lr_scheduler_configs, saved["schedulers"], strict=False):
+    for config, scheduler_state in zip(rank.lr_scheduler_configs, scheduler_states, strict=False):
         config.scheduler.load_state_dict(scheduler_state)
     for callback in rank.callbacks:
         if state_key(callback) in saved["callbacks"]:
