@@ -92,6 +92,8 @@ class WeightAveraging(Callback):
         # each rank has averaged buffers of its own, and all must measure the same module
         buffers = {name for name, _ in module.named_buffers()}
         broadcast_tensors([t for name, t in self.average.kept.items() if name in buffers], trainer.world_size)
+        if trainer.snapshots is not None:
+            trainer.snapshots.wait()  # else the weights would change while they are copied
         self.average.swap(module)
 
     def on_validation_epoch_end(self, trainer: Rank, module: Module) -> None:

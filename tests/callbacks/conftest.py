@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import raylight as pl
 from raylight.config import Config
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
 
 
 class HandmadeRank:
@@ -34,6 +38,7 @@ class HandmadeRank:
         self.optimizers: list[torch.optim.Optimizer] = []
         self.lr_scheduler_configs: list[Any] = []
         self.logger: Any = self
+        self.snapshots: Any = None
         vars(self).update(attributes)
 
     @property
