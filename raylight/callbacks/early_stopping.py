@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raylight.callbacks.callback import Callback
-from raylight.callbacks.mistakes import Mistakes, sort_by_nearness
+from raylight.callbacks.mistake_list import Mistakes, sort_by_nearness
 from raylight.errors import InvalidArguments
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from raylight.callbacks.callback import Callback
-from raylight.callbacks.mistakes import Mistakes
+from raylight.callbacks.mistake_list import Mistakes
 from raylight.errors import CheckpointMismatch, InvalidArguments
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from raylight.callbacks.callback import Callback
-from raylight.callbacks.mistakes import Mistakes, is_int
+from raylight.callbacks.mistake_list import Mistakes, is_int
 from raylight.errors import InvalidArguments
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from raylight.callbacks.callback import Callback
 from raylight.callbacks.log_step import is_log_step
-from raylight.callbacks.mistakes import Mistakes
+from raylight.callbacks.mistake_list import Mistakes
 from raylight.errors import InvalidArguments
 
 if TYPE_CHECKING:

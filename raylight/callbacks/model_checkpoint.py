@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raylight.callbacks.callback import Callback
-from raylight.callbacks.mistakes import Mistakes, is_int
+from raylight.callbacks.mistake_list import Mistakes, is_int
 from raylight.config import Checkpointing
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from raylight.callbacks.callback import Callback
-from raylight.callbacks.mistakes import Mistakes
+from raylight.callbacks.mistake_list import Mistakes
 
 if TYPE_CHECKING:
     from raylight.module import Module

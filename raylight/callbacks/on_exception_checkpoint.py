@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from raylight.callbacks.callback import Callback
-from raylight.callbacks.mistakes import Mistakes
+from raylight.callbacks.mistake_list import Mistakes
 
 if TYPE_CHECKING:
     from raylight.config import Config

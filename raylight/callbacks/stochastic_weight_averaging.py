@@ -14,7 +14,7 @@ from torch.optim.swa_utils import SWALR
 
 from raylight.callbacks.averaged_weights import AveragedWeights, AverageOne
 from raylight.callbacks.callback import Callback
-from raylight.callbacks.mistakes import Mistakes, is_int, is_number
+from raylight.callbacks.mistake_list import Mistakes, is_int, is_number
 
 if TYPE_CHECKING:
     from raylight.config import Config

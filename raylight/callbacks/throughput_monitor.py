@@ -12,7 +12,7 @@ import torch
 
 from raylight.callbacks.callback import Callback
 from raylight.callbacks.log_step import is_log_step
-from raylight.callbacks.mistakes import Mistakes
+from raylight.callbacks.mistake_list import Mistakes
 
 if TYPE_CHECKING:
     from raylight.config import Config

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from raylight.callbacks.callback import Callback
-from raylight.callbacks.mistakes import Mistakes
+from raylight.callbacks.mistake_list import Mistakes
 
 if TYPE_CHECKING:
     from raylight.module import Module

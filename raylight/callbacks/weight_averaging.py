@@ -9,7 +9,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from raylight.callbacks.averaged_weights import AveragedWeights, AverageMany, AverageOne, unique_state
 from raylight.callbacks.callback import Callback
-from raylight.callbacks.mistakes import Mistakes, is_number
+from raylight.callbacks.mistake_list import Mistakes, is_number
 from raylight.worker.collectives import broadcast_tensors
 
 if TYPE_CHECKING:
