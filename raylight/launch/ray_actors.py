@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -35,31 +36,36 @@ def acquire_group(
     members replaced, or a new one.
 
     It can be had again once its run has ended or was halted. Groups that lie idle give way to one of another shape
-    where there is no room for both.
-    Connects to Ray, or starts it. Raises NotEnoughResources before any actor is made.
+    where there is no room for both. `tell` hears what is waited for, if anything. Connects to Ray, or starts it. Raises
+    NotEnoughResources before any actor is made.
     """
+    changes: dict[str, Any] = {
+        "num_workers": num_workers,
+        "use_gpu": use_gpu,
+        "resources_per_worker": resources_per_worker,
+        "num_standby": num_standby,
+        "name": name,
+    }
+    config = replace(config, **{name: value for name, value in changes.items() if value is not None})
+    _restart_outgrown_ray(config)
     cluster = connect(config)
-    use_gpu = _choose(use_gpu, config.use_gpu, cluster.num_gpus > 0)
-    needs = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {}) | (resources_per_worker or config.resources_per_worker)
-    placement = _choose(placement, getattr(config.strategy, "placement", None), "PACK")
-    num_workers = _choose(num_workers, _count_workers(config.num_workers, cluster, needs, placement), 1)
-    num_standby = _choose(num_standby, config.num_standby, 1)
+    use_gpu = config.use_gpu if config.use_gpu is not None else cluster.num_gpus > 0
+    needs = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {}) | config.resources_per_worker
+    placement = placement or config.strategy.placement
+    num_workers = _count_workers(config.num_workers, cluster, needs, placement)
+    num_standby = 1 if config.num_standby is None else config.num_standby
     around = ray.util.get_current_placement_group()
     key = (
         ray_cluster.session_name(), around.id if around is not None else None, num_workers, use_gpu, placement,
         tuple(sorted(needs.items())), num_standby,
     )  # fmt: skip
     group = _take_kept(key)
-    if group is None and not ray_cluster.has_room_now(num_workers, needs):
-        _release_idle()
     if group is None:
-
-        def tell_and_make_room(text: str) -> None:
+        if not ray_cluster.has_room_now(num_workers, needs):
             _release_idle()
-            if tell is not None:
-                tell(text)
-
-        group = RayGroup.start(config, num_workers, use_gpu, needs, placement, name, num_standby, tell_and_make_room)
+        group = RayGroup.start(
+            config, num_workers, use_gpu, needs, placement, config.name, num_standby, tell, make_room=_release_idle
+        )
         with _lock:
             _kept.append((key, group))
     group.entry = entry
@@ -79,9 +85,18 @@ def release_all() -> None:
 atexit.register(release_all)
 
 
-def _take_kept(key: tuple) -> RayGroup | None:
-    """A group of that shape that lies idle."""
+def _restart_outgrown_ray(config: Config) -> None:
     with _lock:
+        is_in_use = any(group.in_use for _, group in _kept)
+    if not is_in_use and ray_cluster.is_outgrown(config):
+        release_all()
+        ray_cluster.disconnect()
+
+
+def _take_kept(key: tuple) -> RayGroup | None:
+    """A group of that shape that lies idle. Those of a Ray that is gone are forgotten."""
+    with _lock:
+        _kept[:] = [(kept_key, group) for kept_key, group in _kept if kept_key[0] == key[0]]
         found = next((group for kept_key, group in _kept if kept_key == key and not group.in_use), None)
         if found is not None:
             found.in_use = True
@@ -104,9 +119,7 @@ def _release(group: RayGroup) -> None:
     group.shutdown()
 
 
-def _count_workers(
-    asked: int | tuple[int, int] | str, cluster: Cluster, needs: dict[str, float], placement: str
-) -> int:
+def _count_workers(asked: Any, cluster: Cluster, needs: dict[str, float], placement: str) -> int:
     """Of an elastic group as many as there is room for; of "auto" one for each GPU."""
     if isinstance(asked, tuple):
         fitting = ray_cluster.count_fitting(ray_cluster.node_resources(), needs, placement)
@@ -114,7 +127,3 @@ def _count_workers(
     if isinstance(asked, str):
         return max(1, int(cluster.num_gpus / needs.get("GPU", 1.0)))
     return asked
-
-
-def _choose(*candidates: Any) -> Any:
-    return next(candidate for candidate in candidates if candidate is not None)

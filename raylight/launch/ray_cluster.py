@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +41,6 @@ def connect(config: Config | None = None) -> Cluster:
     """Uses the Ray that this process is connected to, else the one that RAY_ADDRESS names, else starts one here with
     as many logical CPUs as `config` asks for. A Ray that was started here ends with this process."""
     num_cpus = _cpus_wanted(config) if config is not None else 0
-    if ray.is_initialized() and _local.is_too_small(num_cpus):
-        _local.stop()
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "local")
         if address.startswith("ray://"):
@@ -76,6 +75,12 @@ def describe_cluster() -> Cluster | None:
         autoscales=_autoscales(),
         started_here=_local.is_running,
     )
+
+
+def is_outgrown(config: Config) -> bool:
+    """Whether a Ray that raylight started has fewer logical CPUs than `config` asks for. They are only what it was
+    told, so that one started anew can have them."""
+    return ray.is_initialized() and _local.is_too_small(_cpus_wanted(config))
 
 
 def node_resources() -> list[dict[str, float]]:
@@ -116,7 +121,6 @@ class _LocalRay:
         return self._session is not None and ray.is_initialized() and session_name() == self._session
 
     def is_too_small(self, num_cpus: int) -> bool:
-        """Its logical CPUs are only what it was told, so more can be had by starting it anew."""
         return self.is_running and num_cpus > self._num_cpus
 
     def start(self, num_cpus: int) -> None:
@@ -266,10 +270,10 @@ def _describe(resources: Resources, of: Resources) -> str:
     return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in of)
 
 
-def wait_for(ready: Callable[[float], bool], tell: Callable[[str], Any] | None, describe: Callable[[], str]) -> None:
-    """Calls `ready(timeout_s)` until it is true; says what is waited for after 5 s, and once a minute."""
-    timeout_s = 5.0
-    while not ready(timeout_s):
-        if tell is not None:
+def wait_for(is_ready: Callable[[float], bool], describe: Callable[[], str], tell: Callable[[str], Any] | None) -> None:
+    """Until `is_ready(timeout_s)`. Says what it waits for after 5 s, and once a minute."""
+    tell_at = time.monotonic() + 5.0
+    while not is_ready(1.0):
+        if tell is not None and time.monotonic() >= tell_at:
             tell(describe())
-        timeout_s = 60.0
+            tell_at += 60.0

@@ -59,10 +59,12 @@ class RayGroup:
         name: str | None = None,
         num_standby: int | None = None,
         tell: Callable[[str], Any] | None = None,
+        make_room: Callable[[], Any] = lambda: None,
     ) -> RayGroup:
         """Reserves room for the workers and lets them begin to import torch; does not wait for that.
 
-        `num_standby` is for each node that holds workers; None: one. `tell` hears what is waited for, if anything.
+        `num_standby` is for each node that holds workers; None: one. `tell` hears what is waited for, if anything, and
+        `make_room` is called meanwhile.
         Raises NotEnoughResources, before any actor is made, where the cluster has no room for them.
         """
         needs = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {}) | (resources_per_worker or config.resources_per_worker)
@@ -72,7 +74,7 @@ class RayGroup:
             ray_cluster.check_room(cluster, num_workers, needs, placement)
         roster = Roster(room, f"raylight:{name or config.name}", use_gpu, 1 if num_standby is None else num_standby)
         try:
-            roster.fill(room.reserve(num_workers, tell))
+            roster.fill(room.reserve(num_workers, tell, make_room))
         except BaseException:
             roster.shutdown()
             raise
@@ -197,13 +199,14 @@ class RayGroup:
         if not actors:
             return None
         try:
-            boundary = max(ray.get([actor.hold.remote() for actor in actors], timeout=CONTROL_TIMEOUT_S))
+            held = [actor.hold.remote(self.generation) for actor in actors]
+            boundary = max(ray.get(held, timeout=CONTROL_TIMEOUT_S))
         except (RayActorError, GetTimeoutError):
             for actor in actors:
-                actor.release.remote(0, None, {})
+                actor.release.remote(self.generation, 0, None, {})
             return None
         for actor in actors:
-            actor.release.remote(boundary, action, arguments)
+            actor.release.remote(self.generation, boundary, action, arguments)
         return boundary
 
     def pause(self) -> None:
@@ -227,7 +230,7 @@ class RayGroup:
     ) -> None:
         """Makes ranks (None: all that run) leave at once, out of collectives too. `broken`: they keep their state."""
         for rank in self._running() if ranks is None else ranks:
-            self._roster.members[rank].actor.halt.remote(reason, broken)
+            self._roster.members[rank].actor.halt.remote(self.generation, reason, broken)
         if ranks is None and not broken:
             self.in_use = False
 

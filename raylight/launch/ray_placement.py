@@ -45,8 +45,11 @@ class Placement:
         """Whether this process is inside a placement group, as a trial of a sweep is, with room for its workers."""
         return self._around is not None
 
-    def reserve(self, num_workers: int, tell: Callable[[str], Any] | None = None) -> list[Slot]:
-        """In the order of the ranks: the driver's node first, nodes one after the other. Waits for what is in use.
+    def reserve(
+        self, num_workers: int, tell: Callable[[str], Any] | None = None, make_room: Callable[[], Any] = lambda: None
+    ) -> list[Slot]:
+        """In the order of the ranks: the driver's node first, nodes one after the other. Waits for what is in use, and
+        calls `make_room` while it does.
 
         Inside a placement group the workers take its last bundles, and so never wait for what another trial holds.
         """
@@ -54,7 +57,14 @@ class Placement:
             bundles = _last_bundles(self._around, num_workers, self.worker)
             return _order([Slot(self._around, bundle) for bundle in bundles])
         group = self._create(num_workers)
-        ray_cluster.wait_for(group.wait, tell, lambda: ray_cluster.describe_wait(num_workers, self.worker))
+
+        def is_placed(timeout_s: float) -> bool:
+            if group.wait(timeout_s):
+                return True
+            make_room()
+            return False
+
+        ray_cluster.wait_for(is_placed, lambda: ray_cluster.describe_wait(num_workers, self.worker), tell)
         return _order([Slot(group, bundle) for bundle in range(num_workers)])
 
     def extend(self) -> Slot:

@@ -91,7 +91,7 @@ class Stream(Iterator[tuple[int, Message]]):
 
     def _take(self, source: Any) -> None:
         """One message of a source that has one ready, or its end."""
-        rank = self._ranks.get(source, 0)
+        rank = self._ranks.get(source)
         try:
             message = ray.get(next(source))
             if isinstance(message, Packed):
@@ -100,18 +100,17 @@ class Stream(Iterator[tuple[int, Message]]):
             self._drop(source)
         except RayActorError as error:
             self._drop(source)
-            if source is not self._output:
+            if rank is not None:
                 self._on_death(rank, str(error))
         except Exception as error:  # the wrapper around the rank failed, or what it sent cannot be loaded here
             self._drop(source)
-            if source is not self._output:
+            if rank is not None:
                 self._on_message(rank, _describe_launch_failure(error))
         else:
-            self._on_message(rank, message)
+            self._on_message(0 if rank is None else rank, message)
 
     def _drop(self, source: Any) -> None:
-        self._ranks.pop(source, None)
-        if source is self._output:
+        if self._ranks.pop(source, None) is None:
             self._output = None
 
     def _on_message(self, rank: int, message: Message) -> None:

@@ -73,7 +73,8 @@ class RankWorker:
         self._task: Task | None = None
         self._segment: tuple[int, Segment] | None = None
         self._log: WorkerLog | None = None
-        self._generation = -1
+        self._generation = -1  # that has begun to run
+        self._controlled_generation = -1  # that the driver can act on, also before it runs
         self._began = threading.Condition()
         self._imports = threading.Thread(target=_import_torch, args=(is_standby,), name="raylight imports", daemon=True)
         self._imports.start()
@@ -97,6 +98,7 @@ class RankWorker:
         except Exception as error:
             stage, step, _ = self._control.beat
             yield describe_failure(error, step, stage)
+        _leave_group()
         self._reset.note_modules()
         if self._log is not None:
             self._log.flush()
@@ -111,13 +113,13 @@ class RankWorker:
     ) -> Iterator[Message]:
         from raylight.launch import handover  # here, because it needs torch
 
+        control = self._control_of(order.place.generation)
         if order.is_fresh:
-            self._control, self._entry, self._task = Control(), None, None
+            control.kept.clear()
+            self._entry = self._task = None
             if self._num_runs:
                 self._reset.restore()
             self._num_runs += 1
-        else:
-            self._control.resume()
         _set_up_process(order)
         if task is not None:
             self._entry, self._task = handover.load(task, _map(buffers))
@@ -127,7 +129,7 @@ class RankWorker:
         if changes is not None:
             kept, changed = self._task, handover.load(changes, [])
             self._task = replace(changed, module=kept.module, loaders=kept.loaders, callbacks=kept.callbacks)
-        yield from _find_entry(self._entry)(self._task, order.place, self._control)
+        yield from _find_entry(self._entry)(self._task, order.place, control)
 
     @ray.method(num_returns="streaming", concurrency_group="output")
     def follow(self, generation: int) -> Iterator[Output]:
@@ -206,26 +208,37 @@ class RankWorker:
             self._close_segment(generation)
             if self._generation > generation:
                 return
-            self._control, self._entry, self._task = Control(), None, None
+            self._control.kept.clear()
+            self._entry = self._task = None
         free_memory()
 
     # ---- while it runs
 
-    @ray.method(concurrency_group="control")
-    def hold(self) -> int:
-        return self._control.hold()
+    def _control_of(self, generation: int) -> Control:
+        """Whoever comes first, the rank or the driver's wish, begins the generation; the wish is not lost then."""
+        with self._began:
+            if generation > self._controlled_generation:
+                self._controlled_generation = generation
+                self._control.resume()
+        return self._control
 
     @ray.method(concurrency_group="control")
-    def release(self, step: int, action: str | None, arguments: dict[str, Any]) -> None:
-        self._control.release(step, action, **arguments)
+    def hold(self, generation: int) -> int:
+        return self._control_of(generation).hold()
 
     @ray.method(concurrency_group="control")
-    def halt(self, reason: str, broken: bool) -> None:
+    def release(self, generation: int, step: int, action: str | None, arguments: dict[str, Any]) -> None:
+        self._control_of(generation).release(step, action, **arguments)
+
+    @ray.method(concurrency_group="control")
+    def halt(self, generation: int, reason: str, broken: bool) -> None:
         """Makes the rank leave: at its next step boundary, or at once where it is in a collective."""
-        self._control.abort(reason) if broken else self._control.stop_now(reason)
-        process_group = sys.modules.get("raylight.worker.process_group")
-        if process_group is not None:
-            process_group.abort()
+        control = self._control_of(generation)
+        control.abort(reason) if broken else control.stop_now(reason)
+        self._imports.join()
+        from raylight.worker import process_group
+
+        process_group.abort(generation)
 
     @ray.method(concurrency_group="control")
     def age(self) -> tuple[str, int, float]:
@@ -256,6 +269,13 @@ def _import_torch(at_low_priority: bool) -> None:
     importlib.import_module("raylight.worker.process_group")
     # What is imported stays; the garbage collector need not look through it again, in training or between runs.
     gc.freeze()
+
+
+def _leave_group() -> None:
+    """In case the rank has not: those that wait for it would wait as long as its process lives."""
+    from raylight.worker import process_group
+
+    process_group.leave()
 
 
 def _set_up_process(order: Order) -> None:

@@ -46,6 +46,7 @@ class _Membership:
 
 _opened: dict[int, dist.TCPStore] = {}
 _membership: _Membership | None = None
+_aborted_generation = -1
 
 
 def open_store(host: str) -> tuple[dist.TCPStore, int]:
@@ -72,6 +73,9 @@ def join(place: Place, backend: str | None = None, timeout_s: float = 1800.0) ->
     store = _connect_store(place)
     endpoints = {(socket.gethostbyname(place.store_host), place.store_port)}
     _membership = _Membership(backend, timeout_s, store, listeners, endpoints, environment)
+    if place.generation <= _aborted_generation:
+        leave()
+        raise RuntimeError("Connection closed by peer: this generation of the group was aborted before it was joined")
     prefixed = dist.PrefixStore(f"generation-{place.generation}", store)
     _meet(prefixed, place, "arrived", "", timeout_s)
     connect_timeout = timedelta(seconds=CONNECT_TIMEOUT_S + 0.1 * place.world_size)
@@ -111,12 +115,14 @@ def rebuild(place: Place) -> None:
     join(place, backend, timeout_s)
 
 
-def abort() -> None:
+def abort(generation: int = -1) -> None:
     """Breaks every collective that this process is in, from any thread; does nothing where there is no group.
 
-    NCCL has an abort of its own. Gloo's does nothing, and so its connections are cut: the blocked call then raises
-    "Connection closed by peer" here and on the other ranks.
+    A `join` of `generation` that comes later fails at once. NCCL has an abort of its own. Gloo's does nothing, and so
+    its connections are cut: the blocked call then raises "Connection closed by peer" here and on the other ranks.
     """
+    global _aborted_generation
+    _aborted_generation = max(_aborted_generation, generation)
     membership = _membership
     if membership is None:
         return
@@ -203,7 +209,8 @@ def _connect_store(place: Place) -> dist.Store:
         return dist.HashStore()
     if place.rank == 0 and place.store_port in _opened:
         return _opened[place.store_port]
-    return dist.TCPStore(place.store_host, place.store_port, is_master=False, wait_for_workers=False)
+    timeout = timedelta(seconds=CONNECT_TIMEOUT_S)
+    return dist.TCPStore(place.store_host, place.store_port, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 def _meet(store: dist.Store, place: Place, topic: str, text: str, timeout_s: float) -> list[str]:

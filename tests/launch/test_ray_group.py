@@ -277,9 +277,13 @@ def raise_on_rank_1(task: Task, place: Place, control: Control) -> Iterator[Mess
 
 
 def test_an_exception_reaches_the_driver_and_the_others_are_released():
-    began = time.monotonic()
-    messages = run(raise_on_rank_1)
-    assert time.monotonic() - began < 10
+    messages: dict[int, list[Message]] = {0: [], 1: []}
+    failed_at = 0.0
+    for rank, message in acquire(raise_on_rank_1).run(make_task()):
+        messages[rank].append(message)
+        if rank == 1 and isinstance(message, Failure):
+            failed_at = time.monotonic()
+    assert time.monotonic() - failed_at < 5
     failure = messages[1][-1]
     assert isinstance(failure, Failure)
     assert (failure.kind, failure.text) == ("ValueError", "on purpose")
@@ -404,7 +408,7 @@ def test_a_standby_takes_over_and_is_made_anew():
     began = time.monotonic()
     assert group.replace(1) is not None
     assert group.num_standbys == 0
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 10
     for rank, message in group.rejoin(make_task(step=step)):
         if isinstance(message, Started):
             assert (message.pid == pids[rank]) is (rank == 0)
@@ -462,6 +466,16 @@ def test_a_request_of_a_signal_handler_is_done_while_the_stream_waits():
         signal.signal(signal.SIGALRM, before)
     assert messages[0][-1].status == messages[1][-1].status == "stopped"
     assert messages[0][-1].step == messages[1][-1].step
+
+
+def test_a_request_before_the_ranks_have_begun_is_not_lost():
+    ray_actors.release_all()  # new actors are still importing torch when they are asked
+    group = acquire(wait_for_action)
+    stream = group.run(make_task())
+    group.request("stop")
+    messages = collect(stream)
+    assert messages[0][-1].status == messages[1][-1].status == "stopped"
+    assert len(messages[0]) == len(messages[1]) == 2
 
 
 def test_an_exception_of_a_signal_handler_leaves_the_stream_whole():
@@ -614,11 +628,13 @@ def test_a_worker_that_died_between_runs_is_replaced():
     assert again[1] != pids[1]
 
 
-def test_a_group_of_another_size_takes_the_place_of_the_one_before():
-    two = [result["pid"] for result in returned(run(report_place, num_workers=2))]
+def test_an_idle_group_gives_way_where_there_is_no_room_for_both():
+    ray_actors.release_all()
+    two = [result["pid"] for result in returned(run(report_place))]
     three = [result["pid"] for result in returned(run(report_place, num_workers=3))]
-    assert not set(two) & set(three)
-    for pid in two:
+    assert [result["pid"] for result in returned(run(report_place))] == two
+    returned(run(report_place, num_workers=1, resources_per_worker={"CPU": 7}))
+    for pid in [*two, *three]:
         wait_until_gone(pid)
 
 
@@ -666,9 +682,11 @@ def wait_until_gone(pid: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"num_workers": 9}, ["9 workers with 1 CPU", "8 CPU", "num_workers=8 would fit"]),
         ({"num_workers": 2, "use_gpu": True}, ["1 GPU", "0 GPU", "use_gpu=False"]),
-        ({"num_workers": 2, "resources_per_worker": {"CPU": 5}}, ["5 CPU", "num_workers=1 would fit"]),
+        (
+            {"num_workers": 2, "resources_per_worker": {"CPU": 2, "licence": 1}},
+            ["2 CPU, 1 licence", "8 CPU, 0 licence"],
+        ),
         ({"num_workers": 2, "placement": "STRICT_SPREAD"}, ["1 node:", "num_workers=1 would fit"]),
         ({"num_workers": 1, "resources_per_worker": {"licence": 1}}, ["1 licence", "not one of them"]),
     ],
@@ -683,7 +701,8 @@ def test_what_cannot_fit_is_told_before_any_actor_is_made(arguments: dict[str, A
 
 
 def test_what_is_in_use_is_waited_for_and_told():
-    holder = acquire(wait_for_action, 8)
+    ray_actors.release_all()
+    holder = acquire(wait_for_action, resources_per_worker={"CPU": 4})
     stream = holder.run(make_task())
     next(stream)
     heard = []
@@ -691,12 +710,11 @@ def test_what_is_in_use_is_waited_for_and_told():
     def hear(text: str) -> None:
         heard.append(text)
         holder.halt()
-        collect(stream, 8)
+        collect(stream)
 
     group = acquire(report_place, 3, tell=hear)
     assert len(returned(collect(group.run(make_task()), 3))) == 3
     assert "waiting for room for 3 workers with 1 CPU each" in heard[0]
-    assert "0 CPU free" in heard[0]
 
 
 def test_more_members_can_be_taken_on_and_let_go():

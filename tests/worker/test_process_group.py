@@ -219,6 +219,23 @@ def test_abort_breaks_a_join(start_ranks):
     assert [ranks.hear(rank, "error") for rank in range(2)] == [True, True]
 
 
+def _join_what_was_aborted(place: Place, tell: Callable[..., None]) -> None:
+    process_group.abort(generation=3)
+    try:
+        process_group.join(replace(place, generation=3), timeout_s=300)
+    except RuntimeError as error:
+        tell("error", process_group.is_peer_loss(error))
+    process_group.join(replace(place, generation=4), timeout_s=300)
+    process_group.leave()
+    tell("joined the next", os.environ.get("RANK"))
+
+
+def test_a_generation_that_was_aborted_before_it_was_joined_waits_for_nobody(start_ranks):
+    ranks = start_ranks(_join_what_was_aborted)
+    assert [ranks.hear(rank, "error") for rank in range(WORLD_SIZE)] == [True] * WORLD_SIZE
+    assert [ranks.hear(rank, "joined the next") for rank in range(WORLD_SIZE)] == [None] * WORLD_SIZE
+
+
 def _wait_in_vain(place: Place, tell: Callable[..., None]) -> None:
     process_group.join(place, timeout_s=1.0)
     if place.rank == 2:
