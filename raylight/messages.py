@@ -111,11 +111,13 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class SaveFailed:
-    """This rank could not write its share; training goes on."""
+    """This rank could not write its share; training goes on. `is_torn`: user code wrote into what was being copied,
+    and the next snapshot, taken in one piece, will be whole."""
 
     directory: str
     step: int
     reason: str
+    is_torn: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ class Gradients:
         self.automatic = module.automatic_optimization
         self.parameters = [p for optimizer in rank.optimizers for g in optimizer.param_groups for p in g["params"]]
         self.optimizer: Any = rank.optimizers[0] if rank.optimizers else None
-        self.step = bind_step(module.training_step)
+        self.step = self.plain_step = bind_step(module.training_step)
         self.ddp: Any = None
         if rank.world_size > 1:
             self._join_ddp()
@@ -73,18 +73,19 @@ class Gradients:
         if self.uses_closure:
             outputs = self._step_by_closure(batch, data, scale)
         else:
-            outputs = self._compute_averaged(batch, data, scale)
+            outputs = self.compute(batch, data, scale)
             self.finish()
             self.step_optimizer(self.optimizer)
         self.window, self.uneven = 0, False
         return outputs
 
     def forward(self, data: Any, index: int) -> Any:
-        precision = self.rank.precision
-        if precision.is_plain:
-            return self.step(data, index, 0)
-        with precision.forward_context():
-            return self.step(data, index, 0)
+        # DDP's forward may enter a collective, which a rank without a sample would not join
+        step = self.plain_step if self.uneven else self.step
+        if self.rank.precision.is_plain:
+            return step(data, index, 0)
+        with self.rank.precision.forward_context():
+            return step(data, index, 0)
 
     def compute(self, batch: TrainBatch, data: Any, scale: float) -> Any:
         """training_step and backward; the gradients are those of the loss times `scale`."""
@@ -133,8 +134,10 @@ class Gradients:
             rank.precision.unscale(optimizer)
             for hook in self.on_before_optimizer_step:
                 hook(optimizer)
-        if rank.snapshots is not None and not rank.snapshots.wait():
-            rank.checkpoint_requested = True  # user code wrote into what was being copied: again, after this step
+        if rank.snapshots is not None and not rank.snapshots.wait() and rank.world_size == 1:
+            # User code wrote into what was being copied: again, after this step. With several ranks, which must save
+            # at the same step, the driver asks them.
+            rank.checkpoint_requested = True
         if rank.precision.scaler is None:
             result = optimizer.step(closure) if closure is not None else optimizer.step()
         else:
@@ -153,19 +156,12 @@ class Gradients:
         for hook in self.on_after_backward:
             hook()
 
-    def _compute_averaged(self, batch: TrainBatch, data: Any, scale: float) -> Any:
-        """Gradients averaged over the ranks: by DDP during backward, or, where a rank has no sample, in `finish`."""
-        if self.uneven and self.ddp is not None:
-            with self.ddp.no_sync():
-                return self.compute(batch, data, scale)
-        return self.compute(batch, data, scale)
-
     def _step_by_closure(self, batch: TrainBatch, data: Any, scale: float) -> Any:
         """For optimizers that evaluate the loss themselves, and for modules that override optimizer_step."""
         rank, last = self.rank, [None]
 
         def closure() -> Any:
-            last[0] = outputs = self._compute_averaged(batch, data, scale)
+            last[0] = outputs = self.compute(batch, data, scale)
             self.finish()
             return outputs["loss"] if isinstance(outputs, dict) else outputs
 

@@ -37,6 +37,9 @@ def settle(rank: Rank) -> None:
     rank.module._restore_modes()
     for parameter in rank.module.parameters():
         parameter.grad = None
+    if rank.snapshots is not None:
+        rank.snapshots.wait()  # what is being copied may be overwritten when the ranks meet
+    rank.checkpoint_requested = False
     rank.stage = "train"
 
 

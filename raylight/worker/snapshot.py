@@ -175,6 +175,7 @@ class _Snapshot:
     copied: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread = field(default_factory=threading.Thread)
     reason: str | None = None  # why it counts for nothing
+    is_torn: bool = False  # user code wrote into what was being copied
     files: list[SavedFile] = field(default_factory=list)
     stall_s: float = 0.0
     write_s: float = 0.0
@@ -213,6 +214,7 @@ class _Snapshot:
                 f"{', '.join(paths[:3]) or 'a tensor that an optimizer owns'} was written to outside optimizer.step "
                 "while it was being copied; from now on snapshots are taken in one piece, which costs a longer stall"
             )
+        self.is_torn |= torn
         self.versions, self.late, self.late_on_gpu = [], [], []
         self.stall_s += time.perf_counter() - started
         return not torn
@@ -253,7 +255,7 @@ class _Snapshot:
 
     def result(self) -> Saved | SaveFailed:
         if self.reason is not None:
-            return SaveFailed(self.directory, self.step, self.reason)
+            return SaveFailed(self.directory, self.step, self.reason, self.is_torn)
         return Saved(
             self.directory, self.step, self.epoch, tuple(self.files), self.metrics, self.weights_only,
             self.stall_s, self.write_s,

@@ -292,3 +292,15 @@ def test_a_run_that_fails_saves_its_last_step(num_workers, tmp_path):
     last = pl.open_run(str(tmp_path)).last
     assert last is not None
     assert last.step == 1
+
+
+@pytest.mark.ray
+def test_a_rank_without_a_sample_in_the_second_step(tmp_path):
+    """DDP enters a collective of its own in its second forward pass, which that rank does not make."""
+    module = Net()
+    loader = DataLoader(TensorDataset(*(tensor[:9] for tensor in make_data().tensors)), batch_size=4)
+    result = pl.fit(
+        module, loader, num_workers=2, max_epochs=2, use_gpu=False, storage_path=str(tmp_path),
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    assert result.num_steps == 4

@@ -1,0 +1,125 @@
+"""Workers die at every point of a step; training goes on as if they had not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import raylight as pl
+from tests.faults import FailAt
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+NUM_SAMPLES = 41
+
+
+class Net(pl.Module):
+    """Dropout and numpy noise in each step: lost or repeated random numbers show in the weights."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+        self.folder = str(folder)
+
+    def on_fit_start(self):
+        Path(self.folder, f"pid-{self.global_rank}-{os.getpid()}").touch()
+
+    def training_step(self, batch, batch_idx):
+        noise = float(np.random.uniform(-0.01, 0.01))
+        loss = (self.net(batch[0]) + noise).pow(2).mean()
+        self.log("loss", loss)
+        self.ids = batch[1].tolist()
+        return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        with Path(self.folder, f"ids-{self.global_rank}").open("a") as file:
+            file.write(f"{self.current_epoch} {self.global_step} {self.ids}\n")
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.net(batch[0]).pow(2).mean())
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def fit(folder: Path, num_workers: int = 2, faults: list[FailAt] | None = None, **arguments):
+    folder.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(torch.randn(NUM_SAMPLES, 4, generator=generator), torch.arange(NUM_SAMPLES))
+    module = Net(folder)
+    defaults = {"max_epochs": 3, "log_every_n_steps": 1, "max_restarts": 5}
+    result = pl.fit(
+        module, DataLoader(data, batch_size=4, shuffle=True), DataLoader(data, batch_size=8), num_workers=num_workers,
+        use_gpu=False, seed=5, storage_path=str(folder), enable_progress_bar=False, enable_model_summary=False,
+        callbacks=faults or [], **{**defaults, **arguments},
+    )  # fmt: skip
+    return module, result
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("undisturbed"))
+
+
+def assert_same(module: Net, expected: Net) -> None:
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("rank", "step", "point"),
+    [
+        (1, 0, "forward"), (1, 4, "data"), (0, 5, "forward"), (1, 5, "collective"), (0, 7, "backward"),
+        (1, 7, "optimizer"), (0, 8, "after_step"), (1, 6, "validation"), (0, 6, "snapshot"), (1, 12, "epoch_end"),
+    ],
+)  # fmt: skip
+def test_a_killed_worker_costs_no_step(rank, step, point, undisturbed, tmp_path):
+    expected, whole = undisturbed
+    module, result = fit(tmp_path, faults=[FailAt(rank, step, point, "kill", tmp_path)])
+    assert result.status == "finished"
+    assert result.num_restarts == 1
+    assert result.num_steps == whole.num_steps
+    assert_same(module, expected)
+    steps = [row["step"] for row in result.history().to_pylist() if row["name"] == "loss"]
+    assert sorted(steps) == list(range(1, whole.num_steps + 1))
+    survivor = [name for name in os.listdir(tmp_path) if name.startswith(f"pid-{1 - rank}-")]
+    assert len(survivor) == 1
+
+
+@pytest.mark.parametrize("kind", ["exit", "exception", "memory"])
+def test_other_ends_of_a_worker(kind, undisturbed, tmp_path):
+    expected, whole = undisturbed
+    module, result = fit(tmp_path, faults=[FailAt(1, 5, "forward", kind, tmp_path)])
+    assert (result.num_restarts, result.num_steps) == (1, whole.num_steps)
+    assert_same(module, expected)
+
+
+def test_all_workers_die_and_the_last_checkpoint_is_used(undisturbed, tmp_path):
+    expected, whole = undisturbed
+    faults = [FailAt(rank, 9, "data", "kill", tmp_path) for rank in (0, 1)]
+    module, result = fit(tmp_path, faults=faults)
+    assert result.num_steps == whole.num_steps
+    assert_same(module, expected)
+    steps = [row["step"] for row in result.history().to_pylist() if row["name"] == "loss"]
+    assert sorted(steps) == list(range(1, whole.num_steps + 1))
+
+
+def test_the_same_exception_twice_ends_the_run(tmp_path):
+    with pytest.raises(pl.WorkerFailed, match="twice at step 5") as caught:
+        fit(tmp_path, faults=[FailAt(1, 5, "forward", "exception", tmp_path, times=2)])
+    assert caught.value.rank == 1
+    assert caught.value.step == 5
+    assert pl.open_run(str(tmp_path)).last.step == 5
+
+
+def test_three_workers_lose_two(tmp_path):
+    faults = [FailAt(rank, 3, "data", "kill", tmp_path) for rank in (0, 2)]
+    module, result = fit(tmp_path, num_workers=3, faults=faults)
+    assert result.status == "finished"
+    assert result.num_steps == 12
