@@ -19,7 +19,7 @@ from raylight.launch.in_process import InProcessGroup
 from raylight.launch.signals import stop_on_signal
 from raylight.loading import Resume, find_resume
 from raylight.loggers import make_loggers
-from raylight.messages import Died, Message, Saved
+from raylight.messages import Died, Message, Saved, SaveFailed
 from raylight.report.console import Console
 from raylight.storage.checkpoints import newest_whole
 from raylight.storage.filesystem import Storage
@@ -133,6 +133,8 @@ class Execution:
                 if timetable is not None:
                     if isinstance(message, Saved):
                         timetable.learn(message)
+                    elif isinstance(message, SaveFailed) and message.is_torn and group.world_size > 1:
+                        group.request("save")
                     for action in timetable.due():
                         group.request(action)
                 yield rank, message
@@ -163,6 +165,8 @@ class Execution:
                     f"rank {rank} was lost and no other worker found room within replacement_timeout_s="
                     f"{config.replacement_timeout_s:g}. Resume with: raylight.fit(..., name={config.name!r}, resume='last')"
                 )
+        if driver.saved:  # a checkpoint that lacks the share of a rank that is gone
+            group.request("save")
         driver.begin_generation(group.world_size, decision.reason)
         if decision.action == "restart":
             checkpoint = newest_whole(driver.version.storage) if driver.version is not None else None
