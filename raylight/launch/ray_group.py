@@ -211,12 +211,13 @@ class RayGroup:
 
     def pause(self) -> None:
         """Makes all running ranks stand still at their next step boundary, until `resume`."""
-        held = [self._roster.members[rank].actor.hold.remote() for rank in self._running()]
+        held = [self._roster.members[rank].actor.hold.remote(self.generation) for rank in self._running()]
         ray.wait(held, num_returns=len(held), timeout=CONTROL_TIMEOUT_S) if held else None
 
     def resume(self) -> None:
         """Lets them go on. Waited for, because an actor may answer two calls in another order than they were made."""
-        let_go = [self._roster.members[rank].actor.release.remote(0, None, {}) for rank in self._running()]
+        actors = [self._roster.members[rank].actor for rank in self._running()]
+        let_go = [actor.release.remote(self.generation, 0, None, {}) for actor in actors]
         ray.wait(let_go, num_returns=len(let_go), timeout=CONTROL_TIMEOUT_S) if let_go else None
 
     def wait(self) -> None:
