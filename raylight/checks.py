@@ -40,6 +40,7 @@ def check_run(stage: str, module: Any, loaders: Loaders, config: Config, callbac
     for callback in callbacks:
         if isinstance(callback, Callback):
             mistakes += find_misspelt_hooks(callback, Callback).values()
+            mistakes += callback.find_mistakes(config) if stage == "fit" else []
     if config.checkpoint is not None:
         check_checkpointing(config.checkpoint, "checkpoint", mistakes)
     if isinstance(module, Module):

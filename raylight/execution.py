@@ -21,7 +21,8 @@ from raylight.loading import Resume, find_resume
 from raylight.loggers import make_loggers
 from raylight.messages import Died, Message, Saved, SaveFailed
 from raylight.report.console import Console
-from raylight.storage.checkpoints import newest_whole
+from raylight.storage.checkpoints import newest_whole, raise_fence, sweep_leftovers
+from raylight.storage.fence import newest_attempt
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
 from raylight.task import Loaders, Task
@@ -82,6 +83,9 @@ class Execution:
         storage = Storage(config.storage_path, config.storage_filesystem)
         resume = find_resume(ckpt_path, storage, config.name, self.previous)
         version, attempt = self._choose_version(storage, resume)
+        if attempt and version is not None:
+            raise_fence(version.storage, attempt)
+            sweep_leftovers(version.storage)
         loggers = make_loggers(config.logger, version.storage, version.path) if version is not None else []
         console = Console(
             config.enable_progress_bar,
@@ -92,6 +96,7 @@ class Execution:
         )
         protected = resume.checkpoint.path if resume.checkpoint is not None else None
         driver = self.driver = Run(version, config, group.world_size, [console], loggers, attempt, protected)
+        driver.is_follow_up = self.stage != "fit" and version is not None and bool(version.read_run())
         seed = resume.seed if resume.seed is not None else self._draw_seed()
         driver.start({"seed": seed, "stage": self.stage, "resumed_from": protected, **facts})
         if resume.notice:
@@ -158,6 +163,7 @@ class Execution:
             self._rescue(group, task, dead)
             raise error
         driver.tell(f"rank {first} failed at step {driver.step} ({decision.reason}); the run goes on", "warning")
+        driver.ledger.note_failure(loses_work=decision.action == "restart")
         time.sleep(decision.delay_s)
         for rank in dead:
             if group.replace(rank, config.replacement_timeout_s) is None:
@@ -214,8 +220,7 @@ class Execution:
             return None, 0
         if self.stage == "fit":
             if resume.version is not None:
-                attempts = resume.version.read_run().get("attempts", [])
-                return resume.version, len(attempts) or int(resume.checkpoint is not None)
+                return resume.version, newest_attempt(resume.version.storage) + 1
             return claim_version(storage, self.config.name), 0
         if self.previous is not None and self.previous.version is not None:
             return self.previous.version, 0
@@ -241,6 +246,7 @@ class Execution:
         finished = driver.outcome.finished
         returned = finished[0].returned
         driver.step, driver.epoch = finished[0].step, finished[0].epoch
+        driver.ledger.finish()
         if self.stage == "fit":
             driver.close(status)
             if returned is not None:
@@ -255,7 +261,7 @@ class Execution:
                 num_steps=finished[0].step,
                 num_epochs=finished[0].epoch,
                 num_restarts=self.history.num_restarts,
-                goodput=finished[0].seconds,
+                goodput=driver.goodput,
                 version=driver.version,
             )
             console.close(self.result, with_tensorboard=bool(self.config.logger))

@@ -22,7 +22,7 @@ PERMANENT = (
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """"recover": the ranks that are left go on and the dead are replaced. "restart": all begin again from the newest
+    """ "recover": the ranks that are left go on and the dead are replaced. "restart": all begin again from the newest
     checkpoint. "give up": the caller gets the error."""
 
     action: Literal["recover", "restart", "give up"]

@@ -37,12 +37,11 @@ class Gradients:
     def __init__(self, rank: Rank):
         self.rank, self.config, module = rank, rank.config, rank.module
         self.automatic = module.automatic_optimization
-        self.parameters = [p for optimizer in rank.optimizers for g in optimizer.param_groups for p in g["params"]]
         self.optimizer: Any = rank.optimizers[0] if rank.optimizers else None
         self.step = self.plain_step = bind_step(module.training_step)
         self.ddp: Any = None
-        if rank.world_size > 1:
-            self._join_ddp()
+        self.trained: list[int] | None = None
+        self.follow()
         self.on_before_zero_grad = rank.hooks("on_before_zero_grad")
         self.on_before_backward = rank.hooks("on_before_backward")
         self.on_after_backward = rank.hooks("on_after_backward")
@@ -58,6 +57,15 @@ class Gradients:
         rank.stepping_optimizers = [SteppingOptimizer(o, self.step_optimizer) for o in rank.optimizers]
         if not self.automatic:
             rank.backward_manually = self.backward_manually
+
+    def follow(self) -> None:
+        """Looks the parameters up: as an epoch begins, callbacks may unfreeze some or give them to an optimizer."""
+        rank = self.rank
+        self.parameters = [p for optimizer in rank.optimizers for g in optimizer.param_groups for p in g["params"]]
+        before, self.trained = self.trained, [id(p) for p in rank.module.parameters() if p.requires_grad]
+        if rank.world_size > 1 and self.trained != before:
+            self.step, self.ddp = self.plain_step, None  # DDP's hooks on the parameters go with it
+            self._join_ddp(is_first=before is None)
 
     def take(self, batch: TrainBatch, data: Any, complete: bool) -> Any:
         """training_step on one batch and, where it completes an accumulation window, the optimizer step."""
@@ -191,12 +199,13 @@ class Gradients:
         elif self.rank.world_size > 1:
             raise DataError("training_step returned None: with several workers every rank must return a loss")
 
-    def _join_ddp(self) -> None:
+    def _join_ddp(self, is_first: bool) -> None:
         """Equal weights on all ranks, and DDP around training_step where torch drives the optimizer."""
         rank, options = self.rank, self.config.strategy
         module = rank.module
         if not self.automatic or not any(p.requires_grad for p in module.parameters()):
-            broadcast_tensors([*module.parameters(), *module.buffers()], rank.world_size)
+            if is_first:
+                broadcast_tensors([*module.parameters(), *module.buffers()], rank.world_size)
             return
         given: dict[str, Any] = {}  # what differs from torch's defaults, some of which torch has begun to rename
         if self.config.deterministic:
@@ -213,5 +222,6 @@ class Gradients:
             find_unused_parameters=options.find_unused_parameters,
             static_graph=options.static_graph,
             gradient_as_bucket_view=options.gradient_as_bucket_view,
+            init_sync=is_first,  # later they are equal already, and a snapshot may be copying them
             **given,
         )

@@ -178,6 +178,7 @@ class Loop:
         rank.metrics.hook_is_step = False
         if rank.batch_idx == 0:
             rank.call("on_train_epoch_start")
+            self.gradients.follow()
         self.num_samples, self.next_report, self.gradients.window = 0, 0.0, 0
         yield StageStarted("train", rank.current_epoch, rank.global_step, rank.num_training_batches)
         rank.metrics.stage, rank.metrics.hook_is_step = "train", True

@@ -88,7 +88,9 @@ def rescue(rank: Rank | None, task: Task, place: Place, control: Control) -> Ite
 def _committed_step(rank: Rank) -> int:
     """This step, if its checkpoint is on storage: then it must not be written again."""
     files = rank.task.files
-    done = files is not None and files.exists(f"{state.checkpoint_directory(rank.global_step)}/manifest.json")
+    done = files is not None and files.exists(
+        f"{state.checkpoint_directory(rank.global_step, rank.attempt)}/manifest.json"
+    )
     return rank.global_step if done else -1
 
 

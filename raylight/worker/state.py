@@ -18,8 +18,9 @@ LOOP_COUNTERS = ("current_epoch", "global_step", "batch_idx", "num_batches_seen"
 LIGHTNING_KEYS = ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "callbacks", "loops", "hyper_parameters")  # fmt: skip
 
 
-def checkpoint_directory(step: int) -> str:
-    return f"checkpoints/step-{step:08d}"
+def checkpoint_directory(step: int, attempt: int) -> str:
+    """Each attempt has names of its own: one that was thought dead cannot write into a checkpoint of its successor."""
+    return f"checkpoints/step-{step:08d}" + (f"-attempt-{attempt}" if attempt else "")
 
 
 def take_snapshot(rank: Rank, wait: bool) -> bool:
@@ -29,7 +30,7 @@ def take_snapshot(rank: Rank, wait: bool) -> bool:
     metrics = rank.metrics.newest()
     owned = [p for o in rank.optimizers for g in o.param_groups for p in g["params"]]
     owned += [v for o in rank.optimizers for s in o.state.values() for v in s.values() if isinstance(v, Tensor)]
-    directory = checkpoint_directory(rank.global_step)
+    directory = checkpoint_directory(rank.global_step, rank.attempt)
     return rank.snapshots.take(
         directory, rank.global_step, rank.current_epoch, collect(rank), metrics, weights_only, owned, wait=wait
     )

@@ -9,8 +9,6 @@ from raylight.callbacks.finetuning import extend_schedulers
 from raylight.errors import InvalidArguments
 from raylight.worker.optimization import SchedulerConfig
 
-looked_up_once = pytest.mark.xfail(strict=True, reason="worker/gradients.py looks up the parameters once, at the start")
-
 
 class Recorder(Callback):
     def __init__(self):
@@ -38,7 +36,6 @@ def test_the_backbone_is_trained_from_its_epoch_on_at_a_rate_that_grows_to_the_h
     assert recorder.gradients[6] is not None
 
 
-@looked_up_once
 def test_gradients_of_unfrozen_parameters_are_those_of_one_step(fit, make_net, dataset):
     """They would grow over the steps if nobody freed them."""
     recorder, net = Recorder(), make_net(lr=0.0)
@@ -53,8 +50,8 @@ def test_gradients_of_unfrozen_parameters_are_those_of_one_step(fit, make_net, d
     "stop",
     [
         {"max_epochs": 1},
-        pytest.param({"max_epochs": 3}, marks=looked_up_once),
-        pytest.param({"max_steps": 15}, marks=looked_up_once),
+        {"max_epochs": 3},
+        {"max_steps": 15},
     ],
 )
 def test_a_run_that_goes_on_is_one_that_never_stopped(fit, make_net, stop):

@@ -39,12 +39,7 @@ def assert_close(ours, theirs):
     [
         lambda: EMAWeightAveraging(decay=0.8),
         lambda: StochasticWeightAveraging(0.1, swa_epoch_start=2),
-        pytest.param(
-            lambda: BackboneFinetuning(1, lambda_func=lambda epoch: 1.5),
-            marks=pytest.mark.xfail(
-                strict=True, reason="worker/gradients.py wraps the module in DDP once, at the start"
-            ),
-        ),
+        lambda: BackboneFinetuning(1, lambda_func=lambda epoch: 1.5),
     ],
 )
 def test_weights_are_those_of_one_process(make_net, make_samples, tmp_path, make_callback, num_samples):
