@@ -153,6 +153,7 @@ class Execution:
         nobody is left, of ranks that begin from the newest checkpoint. Raises where the run cannot go on."""
         driver, config = self.driver, self.config
         assert driver is not None
+        driver.wait_for_storage()
         limit = config.max_restarts if group.can_recover else 0
         decision = decide(failures, group.world_size, driver.step, self.stage, limit, self.history)
         first = find_first(failures)
@@ -220,7 +221,8 @@ class Execution:
             return None, 0
         if self.stage == "fit":
             if resume.version is not None:
-                return resume.version, newest_attempt(resume.version.storage) + 1
+                is_new = resume.checkpoint is None and not resume.version.read_run()
+                return resume.version, 0 if is_new else newest_attempt(resume.version.storage) + 1
             return claim_version(storage, self.config.name), 0
         if self.previous is not None and self.previous.version is not None:
             return self.previous.version, 0
