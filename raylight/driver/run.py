@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
@@ -73,6 +74,8 @@ class Run:
         self.protected: set[str] = {protected} if protected else set()
         self.is_follow_up = False  # a test after a fit writes beside it, and leaves its record as it is
         self.hyperparameters: dict[str, Any] = {}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="raylight storage")
+        self._writes: list[Future[None]] = []
         self.began = time.time()
         self.record: dict[str, Any] = {}
         self._on: dict[type, Callable[[int, Any], None]] = {
@@ -103,6 +106,16 @@ class Run:
         """Something the driver itself has to say."""
         for sink in self.sinks:
             sink.handle(0, m.Notice(text, level))
+
+    def _later(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Storage may be slow or away; in-process the training loop shares this thread and does not wait for it."""
+        self._writes.append(self._writer.submit(write, *arguments))
+
+    def wait_for_storage(self) -> None:
+        """All that was begun is on storage, or the person was told why not."""
+        writes, self._writes = self._writes, []
+        for write in writes:
+            write.result()
 
     def _on_started(self, rank: int, message: m.Started) -> None:
         self.outcome.nodes[rank] = message
@@ -149,7 +162,7 @@ class Run:
         for logger in self.loggers:
             if hasattr(logger, "log_hyperparams"):
                 logger.log_hyperparams(to_plain(self.hyperparameters))
-        self.write_record()
+        self._later(self.write_record)
 
     # ---- checkpoints
 
@@ -158,7 +171,7 @@ class Run:
         shares[rank] = message
         if len(shares) == self.world_size:
             del self.saved[message.directory]
-            self._commit(message.directory, shares)
+            self._later(self._commit, message.directory, shares)
 
     def _commit(self, directory: str, shares: dict[int, m.Saved]) -> None:
         assert self.version is not None
@@ -244,6 +257,7 @@ class Run:
     def begin_generation(self, world_size: int, reason: str) -> None:
         """The group is made anew after a failure, of as many ranks."""
         self.world_size = world_size
+        self.wait_for_storage()
         self.saved.clear()
         self.outcome.finished.clear()
         for row in self.aggregator.resize(self.world_size):
@@ -273,6 +287,7 @@ class Run:
 
     def close(self, status: str) -> None:
         """Brings everything to storage. Called once, whatever happened."""
+        self.wait_for_storage()
         for step, epoch, moment, values in self.aggregator.flush():
             self._write_values(step, epoch, moment, values)
         if not self.is_follow_up:
@@ -288,6 +303,7 @@ class Run:
             except StorageError as error:
                 self.tell(str(error), "warning")
         self.write_record()
+        self._writer.shutdown()
 
 
 def _timed(logger: Any) -> Callable[[dict[str, float], int, float], None]:
