@@ -170,7 +170,8 @@ class Execution:
             if group.replace(rank, config.replacement_timeout_s) is None:
                 raise NotEnoughResources(
                     f"rank {rank} was lost and no other worker found room within replacement_timeout_s="
-                    f"{config.replacement_timeout_s:g}. Resume with: raylight.fit(..., name={config.name!r}, resume='last')"
+                    f"{config.replacement_timeout_s:g}. Resume with: "
+                    f"raylight.fit(..., name={config.name!r}, resume='last')"
                 )
         if driver.saved:  # a checkpoint that lacks the share of a rank that is gone
             group.request("save")

@@ -1,5 +1,7 @@
 """Trainer and fit, validate, test, predict: from arguments to a Result."""
 
+# ruff: noqa: PT028  (`test` is no test of pytest's)
+
 from __future__ import annotations
 
 import os
@@ -220,13 +222,15 @@ def find_available(arguments: dict[str, Any]) -> Available:
     return Available(num_gpus, address)
 
 
-_FIT_ARGUMENTS = ("train_dataloaders", "val_dataloaders")
-
-
 def fit(
-    module: Any, train_dataloaders: Any = None, val_dataloaders: Any = None, *, datamodule: Any = None, resume: Any = None,
+    module: Any,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    *,
+    datamodule: Any = None,
+    resume: Any = None,
     **trainer_arguments: Any,
-) -> Any:  # fmt: skip
+) -> Any:
     """Trains `module` and returns a Result.
 
     `resume`: None starts a new version; "last" continues where the newest version of this run stopped, "best" and a
@@ -237,16 +241,22 @@ def fit(
     return Trainer(**trainer_arguments).fit(module, train_dataloaders, val_dataloaders, datamodule, resume)
 
 
-def validate(module: Any, dataloaders: Any = None, *, datamodule: Any = None, checkpoint: Any = None, **trainer_arguments: Any) -> Any:  # fmt: skip
+def validate(
+    module: Any, dataloaders: Any = None, *, datamodule: Any = None, checkpoint: Any = None, **trainer_arguments: Any
+) -> Any:
     """Metrics of validation_step over `dataloaders`: a list with one dict for each loader."""
     return Trainer(**trainer_arguments).validate(module, dataloaders, datamodule, checkpoint)
 
 
-def test(module: Any, dataloaders: Any = None, *, datamodule: Any = None, checkpoint: Any = None, **trainer_arguments: Any) -> Any:  # fmt: skip
+def test(
+    module: Any, dataloaders: Any = None, *, datamodule: Any = None, checkpoint: Any = None, **trainer_arguments: Any
+) -> Any:
     """Metrics of test_step over `dataloaders`: a list with one dict for each loader."""
     return Trainer(**trainer_arguments).test(module, dataloaders, datamodule, checkpoint)
 
 
-def predict(module: Any, dataloaders: Any = None, *, datamodule: Any = None, checkpoint: Any = None, **trainer_arguments: Any) -> Any:  # fmt: skip
+def predict(
+    module: Any, dataloaders: Any = None, *, datamodule: Any = None, checkpoint: Any = None, **trainer_arguments: Any
+) -> Any:
     """Outputs of predict_step in dataset order, each sample once, whatever the number of workers."""
     return Trainer(**trainer_arguments).predict(module, dataloaders, datamodule, ckpt_path=checkpoint)

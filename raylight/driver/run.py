@@ -244,7 +244,8 @@ class Run:
             "arguments": describe(self.config),
             "hyperparameters": previous.get("hyperparameters", {}),
             "attempts": [
-                *previous.get("attempts", []), {"attempt": self.attempt, "started_at": self.began, "world_size": self.world_size}
+                *previous.get("attempts", []),
+                {"attempt": self.attempt, "started_at": self.began, "world_size": self.world_size},
             ],
             "packages": _package_versions(),
             "python": sys.version.split()[0],

@@ -74,7 +74,7 @@ def _join(place: Place, task: Task, stack: ExitStack) -> None:
 
 
 def _rejoin(task: Task, place: Place, control: Control, stack: ExitStack) -> Generator[Message, None, Rank]:
-    """A survivor brings the rank it kept; a replacement makes one before it joins, so that nobody waits for it twice."""
+    """A survivor brings the rank it kept; a replacement makes one before it joins, so that nobody waits for that."""
     rank: Rank | None = control.kept.get("rank")
     if rank is None:
         rank = Rank(task, place, control)

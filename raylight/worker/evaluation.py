@@ -159,7 +159,8 @@ def _gather_in_order(rank: Rank, outputs: list[list[tuple[int, Any]]]) -> list[l
     if rank.world_size > 1:
         shares = gather_objects(_to_cpu(outputs), rank.world_size)
         outputs = [
-            sorted(sum((share[i] for share in shares), []), key=lambda pair: pair[0]) for i in range(len(outputs))
+            sorted((pair for share in shares for pair in share[index]), key=lambda pair: pair[0])
+            for index in range(len(outputs))
         ]
         outputs = move_to_device(outputs, rank.device)
     return [[output for _, output in loader] for loader in outputs]

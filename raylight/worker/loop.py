@@ -289,8 +289,9 @@ class Loop:
         behind = len(losses) - int((~finite).nonzero()[0])
         index = max(rank.batch_idx - behind, 0)
         samples = rank.train_batches.indices(rank.current_epoch, index)
-        where = f"step {max(rank.global_step - behind + 1, 0)} (epoch {rank.current_epoch}, batch {index}, rank {rank.global_rank}"
-        text = f"the loss is not finite at {where}" + (f", samples {samples})" if samples is not None else ")")
+        step, epoch = max(rank.global_step - behind + 1, 0), rank.current_epoch
+        which = f", samples {samples}" if samples is not None else ""
+        text = f"the loss is not finite at step {step} (epoch {epoch}, batch {index}, rank {rank.global_rank}{which})"
         if self.config.detect_anomaly:
             raise FloatingPointError(text)
         if not rank.said_not_finite:

@@ -59,7 +59,7 @@ class Schedule:
             return False
         if rank.checkpoint_requested:
             return True
-        return bool(checkpoint.every_n_steps) and self._is_step_due() and rank.saved_step != rank.global_step
+        return self._is_step_due() and rank.saved_step != rank.global_step
 
     def saves_after_validation(self) -> bool:
         """With no interval set, a validation in the middle of an epoch makes a checkpoint as one at its end does."""
@@ -74,7 +74,7 @@ class Schedule:
         every = checkpoint.every_n_epochs if self._has_interval() else 1
         if every and rank.current_epoch % every == 0:
             return True
-        return bool(checkpoint.every_n_steps) and self._is_step_due() and rank.saved_step != rank.global_step
+        return self._is_step_due() and rank.saved_step != rank.global_step
 
     def _has_interval(self) -> bool:
         checkpoint = self.config.checkpoint
@@ -82,9 +82,8 @@ class Schedule:
         return bool(checkpoint.every_n_epochs or checkpoint.every_n_steps or checkpoint.every_s)
 
     def _is_step_due(self) -> bool:
-        checkpoint = self.config.checkpoint
-        assert checkpoint is not None and checkpoint.every_n_steps
-        return self.rank.global_step > 0 and self.rank.global_step % checkpoint.every_n_steps == 0
+        every = self.config.checkpoint.every_n_steps if self.config.checkpoint is not None else None
+        return every is not None and self.rank.global_step > 0 and self.rank.global_step % every == 0
 
     # ---- validation
 

@@ -15,7 +15,9 @@ from raylight.worker.restore import apply_weights
 from raylight.worker.snapshot import State, check_plain
 
 LOOP_COUNTERS = ("current_epoch", "global_step", "batch_idx", "num_batches_seen", "position", "validated_at")
-LIGHTNING_KEYS = ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "callbacks", "loops", "hyper_parameters")  # fmt: skip
+LIGHTNING_KEYS = (
+    "epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "callbacks", "loops", "hyper_parameters"
+)  # fmt: skip
 
 
 def checkpoint_directory(step: int, attempt: int) -> str:
@@ -25,7 +27,8 @@ def checkpoint_directory(step: int, attempt: int) -> str:
 
 def take_snapshot(rank: Rank, wait: bool) -> bool:
     """Starts a checkpoint of this step; False where one is still in flight and `wait` is off."""
-    assert rank.snapshots is not None and rank.config.checkpoint is not None
+    assert rank.snapshots is not None
+    assert rank.config.checkpoint is not None
     weights_only = rank.config.checkpoint.save_weights_only
     metrics = rank.metrics.newest()
     owned = [p for o in rank.optimizers for g in o.param_groups for p in g["params"]]
@@ -45,7 +48,7 @@ def collect(rank: Rank) -> State:
         "optimizer_states": [optimizer.state_dict() for optimizer in rank.optimizers],
         "lr_schedulers": [config.scheduler.state_dict() for config in rank.lr_scheduler_configs],
         "callbacks": {
-            key: state for callback in rank.callbacks for key, state in [(state_key(callback), callback.state_dict())] if state
+            state_key(callback): held for callback in rank.callbacks if (held := callback.state_dict())
         },
         "loops": {name: getattr(rank, name) for name in LOOP_COUNTERS},
         "hyper_parameters": plain_hyperparameters(rank),
@@ -88,7 +91,7 @@ def plain_hyperparameters(rank: Rank) -> dict[str, Any]:
             if name not in rank.unsaved_hyperparameters:
                 rank.unsaved_hyperparameters.add(name)
                 rank.notice(
-                    f"hyperparameter {name!r} ({type(value).__name__}) is no plain value and is not in the checkpoints: "
+                    f"hyperparameter {name!r} ({type(value).__name__}) is no plain value and not in the checkpoints: "
                     f"give it to load_from_checkpoint(path, {name}=...)"
                 )
             continue
@@ -102,7 +105,8 @@ def restore_weights(rank: Rank, state: State) -> None:
         "state_dict": state.model,
         "hyper_parameters": state.module.get("hyper_parameters", {}),
         **state.module.get("extra", {}),
-        **{name: state.replicated.get("loop", {}).get(of, 0) for name, of in (("epoch", "current_epoch"), ("global_step", "global_step"))},
+        "epoch": state.replicated.get("loop", {}).get("current_epoch", 0),
+        "global_step": state.replicated.get("loop", {}).get("global_step", 0),
     }  # fmt: skip
     rank.call("on_load_checkpoint", checkpoint)
     apply_weights(rank.module, checkpoint["state_dict"], strict=rank.module.strict_loading)
@@ -118,7 +122,8 @@ def restore_training(rank: Rank, state: State) -> None:
         )
     if len(saved["optimizers"]) != len(rank.optimizers):
         raise CheckpointMismatch(
-            f"the checkpoint has {len(saved['optimizers'])} optimizers, configure_optimizers returned {len(rank.optimizers)}"
+            f"the checkpoint has {len(saved['optimizers'])} optimizers, "
+            f"configure_optimizers returned {len(rank.optimizers)}"
         )
     optimizer_states, scheduler_states = saved["optimizers"], saved["schedulers"]
     if rank.task.options.get("takes_new_hyperparameters"):

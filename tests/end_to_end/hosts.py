@@ -8,7 +8,7 @@
         head.start()                 # and it boots again, with the same address and home
 
 A host has its own network, process ids, mounts, name and shared memory. Of the file system it has its own /tmp, /run,
-/dev/shm and home; all else is this machine's, the virtual environment that runs the tests included, and /mnt is a
+/etc, /dev/shm and home; all else is this machine's, the virtual environment that runs the tests included, and /mnt is a
 folder that all hosts share. The switch between them is a namespace too, which forwards nothing: no packet leaves, and
 this machine's own interfaces and routes are not touched. Nothing has a name outside the processes that hold it, so
 all of it is gone when they are, even if the tests are killed.
@@ -54,8 +54,10 @@ for path in "$files" "$@"; do
 done
 mkdir -p /run/home /run/sshd
 mount --bind "$files/home" /run/home
-mount --bind "$common/hosts" /etc/hosts
-mount --bind "$common/passwd" /etc/passwd
+cp -a /etc /run/etc
+mount --bind /run/etc /etc
+sed -i "s#^\(root:[^:]*:[^:]*:[^:]*:[^:]*\):.*#\1:/run/home:/bin/bash#" /etc/passwd
+ln -sf "$common/hosts" /etc/hosts
 echo "0-$((cpus - 1))" > /run/cpus
 mount --bind /run/cpus /sys/devices/system/cpu/online
 if [ -d /sys/fs/cgroup ]; then mount -t tmpfs tmpfs /sys/fs/cgroup; fi  # they tell of this machine's CPUs too
@@ -129,9 +131,6 @@ class Network:
         for key in ("host_key", "key"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / key], check=True)
         (self.folder / "hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
-        lines = Path("/etc/passwd").read_text().splitlines()
-        lines = [f"root:x:0:0:root:{HOME}:/bin/bash" if line.startswith("root:") else line for line in lines]
-        (self.folder / "passwd").write_text("\n".join(lines) + "\n")
         (self.folder / "sshd_config").write_text(
             f"HostKey {self.folder}/host_key\nAuthorizedKeysFile {self.folder}/key.pub\nStrictModes no\n"
             "PasswordAuthentication no\nKbdInteractiveAuthentication no\nUsePAM no\nPidFile none\nUseDNS no\n"

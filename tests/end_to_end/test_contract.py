@@ -131,7 +131,9 @@ def test_epoch_values_are_exact(num_workers, tmp_path):
 @pytest.mark.parametrize("num_workers", WORKERS)
 def test_predictions_in_order(num_workers, tmp_path):
     loader = DataLoader(make_data(23), batch_size=4)
-    outputs = pl.predict(Net(), loader, num_workers=num_workers, storage_path=str(tmp_path), enable_progress_bar=False, use_gpu=False)  # fmt: skip
+    outputs = pl.predict(
+        Net(), loader, num_workers=num_workers, storage_path=str(tmp_path), enable_progress_bar=False, use_gpu=False
+    )
     assert torch.cat(outputs).tolist() == list(range(23))
 
 

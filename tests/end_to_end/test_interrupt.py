@@ -44,8 +44,8 @@ def make_loader() -> DataLoader:
 @pytest.mark.parametrize("num_workers", WORKERS)
 def test_ctrl_c_commits_a_checkpoint(num_workers, tmp_path):
     result = pl.fit(
-        Signalling(3), make_loader(), num_workers=num_workers, use_gpu=False, max_epochs=100, storage_path=str(tmp_path),
-        enable_progress_bar=False, enable_model_summary=False,
+        Signalling(3), make_loader(), num_workers=num_workers, use_gpu=False, max_epochs=100,
+        storage_path=str(tmp_path), enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     assert result.status == "interrupted"
     assert 4 <= result.num_steps < 100_000

@@ -120,6 +120,6 @@ def test_the_same_exception_twice_ends_the_run(tmp_path):
 
 def test_three_workers_lose_two(tmp_path):
     faults = [FailAt(rank, 3, "data", "kill", tmp_path) for rank in (0, 2)]
-    module, result = fit(tmp_path, num_workers=3, faults=faults)
+    _, result = fit(tmp_path, num_workers=3, faults=faults)
     assert result.status == "finished"
     assert result.num_steps == 12

@@ -29,7 +29,8 @@ class Net(pl.Module):
         noise = float(np.random.uniform(-0.01, 0.01))
         if self.seen:
             line = f"{self.current_epoch} {' '.join(str(int(i)) for i in batch[1])}\n"
-            Path(self.seen, f"{self.trainer.attempt}-{self.global_rank}.txt").open("a").write(line)
+            with Path(self.seen, f"{self.trainer.attempt}-{self.global_rank}.txt").open("a") as file:
+                file.write(line)
         return (self.net(batch[0]) + noise).pow(2).mean()
 
     def configure_optimizers(self):

@@ -98,7 +98,7 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path, capsys):
 
 
 def test_detect_anomaly_stops_at_it(tmp_path):
-    with pytest.raises(pl.WorkerFailed, match="nan|not finite"):
+    with pytest.raises(pl.WorkerFailed, match=r"nan|not finite"):
         fit(NotFinite(), tmp_path, max_epochs=1, detect_anomaly=True)
 
 
