@@ -32,7 +32,7 @@ lint: $(call STAMP,dev)
 	@echo "==> mypy: types"
 	$(VENV)/bin/python -m mypy
 
-bench: $(call STAMP,bench)
+bench: $(call STAMP,dev)
 	@echo "==> running the benchmarks; the machine should have nothing else to do"
 	$(VENV)/bin/python -m benchmarks $(ARGS)
 
