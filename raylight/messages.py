@@ -181,6 +181,13 @@ class Died:
 
 
 @dataclass(frozen=True, slots=True)
+class Paused:
+    """The rank stands still, as it was told to; what it had begun to write is on storage and was told before."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The rank has done all it was asked for. Rank 0 also brings what the caller gets back."""
 
@@ -195,5 +202,5 @@ class Finished:
 
 Message = (
     Started | StageStarted | StageFinished | Progress | StepMetrics | EpochMetrics | Saved | SaveFailed | Output
-    | Notice | Hyperparameters | Failure | PeerLost | Died | Finished
+    | Notice | Hyperparameters | Failure | PeerLost | Died | Paused | Finished
 )  # fmt: skip

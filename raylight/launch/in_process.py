@@ -56,10 +56,11 @@ class InProcessGroup:
         return self.control.kept.get("exception")
 
     def pause(self) -> None:
-        """Nothing is trained while nobody asks for the next message."""
+        """A `Paused` will come at the next step boundary, once what was begun to be written is on storage."""
+        self.control.request("pause", blocks=False)
 
     def resume(self) -> None:
-        """The counterpart of `pause`."""
+        """Nothing is trained while nobody asks for the next message, so there is nothing to let go."""
 
     def halt(self) -> None:
         """Ends the run where it is."""

@@ -210,15 +210,15 @@ class RayGroup:
         return boundary
 
     def pause(self) -> None:
-        """Makes all running ranks stand still at their next step boundary, until `resume`."""
-        held = [self._roster.members[rank].actor.hold.remote(self.generation) for rank in self._running()]
-        ray.wait(held, num_returns=len(held), timeout=CONTROL_TIMEOUT_S) if held else None
+        """Makes all ranks stand still at one step boundary, once what they had begun to write is on storage: then each
+        gives a `Paused`, and waits for `resume`. They see to that while the stream is waited for."""
+        self.request("pause")
 
     def resume(self) -> None:
-        """Lets them go on. Waited for, because an actor may answer two calls in another order than they were made."""
+        """Lets all ranks go on."""
         actors = [self._roster.members[rank].actor for rank in self._running()]
-        let_go = [actor.release.remote(self.generation, 0, None, {}) for actor in actors]
-        ray.wait(let_go, num_returns=len(let_go), timeout=CONTROL_TIMEOUT_S) if let_go else None
+        told = [actor.go_on.remote(self.generation) for actor in actors]
+        ray.wait(told, num_returns=len(told), timeout=CONTROL_TIMEOUT_S) if told else None
 
     def wait(self) -> None:
         """Until all ranks have left that were halted; what they say on the way out is lost."""

@@ -231,6 +231,10 @@ class RankWorker:
         self._control_of(generation).release(step, action, **arguments)
 
     @ray.method(concurrency_group="control")
+    def go_on(self, generation: int) -> None:
+        self._control_of(generation).go_on()
+
+    @ray.method(concurrency_group="control")
     def halt(self, generation: int, reason: str, broken: bool) -> None:
         """Makes the rank leave: at its next step boundary, or at once where it is in a collective."""
         control = self._control_of(generation)

@@ -25,7 +25,7 @@ class Halted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What all ranks do at the same step boundary: "stop", "save", "resize" or "interrupt"."""
+    """What all ranks do at the same step boundary: "stop", "save", "pause", "resize" or "interrupt"."""
 
     name: str
     step: int
@@ -60,6 +60,7 @@ class Control:
         self._actions: list[Action] = []
         self._requests: deque[Action] = deque()
         self._halted: Halted | None = None
+        self._is_paused = False
         self._changed = threading.Condition()
 
     # ---- the loop's thread
@@ -75,6 +76,15 @@ class Control:
         """Raises Halted where the rank was told to leave; for places where going on would use a broken collective."""
         if self._halted is not None:
             raise self._halted
+
+    def stand_still(self) -> None:
+        """Waits for `go_on`. A rank that does shows that it is alive."""
+        with self._changed:
+            while self._is_paused and self._halted is None:
+                stage, step, _ = self.beat
+                self.beat = Beat(stage, step, time.monotonic())
+                self._changed.wait(timeout=1.0)
+            self.check()
 
     @property
     def pending(self) -> Action | None:
@@ -125,6 +135,15 @@ class Control:
             self._held = None
             if action is not None:
                 self._actions.append(Action(action, step, arguments))
+                self._is_paused = self._is_paused or action == "pause"
+            self._plan()
+            self._changed.notify_all()
+
+    def go_on(self) -> None:
+        """Ends a "pause", also one whose boundary has not been reached yet."""
+        with self._changed:
+            self._is_paused = False
+            self._actions = [action for action in self._actions if action.name != "pause"]
             self._plan()
             self._changed.notify_all()
 
@@ -144,7 +163,7 @@ class Control:
     def resume(self) -> None:
         """Forgets what was told to the generation before; `kept` stays."""
         with self._changed:
-            self._halted, self._held = None, None
+            self._halted, self._held, self._is_paused = None, None, False
             self._actions.clear()
             self._requests.clear()
             self.step = -1

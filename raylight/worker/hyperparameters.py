@@ -46,7 +46,7 @@ def _merge(now: Any, before: Any, after: Any, name: str = "") -> Any:
         return {key: _merge(now[key], before[key], after[key], str(key)) if key in known else now[key] for key in now}
     lists = [value for value in (now, before, after) if isinstance(value, list)]
     if len({len(value) for value in lists}) == 1 and len(lists) == 3:
-        return [_merge(*three, name) for three in zip(*lists, strict=True)]
+        return [_merge(one, old, new, name) for one, old, new in zip(*lists, strict=True)]
     if _is_same(before, after):
         return now
     if name in SCALED and not _is_same(now, before) and before:

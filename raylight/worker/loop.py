@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from raylight.errors import DataError
-from raylight.messages import Message, Progress, StageFinished, StageStarted
+from raylight.messages import Message, Paused, Progress, StageFinished, StageStarted
 from raylight.seeding import seed_step
 from raylight.worker import state
 from raylight.worker.collectives import agree
+from raylight.worker.control import Action
 from raylight.worker.data import TrainBatch, TrainBatches
 from raylight.worker.evaluation import evaluate, gather_outputs, open_evaluation_data
 from raylight.worker.gradients import Gradients
@@ -107,6 +108,7 @@ class Loop:
         self.steps_schedulers = any(c.interval == "step" for c in rank.lr_scheduler_configs)
         self.num_samples = 0
         self.next_report = 0.0
+        self.pause: Action | None = None
         rank.seconds |= {"data": 0.0, "validation": 0.0}
 
     def train_epoch(self) -> Iterator[Message]:
@@ -131,6 +133,8 @@ class Loop:
             action = control.tick(rank.num_batches_seen)
             if action is not None:
                 self.obey(action)
+            if self.pause is not None and not rank.checkpoint_requested:
+                yield from self.stand_still()
             if schedule.validates_after_batch():
                 yield from self.validate()
             if not batch.last and schedule.saves_after_step(gradients.window):
@@ -268,14 +272,27 @@ class Loop:
             yield from rank.snapshots.close(FINAL_WRITE_TIMEOUT_S)
         yield from rank.take_outbox()
 
-    def obey(self, action: Any) -> None:
+    def obey(self, action: Action) -> None:
         """What the driver asked all ranks for at this boundary."""
         rank = self.rank
         if action.name == "save":
             rank.checkpoint_requested = True
+        elif action.name == "pause":
+            self.pause = action
         elif action.name in ("stop", "interrupt"):
             rank.should_stop = True
             rank.status = "interrupted" if action.name == "interrupt" else "stopped"
+
+    def stand_still(self) -> Iterator[Message]:
+        """Until the driver lets it go on; in its own process, until the next message is asked for."""
+        rank, pause = self.rank, self.pause
+        assert pause is not None
+        self.pause = None
+        if rank.snapshots is not None:
+            yield from rank.snapshots.close(FINAL_WRITE_TIMEOUT_S)
+        yield Paused(rank.global_step)
+        if pause.arguments.get("blocks", True):
+            rank.control.stand_still()
 
     def _check_finite(self) -> None:
         """Names the first step since the last report whose loss was not finite."""
