@@ -32,6 +32,9 @@ GROWING_CLUSTER = Available(num_gpus_here=0, ray_address=True, cluster_gpus=0, c
 class KeepBest(Callback):
     """Stands where ModelCheckpoint stands: it says when checkpoints are made."""
 
+    def __repr__(self) -> str:
+        return "KeepBest()"  # without an address: pytest-xdist wants the names of tests to be the same in all processes
+
     def __init__(self, **fields: Any):
         self.fields = fields
 
