@@ -52,7 +52,7 @@ _NAMES = {
     "validate": ("trainer", "validate"),
     "test": ("trainer", "test"),
     "predict": ("trainer", "predict"),
-    "sweep": ("sweep", "sweep"),
+    "sweep": ("sweep", ""),
     "open_run": ("runs", "open_run"),
     "Run": ("runs", "Run"),
     "Result": ("driver.result", "Result"),

@@ -1,0 +1,293 @@
+"""Hyperparameter sweeps with Ray Tune, in which every trial may be distributed.
+
+The module itself can be called: `raylight.sweep(...)` is `raylight.sweep.sweep(...)`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import types
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from raylight.arguments import as_list, resolve
+from raylight.config import Checkpointing, Config
+from raylight.errors import InvalidArguments, RaylightError
+from raylight.storage.filesystem import Storage
+from raylight.storage.location import locate
+from raylight.storage.remote_files import RemoteFiles
+from raylight.storage.retry import Backoff
+from raylight.trainer import find_available
+from raylight.tuning.recipe import SCALE_ARGUMENTS, Made, Recipe
+
+if TYPE_CHECKING:
+    from ray.tune import ResultGrid, Tuner
+
+    from raylight.tuning.mistakes import Plan
+    from raylight.tuning.trial import Trial
+    from raylight.tuning.watcher import Watcher
+
+PAGE = "sweep.html"
+# Of a sweep that is killed Tune forgets what came after its newest note: by default up to 10 s.
+NOTE_EVERY_S = "2"
+
+
+def sweep(
+    module_or_function: Callable[..., Any], space: Mapping[str, Any] | None = None, *, num_samples: int, metric: str,
+    mode: str, data: Any = None, scheduler: Any = None, search_alg: Any = None,
+    max_concurrent_trials: int | None = None, resume: bool = False, **trainer_arguments: Any,
+) -> ResultGrid:  # fmt: skip
+    """Trains `num_samples` configurations drawn from `space` and returns Ray Tune's ResultGrid.
+
+    `module_or_function`: a module class, whose arguments the space fills, or a function `config -> (module, data,
+    trainer arguments)`. Keys of the space that are trainer arguments, or arguments of a DataModule class, go there.
+    `data`: a DataModule (class or instance), a tuple of loaders, or a function of the configuration that returns one.
+    `scheduler` and `search_alg`: any of Tune's, without metric and mode. `resume`: goes on with the newest sweep of
+    this run where it was killed. Each trial is a version of the run `name`; workers of a trial are reserved together
+    with its driver.
+
+    Raises InvalidArguments or NotEnoughResources before the first trial, and the first error where all trials failed.
+    """
+    from raylight.tuning.mistakes import Plan, find_mistakes
+
+    recipe = Recipe(module_or_function, data, trainer_arguments)
+    plan = Plan(recipe, space or {}, num_samples, metric, mode, scheduler, search_alg, max_concurrent_trials)
+    mistakes = find_mistakes(plan) + _find_argument_mistakes(trainer_arguments)
+    if mistakes:
+        raise InvalidArguments(mistakes)
+    trial_class = trainable(
+        module_or_function, data=data, metric=metric, mode=mode, space=plan.space, **trainer_arguments
+    )
+    _check_first_trial(plan, trial_class)
+    config = resolve(_without_scale(trainer_arguments), find_available({}))
+    run = Storage(config.storage_path, config.storage_filesystem).child(config.name)
+    with _tune_environment():
+        watcher, tuner, folder = _make_tuner(plan, trial_class, config, run, resume)
+        try:
+            results = tuner.fit()
+        finally:
+            watcher.close()
+    _raise_if_all_failed(results)
+    _report(plan, results, watcher, run, folder)
+    return results
+
+
+def trainable(
+    module_or_function: Callable[..., Any], *, data: Any = None, metric: str | None = None, mode: str = "min",
+    space: Mapping[str, Any] | None = None, **trainer_arguments: Any,
+) -> type[Trial]:  # fmt: skip
+    """The same trials for a `ray.tune.Tuner` of your own: a class for it, with Tune's every scheduler and option.
+
+    Give `TuneConfig(reuse_actors=True)`, so that workers are kept from one trial to the next. `metric` and `mode` say
+    which checkpoint of a trial is the best; `space` says whether trials may differ in `num_workers` and the like.
+    """
+    from raylight.launch import ray_cluster
+    from raylight.tuning.room import plan as plan_room
+    from raylight.tuning.trial import Shipment, Trial
+
+    recipe = Recipe(module_or_function, data, _complete(trainer_arguments, metric, mode))
+    scale = {name: recipe.arguments[name] for name in SCALE_ARGUMENTS if name in recipe.arguments}
+    room = plan_room(scale, find_available(scale))
+    ray_cluster.connect(Config(num_workers=max(room.num_workers, 1), resources_per_worker=room.worker))
+    attributes = {
+        "shipment": Shipment(recipe), "scale": scale, "metric": metric, "session": uuid.uuid4().hex,
+        "takes_scale_from_space": recipe.is_class, "__module__": __name__,
+    }  # fmt: skip
+    return type(recipe.name, (Trial,), attributes)
+
+
+# ---- before
+
+
+def _find_argument_mistakes(arguments: Mapping[str, Any]) -> list[str]:
+    try:
+        resolve(_without_scale(arguments), find_available({}))
+    except InvalidArguments as error:
+        return error.mistakes
+    return []
+
+
+def _without_scale(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that can be checked before a cluster is there."""
+    kept = {name: value for name, value in arguments.items() if name not in SCALE_ARGUMENTS}
+    return {**kept, "num_workers": 0, "use_gpu": False}
+
+
+def _complete(arguments: Mapping[str, Any], metric: str | None, mode: str) -> dict[str, Any]:
+    """The trainer's arguments with what is different in trials: they draw no bars of their own, keep the checkpoint
+    that is best by the sweep's metric, and lie at an absolute path."""
+    config = resolve(_without_scale(arguments), find_available({}))
+    given = {name: value for name, value in arguments.items() if name != "default_root_dir"}
+    completed = {
+        "enable_progress_bar": False, "enable_model_summary": False, "num_standby": 0, **given,
+        "storage_path": config.storage_path, "name": config.name,
+    }  # fmt: skip
+    says_when = any(hasattr(callback, "checkpointing") for callback in as_list(arguments.get("callbacks")))
+    if metric is not None and config.checkpoint is not None and config.checkpoint.monitor is None and not says_when:
+        completed["checkpoint"] = replace(config.checkpoint or Checkpointing(), monitor=metric, mode=mode)
+    return completed
+
+
+def _check_first_trial(plan: Plan, trial_class: type[Trial]) -> None:
+    """Makes the trial of one configuration as far as that goes without training it, and looks whether it has room."""
+    from raylight.launch import ray_cluster
+    from raylight.tuning.mistakes import find_metric_mistake, find_run_mistakes
+
+    drawn = None if plan.searcher_brings_space else plan.draw()
+    room = trial_class.plan_room(drawn or {})
+    cluster = ray_cluster.connect()
+    ray_cluster.check_room(cluster, max(room.num_workers, 1), room.worker, room.strategy)
+    if drawn is None:
+        return
+    try:
+        made: Made = trial_class.shipment.open().make(drawn)
+    except RaylightError:
+        raise
+    except Exception as error:
+        _say(f"the configuration {drawn} fails ({type(error).__name__}: {error}); the trials show whether others do")
+        return
+    mistakes = find_run_mistakes(plan, made, find_available({}))
+    if mistakes:
+        raise InvalidArguments(mistakes)
+    try:
+        mistake = find_metric_mistake(plan.metric, made)
+    except Exception as error:
+        _say(f"one batch could not be tried here ({type(error).__name__}: {error}); the trials show what is wrong")
+        return
+    if mistake is not None:
+        raise InvalidArguments(mistake)
+
+
+def _say(text: str) -> None:
+    print(f"raylight: {text}", flush=True)
+
+
+# ---- Ray Tune
+
+
+@contextmanager
+def _tune_environment() -> Iterator[None]:
+    """What Tune reads from the environment. raylight writes TensorBoard's files itself, in each trial's version, and
+    tells of trials and errors in its own table."""
+    wanted = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": NOTE_EVERY_S,
+        "RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    }  # fmt: skip
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _make_tuner(
+    plan: Plan, trial_class: type[Trial], config: Config, run: Storage, resume: bool
+) -> tuple[Watcher, Tuner, str]:
+    """A new Tuner with its folder in the run, or the one that is resumed; and who watches it."""
+    from ray import tune
+    from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
+
+    from raylight.tuning.watcher import Watcher
+
+    location = locate(config.storage_path, config.storage_filesystem, Backoff())
+    filesystem = location.files.filesystem(streaming=True) if isinstance(location.files, RemoteFiles) else None
+    root = f"{location.root}/{config.name}"
+    if resume:
+        folder = _find_newest(run)
+        if folder is not None:
+            tuner = tune.Tuner.restore(
+                f"{root}/{folder}", trial_class, resume_errored=True, storage_filesystem=filesystem
+            )
+            assert tuner._local_tuner is not None
+            unpickled = tuner._local_tuner.get_run_config().callbacks or []
+            return next(one for one in unpickled if isinstance(one, Watcher)), tuner, folder
+        _say(f"resume=True: run {config.name!r} in {config.storage_path} has no sweep yet, so that it starts anew")
+    folder = _claim_folder(run)
+    watcher = Watcher(plan.metric, plan.mode, plan.num_samples, plan.recipe.arguments.get("enable_progress_bar", True))
+    tuner = tune.Tuner(
+        trial_class,
+        param_space=dict(plan.space),
+        tune_config=tune.TuneConfig(
+            metric=plan.metric,
+            mode=plan.mode,
+            num_samples=plan.num_samples,
+            scheduler=plan.scheduler,
+            search_alg=plan.search_alg,
+            max_concurrent_trials=plan.max_concurrent_trials,
+            reuse_actors=True,
+            trial_dirname_creator=str,
+        ),
+        run_config=tune.RunConfig(
+            name=folder,
+            storage_path=root,
+            storage_filesystem=filesystem,
+            callbacks=[watcher, CSVLoggerCallback(), JsonLoggerCallback()],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=True),
+            failure_config=tune.FailureConfig(max_failures=config.max_restarts),
+            verbose=0,
+        ),
+    )
+    return watcher, tuner, folder
+
+
+def _claim_folder(run: Storage) -> str:
+    """`sweep_0`, `sweep_1` and so on beside the versions: what Tune keeps of this sweep."""
+    taken = [name for name in run.claimed_names() if name.startswith("sweep_")]
+    number = len(taken)
+    while run.claim_directory(f"sweep_{number}"):
+        number += 1
+    return f"sweep_{number}"
+
+
+def _find_newest(run: Storage) -> str | None:
+    """The newest sweep that can be resumed."""
+    numbers = [int(name[6:]) for name in run.claimed_names() if name.startswith("sweep_") and name[6:].isdigit()]
+    return next((f"sweep_{n}" for n in sorted(numbers, reverse=True) if run.exists(f"sweep_{n}/tuner.pkl")), None)
+
+
+# ---- after
+
+
+def _raise_if_all_failed(results: ResultGrid) -> None:
+    from raylight.tuning.mistakes import say_all_failed
+
+    if results.num_errors and results.num_errors == len(results):
+        causes = [getattr(error, "cause", None) or error for error in results.errors]
+        raise say_all_failed(causes)
+
+
+def _report(plan: Plan, results: ResultGrid, watcher: Watcher, run: Storage, folder: str) -> None:
+    """Writes the picture, and prints what a person wants to know at the end."""
+    from raylight.report.sweep_page import make_page
+    from raylight.tuning.ending import summarize, write_code
+
+    state = watcher.state
+    if state is None:
+        return
+    run.child(folder).write(PAGE, [make_page(state, f"{run.name}, {folder}").encode()])
+    best = None
+    if any(plan.metric in (results[index].metrics or {}) for index in range(len(results))):
+        best = results.get_best_result(plan.metric, plan.mode, filter_nan_and_inf=True)
+    code = write_code(plan.recipe, best.config or {}, plan.recipe.arguments) if best is not None else ""
+    metrics = best.metrics if best is not None else None
+    print("\n" + summarize(state, metrics, code, run.uri, run.uri_of(f"{folder}/{PAGE}")), flush=True)
+
+
+# ---- raylight.sweep is this module, and can be called
+
+
+class _CallableModule(types.ModuleType):
+    __signature__ = inspect.signature(sweep)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return sweep(*arguments, **keywords)
+
+
+sys.modules[__name__].__class__ = _CallableModule

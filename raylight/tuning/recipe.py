@@ -1,0 +1,136 @@
+"""Recipe: how a configuration of the search space becomes a module, its data and the trainer's arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raylight.argument_rules import RULES
+from raylight.data_module import DataModule
+from raylight.errors import InvalidArguments
+from raylight.task import Loaders
+
+SCALE_ARGUMENTS = ("num_workers", "use_gpu", "resources_per_worker", "strategy")
+"""What says how much room a trial takes. Tune asks for it before anything of the trial exists."""
+
+Config = Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class Made:
+    """What one configuration gives: what `raylight.fit` would be called with."""
+
+    module: Any
+    loaders: Loaders
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """`target` is a module class, whose arguments the space fills, or a function that returns module, data and trainer
+    arguments. Keys that the trainer or a data module class takes go there; a function as `data` gets all of them."""
+
+    target: Callable[..., Any]
+    data: Any = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return getattr(self.target, "__name__", type(self.target).__name__)
+
+    @property
+    def is_class(self) -> bool:
+        return isinstance(self.target, type)
+
+    def make(self, config: Config) -> Made:
+        if self.is_class:
+            module, data = self.target(**self.module_arguments(config)), self._make_data(config)
+            return Made(module, as_loaders(data), self.arguments | self.trainer_arguments(config))
+        module, data, arguments = self._call(config)
+        return Made(module, as_loaders(data), self.arguments | arguments)
+
+    # ---- who takes which key
+
+    def module_arguments(self, config: Config) -> dict[str, Any]:
+        """Those that `__init__` takes by name; one with **kwargs takes what nobody else does, too."""
+        if not self.is_class:
+            return {}
+        parameters = inspect.signature(self.target).parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return {
+            key: value for key, value in config.items()
+            if key in parameters or (takes_all and not self._is_taken_elsewhere(key))
+        }  # fmt: skip
+
+    def trainer_arguments(self, config: Config) -> dict[str, Any]:
+        return {key: value for key, value in config.items() if self.is_class and key in RULES}
+
+    def data_arguments(self, config: Config) -> dict[str, Any]:
+        """Of a DataModule class."""
+        return {key: value for key, value in config.items() if self._data_class_takes(key)}
+
+    def find_untaken(self, config: Config) -> list[str]:
+        """Keys that nothing takes. A function of the configuration may take any."""
+        if not self.is_class or is_function_of_config(self.data):
+            return []
+        module_takes = self.module_arguments(config)
+        return [key for key in config if key not in module_takes and not self._is_taken_elsewhere(key)]
+
+    def find_missing(self, config: Config) -> list[str]:
+        """Arguments that the module class needs and does not get."""
+        parameters = inspect.signature(self.target).parameters if self.is_class else {}
+        return [
+            name for name, p in parameters.items()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in config
+        ]  # fmt: skip
+
+    def known_keys(self) -> list[str]:
+        """All keys that something takes, for the text of an error."""
+        own = [name for name in inspect.signature(self.target).parameters if self.is_class]
+        return [*own, *self._data_class_parameters(), *RULES]
+
+    def _is_taken_elsewhere(self, key: str) -> bool:
+        return key in RULES or self._data_class_takes(key)
+
+    def _data_class_takes(self, key: str) -> bool:
+        return key in self._data_class_parameters()
+
+    def _data_class_parameters(self) -> list[str]:
+        if not (isinstance(self.data, type) and issubclass(self.data, DataModule)):
+            return []
+        return list(inspect.signature(self.data).parameters)
+
+    # ---- making
+
+    def _make_data(self, config: Config) -> Any:
+        if isinstance(self.data, type):
+            return self.data(**self.data_arguments(config))
+        return self.data(dict(config)) if is_function_of_config(self.data) else self.data
+
+    def _call(self, config: Config) -> tuple[Any, Any, dict[str, Any]]:
+        returned = self.target(dict(config))
+        parts = returned if isinstance(returned, tuple) else (returned,)
+        module, data, arguments = (*parts, None, None)[:3]
+        arguments = dict(arguments or {})
+        misplaced = [name for name in arguments if name in SCALE_ARGUMENTS]
+        if len(parts) > 3 or misplaced:
+            what = f"{', '.join(misplaced)}: pass these to raylight.sweep" if misplaced else f"{len(parts)} values"
+            raise InvalidArguments(f"{self.name} returned {what}; it returns (module, data, trainer arguments)")
+        return module, data if data is not None else self._make_data(config), arguments
+
+
+def is_function_of_config(data: Any) -> bool:
+    return callable(data) and not isinstance(data, (type, DataModule)) and not hasattr(data, "__iter__")
+
+
+def as_loaders(data: Any) -> Loaders:
+    """`data` as `raylight.fit` takes it: a data module, a train loader, or (train, validate) loaders."""
+    if data is None:
+        return Loaders()
+    if isinstance(data, DataModule) or hasattr(data, "train_dataloader"):
+        return Loaders(data_module=data)
+    if isinstance(data, (tuple, list)):
+        return Loaders(**dict(zip(("train", "validate"), data, strict=False)))
+    return Loaders(train=data)

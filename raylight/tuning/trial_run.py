@@ -1,0 +1,288 @@
+"""TrialRun: one trial from the driver's side, a fit that stands still between two of its results."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raylight import checks
+from raylight.arguments import as_list, resolve
+from raylight.config import Config, to_plain
+from raylight.driver.run import Run
+from raylight.errors import CheckpointCorrupt, InvalidArguments, MissingFile, WorkerFailed
+from raylight.execution import Execution
+from raylight.loading import Pointer, Resume
+from raylight.messages import (
+    Died,
+    Failure,
+    Hyperparameters,
+    Message,
+    Paused,
+    PeerLost,
+    Progress,
+    StageFinished,
+    StageStarted,
+)
+from raylight.module import Module
+from raylight.storage.checkpoints import CHECKPOINTS, Checkpoint, delete, list_checkpoints, read_checkpoint, verify
+from raylight.storage.fence import newest_attempt
+from raylight.storage.filesystem import Storage
+from raylight.storage.summaries import is_number
+from raylight.storage.versions import Version, claim_version, open_version
+from raylight.trainer import find_available
+from raylight.tuning.recipe import Made
+
+NUM_PINNED = 2
+"""How many checkpoints that Tune was told of are kept besides the best and the last: other trials may clone them."""
+TRIALS = "trials"
+"""Folder of the run that says which version belongs to which trial."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a trial is. `session` is new for each call of sweep, so that a resumed sweep tries failed trials again."""
+
+    trial_id: str
+    name: str
+    session: str
+    metric: str | None = None
+
+
+class TrialRun:
+    """A trial that was begun before, by a process that is gone or on an actor that has another trial now, goes on in
+    its own version. Raises InvalidArguments where the configuration cannot work."""
+
+    def __init__(self, made: Made, values: Mapping[str, Any], identity: Identity):
+        self.identity, self.values = identity, dict(values)
+        callbacks = as_list(made.arguments.get("callbacks"))
+        self.config: Config = resolve(made.arguments, find_available(made.arguments))
+        mistakes = checks.check_run("fit", made.module, made.loaders, self.config, callbacks)
+        if mistakes:
+            raise InvalidArguments(mistakes)
+        self.validates = has_validation(made, self.config)
+        self.execution = Execution(self.config, callbacks, "fit", made.module, made.loaders, None)
+        self.storage = Storage(self.config.storage_path, self.config.storage_filesystem)
+        self.is_over = False
+        self._measured: int | None = None  # step of a validation after which training has not gone on yet
+        self._results: list[dict[str, Any]] = []  # not told yet
+        self._is_pausing = self._has_told = False
+        self._pinned: list[str] = []
+
+    # ---- beginning
+
+    def begin(self, pointer: Pointer | None) -> None:
+        """`pointer`: the checkpoint that Tune restores: this trial's own, or that of a trial that it clones."""
+        version = self._find_version()
+        record = version.read_run()
+        if pointer is None and record and record["trial"]["config"] != to_plain(self.values):
+            # Tune was killed before it noted this trial, and has drawn another under its name.
+            version, record = self._claim_version(), {}
+        facts: dict[str, Any] = dict(record.get("trial") or {"clones": [], "result_steps": []})
+        self._raise_if_failed(facts)
+        source, is_clone = self._find_source(version, facts, pointer)
+        step = source.step if source is not None else 0
+        if is_clone and source is not None and pointer is not None:
+            for checkpoint in list_checkpoints(version.storage):  # those steps are made again
+                if checkpoint.step >= step:
+                    delete(checkpoint)
+            clone = {
+                "trial": pointer.trial_id, "checkpoint": source.path, "step": step, "time": time.time(),
+                "attempt": newest_attempt(version.storage) + 1, "config": to_plain(self.values),
+            }  # fmt: skip
+            facts["clones"] = [*facts["clones"], clone]
+            cloned = open_version(self.storage, self.config.name, pointer.version).read_run()
+            facts["result_steps"] = cloned.get("trial", facts)["result_steps"]
+        is_changed = "config" in facts and facts["config"] != to_plain(self.values)
+        self.facts = facts | {
+            "id": self.identity.trial_id,
+            "name": self.identity.name,
+            "config": to_plain(self.values),
+            "result_steps": [done for done in facts["result_steps"] if done <= step],
+        }
+        self._epoch = source.epoch if source is not None else 0
+        resume = Resume(source, version, record.get("seed"), takes_new_hyperparameters=is_clone or is_changed)
+        self.execution.start(resume, {"trial": self.facts})
+        self._protected = set(self.driver.protected)
+        if not is_clone:
+            self.driver.callback_metrics |= {n: float(v) for n, v in record.get("metrics", {}).items() if is_number(v)}
+        self.driver.handle(0, Hyperparameters(self.values))
+        self._messages = self.execution.messages()
+
+    @property
+    def driver(self) -> Run:
+        assert self.execution.driver is not None, "begin first"
+        return self.execution.driver
+
+    def _find_version(self) -> Version:
+        """This trial's own version, claimed where it has none yet."""
+        try:
+            note = self.storage.child(self.config.name, TRIALS).read_bytes(f"{self.identity.trial_id}.json")
+        except MissingFile:
+            return self._claim_version()
+        return open_version(self.storage, self.config.name, json.loads(note)["version"])
+
+    def _claim_version(self) -> Version:
+        version = claim_version(self.storage, self.config.name)
+        note = json.dumps({"version": version.number, "name": self.identity.name})
+        notes = self.storage.child(self.config.name, TRIALS)
+        notes.write(f"{self.identity.trial_id}.json", [note.encode()])
+        return version
+
+    def _raise_if_failed(self, facts: dict[str, Any]) -> None:
+        """What user code does wrong it does again: where Tune tries the trial once more, it ends at once."""
+        error = facts.pop("error", None)
+        if error is not None and error["session"] == self.identity.session:
+            raise WorkerFailed(error["text"])
+
+    def _find_source(
+        self, version: Version, facts: Mapping[str, Any], pointer: Pointer | None
+    ) -> tuple[Checkpoint | None, bool]:
+        """The checkpoint to begin from, and whether it is another trial's."""
+        last_clone = facts["clones"][-1] if facts["clones"] else None
+        is_foreign = pointer is not None and pointer.trial_id != self.identity.trial_id
+        if is_foreign:
+            assert pointer is not None
+            asked = {"trial": pointer.trial_id, "config": to_plain(self.values)}
+            if last_clone is None or not asked.items() <= last_clone.items():
+                return self._open(pointer), True
+        since = last_clone["attempt"] if last_clone is not None else 0
+        found = _newest_whole([c for c in list_checkpoints(version.storage) if c.manifest.attempt >= since])
+        if found is None and is_foreign:
+            assert pointer is not None
+            return self._open(pointer), True
+        return found, False
+
+    def _open(self, pointer: Pointer) -> Checkpoint:
+        """The checkpoint that a pointer names; where it is gone the newest of that trial, which has gone on since."""
+        version = open_version(self.storage, self.config.name, pointer.version)
+        try:
+            named = [read_checkpoint(version.storage.child(CHECKPOINTS, pointer.checkpoint))]
+        except (MissingFile, CheckpointCorrupt):
+            named = []
+        found = _newest_whole(named) or _newest_whole(list_checkpoints(version.storage))
+        if found is None:
+            raise MissingFile(
+                f"trial {self.identity.name} is to go on from {pointer.path}, and {version.path} has no checkpoint: "
+                "a scheduler that clones trials needs them; leave checkpoint=False out"
+            )
+        return found
+
+    # ---- results
+
+    def next_result(self) -> dict[str, Any] | None:
+        """Trains until the next validation is over and its checkpoint on storage; then the workers stand still. None:
+        training has ended since the last result, and nothing more was measured."""
+        try:
+            if not self._results and not self.is_over:
+                self._train()
+            if not self._results and not self._has_told:
+                self._results.append(self._read_result(self.driver.step))
+            self._has_told = True
+            return self._results.pop(0) | self._where() if self._results else None
+        except Exception as error:
+            self.facts["error"] = {"session": self.identity.session, "text": f"{type(error).__name__}: {error}"}
+            self._abandon("failed")
+            raise
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing more to come."""
+        return self.is_over and not self._results
+
+    def _train(self) -> None:
+        """Until all ranks stand still, or the run is over."""
+        group, paused = self.execution.group, set[int]()
+        group.resume()
+        for rank, message in self._messages:
+            if rank == 0:
+                self._note(message)
+            if isinstance(message, Failure | Died | PeerLost):  # the ranks that go on know nothing of a pause
+                paused, self._is_pausing = set(), False
+            if self._results and not self._is_pausing and _is_training(message):
+                self._is_pausing = True
+                group.pause()
+            if isinstance(message, Paused):
+                paused.add(rank)
+                if len(paused) >= group.world_size:
+                    self._is_pausing = False
+                    self.driver.wait_for_storage()
+                    return
+        self.is_over = True
+        if self._measured is not None:
+            self._results.append(self._read_result(self._measured))
+        self.execution.finish(verbose=False)
+
+    def _note(self, message: Message) -> None:
+        steps, stage = self.facts["result_steps"], "validate" if self.validates else "train"
+        if isinstance(message, StageFinished):
+            if message.stage == "train":
+                self._epoch = message.epoch
+            if message.stage == stage and message.step not in steps:
+                self._measured = message.step
+                steps.append(message.step)
+        elif self._measured is not None and _is_training(message):  # what the epoch's end had to say is known too
+            self._results.append(self._read_result(self._measured))
+
+    def _read_result(self, step: int) -> dict[str, Any]:
+        values, metric = self.driver.callback_metrics, self.identity.metric
+        if metric is not None and metric not in values:
+            raise InvalidArguments(checks.say_unknown_metric(metric, values, "raylight.sweep"))
+        self._measured = None
+        number = max(sum(done <= step for done in self.facts["result_steps"]), 1)
+        return {**values, "epoch": self._epoch, "step": step, "training_iteration": number}
+
+    def _where(self) -> dict[str, Any]:
+        version, best = self.driver.version, self.driver.best
+        assert version is not None
+        return {"version": version.path, "best_checkpoint": best.path if best is not None else None}
+
+    # ---- what Tune asks for
+
+    def point_to_checkpoint(self) -> Pointer | None:
+        """The newest checkpoint, which is kept for a while; one of this moment is made where that is older than the
+        last result. None: this run makes no checkpoints."""
+        driver, reported = self.driver, max(self.facts["result_steps"], default=0)
+        is_old = driver.last is None or driver.last.step < reported
+        if is_old and self.config.checkpoint is not None and not self.is_over:
+            self.execution.group.request("save")
+            self._is_pausing = True
+            self.execution.group.pause()
+            self._train()
+        last = driver.last
+        if last is None or driver.version is None:
+            return None
+        self._pinned = [*(path for path in self._pinned if path != last.path), last.path][-NUM_PINNED:]
+        driver.protected = {*self._protected, *self._pinned}
+        return Pointer(self.identity.trial_id, driver.version.number, last.name, last.path)
+
+    def end(self, status: str) -> None:
+        """Stops the workers where they are and closes the version; nothing where it is over. They can be used again."""
+        if not self.is_over:
+            self._abandon(status)
+
+    def _abandon(self, status: str) -> None:
+        if not self.is_over:
+            self.is_over = True
+            self.execution.abandon(status)
+
+
+def has_validation(made: Made, config: Config) -> bool:
+    """Whether results come at validations; else they come at the end of each training epoch."""
+    from raylight.data_module import DataModule
+
+    if not config.limit_val_batches or not checks.is_overridden(made.module, "validation_step", Module):
+        return False
+    owners = ((made.module, Module), (made.loaders.data_module, DataModule))
+    hooks = (owner is not None and checks.is_overridden(owner, "val_dataloader", base) for owner, base in owners)
+    return made.loaders.validate is not None or any(hooks)
+
+
+def _is_training(message: Message) -> bool:
+    return isinstance(message, StageStarted | Progress) and message.stage == "train"
+
+
+def _newest_whole(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    return next((c for c in reversed(checkpoints) if not c.manifest.weights_only and not verify(c)), None)
