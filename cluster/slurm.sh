@@ -31,4 +31,5 @@ port=$((20000 + SLURM_JOB_ID % 10000))
 
 # On each node: starts Ray, the first as head; runs the script on the first when all are there; stops Ray at its end.
 exec srun --kill-on-bad-exit=1 \
-    ray symmetric-run --address "$address:$port" --min-nodes "$SLURM_JOB_NUM_NODES" -- python "$@"
+    ray symmetric-run --address "$address:$port" --min-nodes "$SLURM_JOB_NUM_NODES" --dashboard-host 127.0.0.1 -- \
+    env RAY_ADDRESS="$address:$port" python "$@"
