@@ -52,6 +52,7 @@ def connect(config: Config | None = None) -> Cluster:
             _local.start(num_cpus)
         else:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            _silence()
     elif ray.util.client.ray.is_connected():
         raise InvalidArguments(
             "this process is connected by Ray Client (ray://), which cannot stream what workers say. Run the script on "
@@ -132,8 +133,7 @@ class _LocalRay:
             self._init()
         else:
             self._init_in_a_thread_that_stays()
-        # Ray prints a paragraph for every process that dies, whatever log_to_driver says; raylight tells it itself.
-        ray._private.worker._worker_logs_enabled = False
+        _silence()
         self._session = session_name()
 
     def stop(self) -> None:
@@ -178,6 +178,11 @@ class _LocalRay:
         if errors:
             self._thread = None
             raise errors[0]
+
+
+def _silence() -> None:
+    """Ray prints a page for every process and node that dies, whatever log_to_driver says; raylight tells it itself."""
+    ray._private.worker._worker_logs_enabled = False
 
 
 _local = _LocalRay()

@@ -319,7 +319,7 @@ class RayGroup:
 
     def on_death(self, rank: int) -> str:
         member = self._roster.members[rank]
-        member.is_dead = True
+        self._roster.kill(member)  # it may only be out of reach
         return member.node_id
 
     def on_steady(self) -> None:

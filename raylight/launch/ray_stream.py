@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from raylight.launch.ray_cluster import is_node_alive
 from raylight.launch.ray_worker import Packed, unpack
@@ -101,7 +101,7 @@ class Stream(Iterator[tuple[int, Message]]):
         except RayActorError as error:
             self._drop(source)
             if rank is not None:
-                self._on_death(rank, str(error))
+                self._on_death(rank, error)
         except Exception as error:  # the wrapper around the rank failed, or what it sent cannot be loaded here
             self._drop(source)
             if rank is not None:
@@ -122,10 +122,12 @@ class Stream(Iterator[tuple[int, Message]]):
         elif isinstance(message, PeerLost):
             self._on_broken(rank, f"rank {rank} lost a peer", GRACE_AFTER_LOSS_S)
 
-    def _on_death(self, rank: int, text: str) -> None:
+    def _on_death(self, rank: int, error: RayActorError) -> None:
         node_id = self._group.on_death(rank)
-        reason = self._kill_reasons.pop(rank, None) or _describe_death(text)
-        self._ready.append((rank, Died(reason, node_lost=not is_node_alive(node_id))))
+        # Of a process that ends, its node tells at once. One of which nobody tells has lost its node.
+        node_lost = isinstance(error, ActorUnavailableError) or not is_node_alive(node_id)
+        reason = "its node is gone or cannot be reached" if node_lost else _describe_death(str(error))
+        self._ready.append((rank, Died(self._kill_reasons.pop(rank, reason), node_lost)))
         self._on_broken(rank, f"rank {rank} died", GRACE_AFTER_LOSS_S)
 
     def _on_broken(self, rank: int, reason: str, grace_s: float) -> None:
