@@ -121,6 +121,7 @@ class Execution:
             options={
                 "share_module": not isinstance(group, InProcessGroup),
                 "takes_new_hyperparameters": resume.takes_new_hyperparameters,
+                "trained": self._find_trained(resume),
             },
         )
         return task, console
@@ -228,6 +229,12 @@ class Execution:
         if self.previous is not None and self.previous.version is not None:
             return self.previous.version, 0
         return claim_version(storage, self.config.name), 0
+
+    def _find_trained(self, resume: Resume) -> tuple[int, int]:
+        """Steps and epochs behind the weights that are evaluated: where in the curves what they measure belongs."""
+        if resume.checkpoint is not None:
+            return resume.checkpoint.step, resume.checkpoint.epoch
+        return (self.previous.num_steps, self.previous.num_epochs) if self.previous is not None else (0, 0)
 
     def _draw_seed(self) -> int:
         """From torch's generator, so that a script which seeds torch gets the same order of samples each time."""

@@ -148,6 +148,7 @@ def _fit(rank: Rank) -> Iterator[Message]:
 
 
 def _evaluate(rank: Rank) -> Iterator[Message]:
+    rank.global_step, rank.current_epoch = rank.task.options.get("trained", (0, 0))
     open_evaluation_data(rank, rank.stage)
     yield from evaluate(rank, rank.stage)
 

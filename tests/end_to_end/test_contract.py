@@ -181,6 +181,23 @@ def test_resume_between_epochs_is_bit_identical(num_workers, tmp_path):
     assert steps.column("step").to_pylist() == list(range(1, 9))
 
 
+@pytest.mark.parametrize("num_workers", WORKERS[:2])
+def test_a_test_after_a_fit_is_logged_at_its_step_and_leaves_its_record(num_workers, tmp_path):
+    trainer = pl.Trainer(
+        num_workers=num_workers, use_gpu=False, max_epochs=2, storage_path=str(tmp_path), enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    loader = DataLoader(make_data(23), batch_size=4)
+    fitted = trainer.fit(Net(), loader)
+    before = json.loads((Path(fitted.path) / "run.json").read_text())
+    [measured] = trainer.test(dataloaders=loader, verbose=False)
+    after = json.loads((Path(fitted.path) / "run.json").read_text())
+    rows = [row for row in fitted.history().to_pylist() if row["name"] == "test_loss"]
+    assert [row["step"] for row in rows] == [fitted.num_steps]
+    assert after["metrics"]["test_loss"] == pytest.approx(measured["test_loss"])
+    assert {**after, "metrics": None} == {**before, "metrics": None}
+
+
 class Failing(Net):
     def training_step(self, batch, batch_idx):
         if self.global_step == 1 and self.global_rank == self.trainer.world_size - 1:
