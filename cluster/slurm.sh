@@ -23,6 +23,7 @@ source "${RAYLIGHT_VENV:-$HOME/raylight-env}/bin/activate"
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=120  # nodes start at their own pace; Ray's default is 30 s
+export RAY_gcs_rpc_server_reconnect_timeout_s=15   # for so long the others wait for a head that has ended; default 60
 
 # The address of the first node as the others see it; Ray's own port is per job, since nodes can be shared.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

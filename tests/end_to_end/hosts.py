@@ -68,6 +68,7 @@ umount --lazy --recursive /mnt
 mount --move /run/shared /mnt
 echo mounted
 read -r _  # until the network is there
+(until (: < /dev/tcp/127.0.0.1/22) 2>/dev/null; do sleep 0.02; done; echo listening) &
 exec /usr/sbin/sshd -D -f "$common/sshd_config" -E "$files/sshd.log"
 """
 
@@ -149,30 +150,34 @@ class Host:
         self._boot: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        """Boots. The home is as it was; /tmp, /run and /dev/shm are empty."""
+        """Boots, until sshd takes connections. The home is as it was; /tmp, /run and /dev/shm are empty."""
         self.home.mkdir(parents=True, exist_ok=True)
-        log = (self.files / "boot.log").open("a")
         kept = [REPOSITORY, sys.prefix, sys.base_prefix, self.network.folder]
         # setpriv: the host dies with this process, however that ends; --kill-child: with unshare dies all of it.
-        self._boot = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork",
-             "--kill-child", "--mount-proc", "bash", "-c", _BOOT, "boot", self.name, self.files, self.network.shared,
-             str(self.cpus), *kept],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
-        )  # fmt: skip
+        command = [
+            "setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork",
+            "--kill-child", "--mount-proc", "bash", "-c", _BOOT, "boot", self.name, self.files, self.network.shared,
+            str(self.cpus), *kept,
+        ]  # fmt: skip
+        with (self.files / "boot.log").open("a") as log:
+            self._boot = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            )
         _expect(self._boot, "mounted")
         self._connect()
         assert self._boot.stdin is not None
         self._boot.stdin.write("connected\n")
         self._boot.stdin.close()
+        _expect(self._boot, "listening")
 
     def kill(self) -> None:
         """Ends every process of the host at once, as a power cut does. A host that is dead stays dead."""
         if self._boot is None:
             return
-        # The cable first, else the kernel would tell the other side of every connection that it is closed.
-        self.network.configure(f"link delete {self._port}")
-        os.kill(self.pid, signal.SIGKILL)
+        if self._boot.poll() is None:
+            # The cable first, else the kernel would tell the other side of every connection that it is closed.
+            self.network.configure(f"link delete {self._port}")
+            os.kill(self.pid, signal.SIGKILL)
         self._boot.wait()  # until process 1 is gone, which the kernel keeps until all others are
         for pipe in (self._boot.stdin, self._boot.stdout):
             assert pipe is not None
@@ -260,4 +265,4 @@ def _expect(process: subprocess.Popen[Any], line: str) -> None:
     """Waits until the process says `line`."""
     assert process.stdout is not None
     said = process.stdout.readline()
-    assert said == f"{line}\n", f"expected {line!r} and got {said!r}; the process ended with {process.wait()}"
+    assert said == f"{line}\n", f"expected {line!r}, got {said!r}; what failed is in the host's boot.log"
