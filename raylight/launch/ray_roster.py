@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raylight.launch.ray_placement import Placement, Slot
 from raylight.launch.ray_worker import RankActor, Site
 from raylight.task import Place
+
+RETRY_EVERY_S = 0.5
+"""Ray may send a new actor to a node whose loss it has not noticed yet."""
 
 
 @dataclass(eq=False, slots=True)
@@ -95,13 +99,16 @@ class Roster:
             standby.slot, standby.gpu_ids = old.slot, old.gpu_ids
             self.members[rank] = standby
             return True
-        assert old.slot is not None
-        new = self._enlist(old.slot, f"rank{rank}")
-        if new.visit(timeout_s):
-            self.members[rank] = new
-            return True
-        self._recruits.append(new)
-        return False
+        deadline = time.monotonic() + timeout_s
+        while True:
+            new = self._enlist(old.slot, f"rank{rank}")
+            if new.visit(max(0.0, deadline - time.monotonic())):
+                self.members[rank] = new
+                return True
+            if time.monotonic() >= deadline:
+                self._recruits.append(new)
+                return False
+            time.sleep(RETRY_EVERY_S)
 
     def recruit(self, count: int) -> None:
         """Asks for room and an actor for `count` more ranks, which come when there is room."""
@@ -110,13 +117,15 @@ class Roster:
     @property
     def num_recruits(self) -> int:
         """How many are there and could join."""
-        self._recruits = [one for one in self._recruits if not one.is_dead]
+        for index, one in enumerate(self._recruits):
+            if not one.is_up and one.is_dead:
+                self._recruits[index] = self._enlist(one.slot, "recruit")
         return sum(one.is_up for one in self._recruits)
 
     def adopt(self) -> int:
         """Recruits that are there become the last ranks; returns how many."""
         arrived = [one for one in self._recruits if one.is_up]
-        self._recruits = [one for one in self._recruits if one not in arrived and not one.is_dead]
+        self._recruits = [one for one in self._recruits if one not in arrived]
         self.members += arrived
         return len(arrived)
 
@@ -153,7 +162,8 @@ class Roster:
         self.members, self._standbys, self._recruits = [], [], []
         self._placement.remove()
 
-    def _enlist(self, slot: Slot, role: str) -> Member:
+    def _enlist(self, slot: Slot | None, role: str) -> Member:
+        assert slot is not None
         return self._create(role, slot, self._placement.actor_options() | {"scheduling_strategy": slot.strategy})
 
     def _create(self, role: str, slot: Slot | None, options: dict[str, Any], is_standby: bool = False) -> Member:
