@@ -149,7 +149,11 @@ def compare_ray_train(folder: Path) -> dict[str, Any]:
     from ray.train.torch import TorchTrainer
 
     num_threads = torch.get_num_threads()
-    ray.init(num_cpus=num_threads + 1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    root = str(Path(__file__).resolve().parents[1])
+    ray.init(
+        num_cpus=num_threads + 1, include_dashboard=False, log_to_driver=False, configure_logging=False,
+        runtime_env={"env_vars": {"PYTHONPATH": root}},
+    )  # fmt: skip
     try:
         result = folder / "result.json"
         local = folder / "local"

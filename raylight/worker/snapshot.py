@@ -6,6 +6,7 @@ it, is copied while the next batch goes forward and backward; `Snapshots.wait` i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -296,4 +297,6 @@ def _copy_in_one_thread(copy: Copy) -> None:
 def _lower_priority() -> None:
     if sys.platform == "linux":  # where niceness belongs to a thread
         thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _WRITER_NICENESS))
+        niceness = min(19, os.getpriority(os.PRIO_PROCESS, thread) + _WRITER_NICENESS)
+        with contextlib.suppress(PermissionError):  # some sandboxes forbid it, and it is a courtesy only
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
