@@ -44,14 +44,15 @@ def time_script(command: list[str]) -> dict[str, float]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment["PYTHONPATH"] = str(HERE.parent)
     with tempfile.TemporaryDirectory() as folder:
-        marks = Path(folder, "marks")
+        marks, output = Path(folder, "marks"), Path(folder, "output")
         start = time.time()
-        done = subprocess.run(
-            [sys.executable, *command, str(marks)], cwd=folder, env=environment, timeout=LIMIT_S,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        with output.open("w") as file:  # no pipe: a daemon of Ray that outlives the script would keep it open
+            done = subprocess.run(
+                [sys.executable, *command, str(marks)], cwd=folder, env=environment, timeout=LIMIT_S,
+                stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-4000:]}")
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{output.read_text()[-4000:]}")
         events = dict(line.split() for line in marks.read_text().splitlines())
     return {event: float(moment) - start for event, moment in events.items()}
 
