@@ -6,6 +6,7 @@ The module itself can be called: `raylight.sweep(...)` is `raylight.sweep.sweep(
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import sys
 import types
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from raylight.arguments import as_list, resolve
 from raylight.config import Checkpointing, Config
 from raylight.errors import InvalidArguments, RaylightError
+from raylight.seeding import isolate_rng
 from raylight.storage.filesystem import Storage
 from raylight.storage.location import locate
 from raylight.storage.remote_files import RemoteFiles
@@ -64,8 +66,7 @@ def sweep(
         module_or_function, data=data, metric=metric, mode=mode, space=plan.space, **trainer_arguments
     )
     _check_first_trial(plan, trial_class)
-    config = resolve(_without_scale(trainer_arguments), find_available({}))
-    run = Storage(config.storage_path, config.storage_filesystem).child(config.name)
+    config, run = resolve(_without_scale(trainer_arguments), find_available({})), trial_class.run_storage
     with _tune_environment():
         watcher, tuner, folder = _make_tuner(plan, trial_class, config, run, resume)
         try:
@@ -95,8 +96,8 @@ def trainable(
     room = plan_room(scale, find_available(scale))
     ray_cluster.connect(Config(num_workers=max(room.num_workers, 1), resources_per_worker=room.worker))
     attributes = {
-        "shipment": Shipment(recipe), "scale": scale, "metric": metric, "session": uuid.uuid4().hex,
-        "takes_scale_from_space": recipe.is_class, "__module__": __name__,
+        "shipment": Shipment(recipe), "run_storage": _find_run(recipe.arguments), "scale": scale, "metric": metric,
+        "session": uuid.uuid4().hex, "takes_scale_from_space": recipe.is_class, "__module__": __name__,
     }  # fmt: skip
     return type(recipe.name, (Trial,), attributes)
 
@@ -133,6 +134,10 @@ def _complete(arguments: Mapping[str, Any], metric: str | None, mode: str) -> di
     return completed
 
 
+def _find_run(arguments: Mapping[str, Any]) -> Storage:
+    return Storage(arguments["storage_path"], arguments.get("storage_filesystem")).child(arguments["name"])
+
+
 def _check_first_trial(plan: Plan, trial_class: type[Trial]) -> None:
     """Makes the trial of one configuration as far as that goes without training it, and looks whether it has room."""
     from raylight.launch import ray_cluster
@@ -145,7 +150,8 @@ def _check_first_trial(plan: Plan, trial_class: type[Trial]) -> None:
     if drawn is None:
         return
     try:
-        made: Made = trial_class.shipment.open().make(drawn)
+        with isolate_rng():
+            made: Made = trial_class.shipment.open().make(drawn)
     except RaylightError:
         raise
     except Exception as error:
@@ -174,6 +180,8 @@ def _say(text: str) -> None:
 def _tune_environment() -> Iterator[None]:
     """What Tune reads from the environment. raylight writes TensorBoard's files itself, in each trial's version, and
     tells of trials and errors in its own table."""
+    said_already = lambda record: not str(record.msg).startswith("Trials did not complete")  # noqa: E731
+    logging.getLogger("ray.tune.tune").addFilter(said_already)
     wanted = {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": NOTE_EVERY_S,
         "RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
@@ -183,6 +191,7 @@ def _tune_environment() -> Iterator[None]:
     try:
         yield
     finally:
+        logging.getLogger("ray.tune.tune").removeFilter(said_already)
         for name in added:
             os.environ.pop(name, None)
 
@@ -193,6 +202,7 @@ def _make_tuner(
     """A new Tuner with its folder in the run, or the one that is resumed; and who watches it."""
     from ray import tune
     from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
+    from ray.tune.schedulers import ResourceChangingScheduler
 
     from raylight.tuning.watcher import Watcher
 
@@ -221,7 +231,8 @@ def _make_tuner(
             scheduler=plan.scheduler,
             search_alg=plan.search_alg,
             max_concurrent_trials=plan.max_concurrent_trials,
-            reuse_actors=True,
+            # Which Tune does not allow where actors change their size.
+            reuse_actors=not isinstance(plan.scheduler, ResourceChangingScheduler),
             trial_dirname_creator=str,
         ),
         run_config=tune.RunConfig(

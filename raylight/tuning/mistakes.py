@@ -77,7 +77,7 @@ def find_mistakes(plan: Plan) -> list[str]:
             mistakes.append(f"{name} must be a whole number of at least 1; {value!r} was given")
     mistakes += _find_in_tune_objects(plan)
     if isinstance(plan.space, Mapping) and all(isinstance(key, str) for key in plan.space):
-        return mistakes + _find_in_space(plan)
+        return mistakes + ([] if _find_in_target(plan.recipe.target) else _find_in_space(plan))
     return [*mistakes, f"space must be a dict with names as keys, such as {_EXAMPLE}; {plan.space!r} was given"]
 
 
@@ -107,7 +107,7 @@ def _find_in_tune_objects(plan: Plan) -> list[str]:
             what = f"the class {given.__name__}: pass an instance" if isinstance(given, type) else repr(given)
             mistakes.append(f"{name} must be one of Ray Tune's objects; it is {what}")
             continue
-        inner = getattr(given, "searcher", given)
+        inner = getattr(given, "searcher", getattr(given, "_base_scheduler", given))
         twice = [word for word in ("metric", "mode") if getattr(inner, f"_{word}", None)]
         if twice:
             words = " and ".join(f"{word}={getattr(inner, f'_{word}')!r}" for word in twice)

@@ -10,10 +10,14 @@ from typing import Any
 from raylight.argument_rules import RULES
 from raylight.data_module import DataModule
 from raylight.errors import InvalidArguments
+from raylight.module import Module
 from raylight.task import Loaders
 
 SCALE_ARGUMENTS = ("num_workers", "use_gpu", "resources_per_worker", "strategy")
 """What says how much room a trial takes. Tune asks for it before anything of the trial exists."""
+PLACE_ARGUMENTS = ("storage_path", "default_root_dir", "storage_filesystem", "name")
+"""What says which run it is, one for all trials."""
+TRAINER_KEYS = tuple(name for name in RULES if name not in PLACE_ARGUMENTS)
 
 Config = Mapping[str, Any]
 
@@ -58,14 +62,15 @@ class Recipe:
         if not self.is_class:
             return {}
         parameters = inspect.signature(self.target).parameters
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        has_own = getattr(self.target, "__init__", None) is not Module.__init__
+        takes_all = has_own and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         return {
             key: value for key, value in config.items()
             if key in parameters or (takes_all and not self._is_taken_elsewhere(key))
         }  # fmt: skip
 
     def trainer_arguments(self, config: Config) -> dict[str, Any]:
-        return {key: value for key, value in config.items() if self.is_class and key in RULES}
+        return {key: value for key, value in config.items() if self.is_class and key in TRAINER_KEYS}
 
     def data_arguments(self, config: Config) -> dict[str, Any]:
         """Of a DataModule class."""
@@ -89,10 +94,10 @@ class Recipe:
     def known_keys(self) -> list[str]:
         """All keys that something takes, for the text of an error."""
         own = [name for name in inspect.signature(self.target).parameters if self.is_class]
-        return [*own, *self._data_class_parameters(), *RULES]
+        return [*own, *self._data_class_parameters(), *TRAINER_KEYS]
 
     def _is_taken_elsewhere(self, key: str) -> bool:
-        return key in RULES or self._data_class_takes(key)
+        return key in TRAINER_KEYS or self._data_class_takes(key)
 
     def _data_class_takes(self, key: str) -> bool:
         return key in self._data_class_parameters()
@@ -114,7 +119,7 @@ class Recipe:
         parts = returned if isinstance(returned, tuple) else (returned,)
         module, data, arguments = (*parts, None, None)[:3]
         arguments = dict(arguments or {})
-        misplaced = [name for name in arguments if name in SCALE_ARGUMENTS]
+        misplaced = [name for name in arguments if name in SCALE_ARGUMENTS + PLACE_ARGUMENTS]
         if len(parts) > 3 or misplaced:
             what = f"{', '.join(misplaced)}: pass these to raylight.sweep" if misplaced else f"{len(parts)} values"
             raise InvalidArguments(f"{self.name} returned {what}; it returns (module, data, trainer arguments)")

@@ -1,21 +1,25 @@
-"""Trial: what Ray Tune runs. Its process is the driver of one trial's run, and keeps the workers for the next trial."""
+"""Trial: what Ray Tune runs. Its process is the driver of one trial's run, and keeps the workers for the next trial.
+
+A process that Tune starts imports this before it knows what it is for: torch and all that needs it come later.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
 from ray import tune
 
 from raylight.errors import InvalidArguments
-from raylight.launch import handover, ray_actors
-from raylight.loading import Pointer
-from raylight.seeding import seed_process
-from raylight.trainer import find_available
-from raylight.tuning.recipe import SCALE_ARGUMENTS, Recipe
-from raylight.tuning.room import Room, plan
-from raylight.tuning.trial_run import Identity, TrialRun
+from raylight.storage.filesystem import Storage
+from raylight.tuning.notes import Notes
+
+if TYPE_CHECKING:
+    from raylight.loading import Pointer
+    from raylight.tuning.recipe import Recipe
+    from raylight.tuning.room import Room
+    from raylight.tuning.trial_run import TrialRun
 
 
 class Shipment:
@@ -24,12 +28,16 @@ class Shipment:
     def __init__(self, recipe: Recipe):
         import numpy as np
 
+        from raylight.launch import handover
+
         payload, buffers = handover.dump(recipe)
         self._payload: Any = ray.put(payload)
         self._buffers: Any = ray.put([np.frombuffer(buffer, dtype=np.uint8) for buffer in buffers])
 
     def open(self) -> Recipe:
         """Anew at each call, so that no trial sees what another has changed."""
+        from raylight.launch import handover
+
         return handover.load(ray.get(self._payload), ray.get(self._buffers))
 
 
@@ -37,6 +45,8 @@ class Trial(tune.Trainable):
     """Subclassed by `raylight.sweep.trainable`. Each step is one result; between two, the workers stand still."""
 
     shipment: ClassVar[Shipment]
+    run_storage: ClassVar[Storage]
+    """Where the versions are."""
     scale: ClassVar[dict[str, Any]]
     """Those trainer arguments that say how much room a trial takes."""
     takes_scale_from_space: ClassVar[bool]
@@ -50,6 +60,10 @@ class Trial(tune.Trainable):
 
     @classmethod
     def plan_room(cls, config: dict[str, Any]) -> Room:
+        from raylight.trainer import find_available
+        from raylight.tuning.recipe import SCALE_ARGUMENTS
+        from raylight.tuning.room import plan
+
         from_space = {key: config[key] for key in SCALE_ARGUMENTS if key in config and cls.takes_scale_from_space}
         arguments = cls.scale | from_space
         return plan(arguments, find_available(arguments))
@@ -73,14 +87,23 @@ class Trial(tune.Trainable):
         return True
 
     def load_checkpoint(self, checkpoint: Any) -> None:
+        from raylight.loading import Pointer
+
         self._end_run()
         self._pointer = Pointer.read(checkpoint)
 
     def step(self) -> dict[str, Any]:
+        notes = Notes(self.run_storage, self.trial_id)
         if self._run is None:
-            self._run = self._make_run()
-            self._run.begin(self._pointer)
-        result = self._run.next_result()
+            notes.raise_again(self.session)
+        try:
+            if self._run is None:
+                self._run = self._make_run(notes)
+                self._run.begin(self._pointer)
+            result = self._run.next_result()
+        except Exception as error:
+            notes.write_error(error, self.session)
+            raise
         if result is None:
             return {tune.result.RESULT_DUPLICATE: True, tune.result.DONE: True}
         return {**result, tune.result.DONE: self._run.is_done}
@@ -91,12 +114,18 @@ class Trial(tune.Trainable):
             pointer.write(checkpoint_dir)
 
     def cleanup(self) -> None:
-        self._end_run()
-        ray_actors.release_all()
+        if self._run is not None:
+            from raylight.launch import ray_actors
+
+            self._end_run()
+            ray_actors.release_all()
 
     # ---- one run
 
-    def _make_run(self) -> TrialRun:
+    def _make_run(self, notes: Notes) -> TrialRun:
+        from raylight.seeding import seed_process
+        from raylight.tuning.trial_run import TrialRun
+
         recipe = self.shipment.open()
         seed = recipe.trainer_arguments(self._values).get("seed", recipe.arguments.get("seed"))
         # Each trial anew: its first weights must not depend on what this process has trained before.
@@ -106,7 +135,7 @@ class Trial(tune.Trainable):
         if resources is None:
             raise InvalidArguments("a trial needs Ray Tune: pass raylight.sweep.trainable(...) to ray.tune.Tuner")
         made.arguments |= self.plan_room(self._values).resized(resources.bundles).arguments()
-        return TrialRun(made, self._values, Identity(self.trial_id, self.trial_name, self.session, self.metric))
+        return TrialRun(made, self._values, self.trial_id, self.trial_name, notes, self.metric)
 
     def _end_run(self) -> None:
         if self._run is not None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from raylight import checks
 from raylight.arguments import as_list, resolve
 from raylight.config import Config, to_plain
 from raylight.driver.run import Run
-from raylight.errors import CheckpointCorrupt, InvalidArguments, MissingFile, WorkerFailed
+from raylight.errors import CheckpointCorrupt, InvalidArguments, MissingFile
 from raylight.execution import Execution
 from raylight.loading import Pointer, Resume
 from raylight.messages import (
@@ -33,30 +31,21 @@ from raylight.storage.filesystem import Storage
 from raylight.storage.summaries import is_number
 from raylight.storage.versions import Version, claim_version, open_version
 from raylight.trainer import find_available
+from raylight.tuning.notes import Notes
 from raylight.tuning.recipe import Made
 
 NUM_PINNED = 2
 """How many checkpoints that Tune was told of are kept besides the best and the last: other trials may clone them."""
-TRIALS = "trials"
-"""Folder of the run that says which version belongs to which trial."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who a trial is. `session` is new for each call of sweep, so that a resumed sweep tries failed trials again."""
-
-    trial_id: str
-    name: str
-    session: str
-    metric: str | None = None
 
 
 class TrialRun:
     """A trial that was begun before, by a process that is gone or on an actor that has another trial now, goes on in
     its own version. Raises InvalidArguments where the configuration cannot work."""
 
-    def __init__(self, made: Made, values: Mapping[str, Any], identity: Identity):
-        self.identity, self.values = identity, dict(values)
+    def __init__(
+        self, made: Made, values: Mapping[str, Any], trial_id: str, name: str, notes: Notes, metric: str | None = None
+    ):
+        self.values, self.trial_id, self.name, self.notes, self.metric = dict(values), trial_id, name, notes, metric
         callbacks = as_list(made.arguments.get("callbacks"))
         self.config: Config = resolve(made.arguments, find_available(made.arguments))
         mistakes = checks.check_run("fit", made.module, made.loaders, self.config, callbacks)
@@ -81,7 +70,6 @@ class TrialRun:
             # Tune was killed before it noted this trial, and has drawn another under its name.
             version, record = self._claim_version(), {}
         facts: dict[str, Any] = dict(record.get("trial") or {"clones": [], "result_steps": []})
-        self._raise_if_failed(facts)
         source, is_clone = self._find_source(version, facts, pointer)
         step = source.step if source is not None else 0
         if is_clone and source is not None and pointer is not None:
@@ -97,8 +85,8 @@ class TrialRun:
             facts["result_steps"] = cloned.get("trial", facts)["result_steps"]
         is_changed = "config" in facts and facts["config"] != to_plain(self.values)
         self.facts = facts | {
-            "id": self.identity.trial_id,
-            "name": self.identity.name,
+            "id": self.trial_id,
+            "name": self.name,
             "config": to_plain(self.values),
             "result_steps": [done for done in facts["result_steps"] if done <= step],
         }
@@ -118,31 +106,20 @@ class TrialRun:
 
     def _find_version(self) -> Version:
         """This trial's own version, claimed where it has none yet."""
-        try:
-            note = self.storage.child(self.config.name, TRIALS).read_bytes(f"{self.identity.trial_id}.json")
-        except MissingFile:
-            return self._claim_version()
-        return open_version(self.storage, self.config.name, json.loads(note)["version"])
+        number = self.notes.read().get("version")
+        return open_version(self.storage, self.config.name, number) if number is not None else self._claim_version()
 
     def _claim_version(self) -> Version:
         version = claim_version(self.storage, self.config.name)
-        note = json.dumps({"version": version.number, "name": self.identity.name})
-        notes = self.storage.child(self.config.name, TRIALS)
-        notes.write(f"{self.identity.trial_id}.json", [note.encode()])
+        self.notes.write(version=version.number, name=self.name)
         return version
-
-    def _raise_if_failed(self, facts: dict[str, Any]) -> None:
-        """What user code does wrong it does again: where Tune tries the trial once more, it ends at once."""
-        error = facts.pop("error", None)
-        if error is not None and error["session"] == self.identity.session:
-            raise WorkerFailed(error["text"])
 
     def _find_source(
         self, version: Version, facts: Mapping[str, Any], pointer: Pointer | None
     ) -> tuple[Checkpoint | None, bool]:
         """The checkpoint to begin from, and whether it is another trial's."""
         last_clone = facts["clones"][-1] if facts["clones"] else None
-        is_foreign = pointer is not None and pointer.trial_id != self.identity.trial_id
+        is_foreign = pointer is not None and pointer.trial_id != self.trial_id
         if is_foreign:
             assert pointer is not None
             asked = {"trial": pointer.trial_id, "config": to_plain(self.values)}
@@ -165,7 +142,7 @@ class TrialRun:
         found = _newest_whole(named) or _newest_whole(list_checkpoints(version.storage))
         if found is None:
             raise MissingFile(
-                f"trial {self.identity.name} is to go on from {pointer.path}, and {version.path} has no checkpoint: "
+                f"trial {self.name} is to go on from {pointer.path}, and {version.path} has no checkpoint: "
                 "a scheduler that clones trials needs them; leave checkpoint=False out"
             )
         return found
@@ -183,7 +160,7 @@ class TrialRun:
             self._has_told = True
             return self._results.pop(0) | self._where() if self._results else None
         except Exception as error:
-            self.facts["error"] = {"session": self.identity.session, "text": f"{type(error).__name__}: {error}"}
+            self.driver.record["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
             self._abandon("failed")
             raise
 
@@ -227,7 +204,7 @@ class TrialRun:
             self._results.append(self._read_result(self._measured))
 
     def _read_result(self, step: int) -> dict[str, Any]:
-        values, metric = self.driver.callback_metrics, self.identity.metric
+        values, metric = self.driver.callback_metrics, self.metric
         if metric is not None and metric not in values:
             raise InvalidArguments(checks.say_unknown_metric(metric, values, "raylight.sweep"))
         self._measured = None
@@ -256,7 +233,7 @@ class TrialRun:
             return None
         self._pinned = [*(path for path in self._pinned if path != last.path), last.path][-NUM_PINNED:]
         driver.protected = {*self._protected, *self._pinned}
-        return Pointer(self.identity.trial_id, driver.version.number, last.name, last.path)
+        return Pointer(self.trial_id, driver.version.number, last.name, last.path)
 
     def end(self, status: str) -> None:
         """Stops the workers where they are and closes the version; nothing where it is over. They can be used again."""
