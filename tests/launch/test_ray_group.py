@@ -273,6 +273,7 @@ def raise_on_rank_1(task: Task, place: Place, control: Control) -> Iterator[Mess
     except RuntimeError as error:
         control.check()
         yield PeerLost(0, str(error))
+        return
     yield finish()
 
 
