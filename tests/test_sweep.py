@@ -29,7 +29,8 @@ from raylight.errors import InvalidArguments, NotEnoughResources
 from raylight.runs import list_summaries
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # also for the fixtures that many tests share
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+# Not yet in CI: the suite has not been through a quiet machine. `make soak` runs it.
+pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("ray_cluster")]
 
 NUM_SAMPLES = 192
 TARGET = torch.tensor([1.0, -2.0, 0.5, 3.0])
