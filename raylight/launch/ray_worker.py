@@ -270,7 +270,7 @@ def _import_torch(at_low_priority: bool) -> None:
     importlib.import_module("torch")
     importlib.import_module("torch._dynamo")
     importlib.import_module("raylight.launch.handover")
-    importlib.import_module("raylight.worker.process_group")
+    importlib.import_module("raylight.worker.entry")
     # What is imported stays; the garbage collector need not look through it again, in training or between runs.
     gc.freeze()
 
