@@ -1,4 +1,4 @@
-"""What all tests share: one Ray for the session, started when the first test asks for it."""
+"""What all tests share: one Ray and one S3 server for the session, each started when the first test asks for it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ def ray_cluster() -> Iterator[Cluster]:
     yield ray_actors.connect(Config(num_workers=NUM_CPUS))
     ray_actors.release_all()
     ray_cluster.disconnect()
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    from tests.faults_storage import s3_server
+
+    with s3_server() as port:
+        yield port
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import http.client
-import logging
 import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -188,26 +189,37 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # the client was gone first
 
 
+S3_SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+from werkzeug.serving import WSGIRequestHandler
+
+WSGIRequestHandler.disable_nagle_algorithm = True  # it sends head and body apart, which costs 40 ms each time
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
 @contextmanager
 def s3_server() -> Iterator[int]:
-    """The port of moto's server, with an empty bucket `BUCKET`."""
+    """The port of moto's server, with an empty bucket `BUCKET`. The server has a process of its own: what it holds
+    belongs to its process, and moto's mocks of AWS, which other tests use, forget it."""
     os.environ.update(CREDENTIALS)
-    from moto.server import ThreadedMotoServer
-    from werkzeug.serving import WSGIRequestHandler
-
-    WSGIRequestHandler.disable_nagle_algorithm = True  # it sends head and body apart, which costs 40 ms each time
-    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    try:
+    command = [sys.executable, "-c", S3_SERVER]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
         connection = http.client.HTTPConnection("127.0.0.1", port)
         connection.request("PUT", f"/{BUCKET}")
         assert connection.getresponse().status == 200
         connection.close()
-        yield port
-    finally:
-        server.stop()
+        try:
+            yield port
+        finally:
+            server.kill()
 
 
 def uri_at(port: int, prefix: str = "") -> str:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,10 @@ from raylight import cli
 from raylight.report import tables
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
-from tests.faults_storage import s3_server, uri_at
+from tests.faults_storage import uri_at
 from tests.test_runs import make_run
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def s3_port() -> Iterator[int]:
-    with s3_server() as port:
-        yield port
 
 
 @pytest.fixture(params=["local", "s3"])

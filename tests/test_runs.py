@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,7 @@ from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Checkpoint, Manifest
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
-from tests.faults_storage import s3_server, uri_at
-
-
-@pytest.fixture(scope="module")
-def s3_port() -> Iterator[int]:
-    with s3_server() as port:
-        yield port
+from tests.faults_storage import uri_at
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -27,7 +27,7 @@ class WorkerReset:
         """Remembers the files of the user's modules as they are now. One that was written after the last note may not
         be what was imported, and counts as changed."""
         for name, module in list(sys.modules.items()):
-            if name not in self._stamps and _is_users_module(module):
+            if name not in self._stamps and is_users_module(module):
                 stamp = _stamp(module)
                 self._stamps[name] = stamp if stamp is not None and stamp[0] < self._seen_at else None
         self._seen_at = time.time_ns()
@@ -88,7 +88,7 @@ def _restore_torch() -> None:
         sys.modules["torch._dynamo"].reset()
 
 
-def _is_users_module(module: ModuleType) -> bool:
+def is_users_module(module: ModuleType) -> bool:
     file = getattr(module, "__file__", None)
     return isinstance(file, str) and file.endswith(".py") and module.__name__ != "__main__" and is_users(file)
 

@@ -17,7 +17,7 @@ from raylight.driver.journal import Journal, merge_metrics, read_metrics
 from raylight.errors import StorageError
 from raylight.storage.filesystem import Storage
 from raylight.storage.retry import Backoff
-from tests.faults_storage import Fault, FaultProxy, s3_server
+from tests.faults_storage import Fault, FaultProxy
 
 
 @pytest.fixture
@@ -290,11 +290,10 @@ def test_importing_it_loads_no_pyarrow():
 
 
 @pytest.fixture
-def proxy():
-    with s3_server() as port:
-        proxy = FaultProxy(port)
-        yield proxy
-        proxy.close()
+def proxy(s3_port):
+    proxy = FaultProxy(s3_port)
+    yield proxy
+    proxy.close()
 
 
 def test_on_s3_rows_are_kept_while_storage_is_away(proxy):

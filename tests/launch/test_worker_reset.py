@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from raylight.launch.worker_reset import WorkerReset
+from raylight.launch.worker_reset import WorkerReset, is_users_module
 
 
 @pytest.fixture
@@ -17,6 +17,9 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     before = dict(sys.modules)
+    for name, module in before.items():  # other tests have imported modules whose files are gone, which is a change
+        if is_users_module(module):
+            del sys.modules[name]
     yield tmp_path
     for name in ("user_part", "user_whole"):
         sys.modules.pop(name, None)

@@ -11,15 +11,9 @@ import pytest
 
 from raylight.storage.filesystem import Storage
 from raylight.storage.retry import Backoff
-from tests.faults_storage import FaultProxy, s3_server, uri_at
+from tests.faults_storage import FaultProxy, uri_at
 
 QUICK = Backoff(num_attempts=6, first_s=0.01, longest_s=0.05)
-
-
-@pytest.fixture(scope="session")
-def s3_port() -> Iterator[int]:
-    with s3_server() as port:
-        yield port
 
 
 @pytest.fixture
