@@ -252,7 +252,8 @@ RankActor: Any = ray.remote(**_OPTIONS)(RankWorker)
 def _import_torch(at_low_priority: bool) -> None:
     """What every first step would import. A standby does it in the time that running workers leave."""
     if at_low_priority and sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + 10))
     # c10d writes a stack trace into the log for each peer that it loses; raylight reports that itself.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     importlib.import_module("torch")
