@@ -13,7 +13,7 @@ import pytest
 from raylight import cli
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = '''
+SCRIPT = """
 import sys
 import torch
 import raylight as pl
@@ -44,7 +44,7 @@ pl.fit(
     Net(), loader, num_workers=num_workers, use_gpu=False, seed=5, storage_path="runs", name="net", max_epochs=1,
     max_restarts=0, enable_progress_bar=False, checkpoint={"every_n_steps": 1}, detect_anomaly=kind == "stop",
 )
-'''
+"""
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:

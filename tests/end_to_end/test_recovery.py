@@ -169,10 +169,10 @@ def read_ids(folder: Path, num_ranks: int, epoch: int) -> list[int]:
 
 
 def test_an_elastic_group_goes_on_with_fewer_and_takes_on_who_comes(tmp_path):
-    arguments = {
-        "num_workers": (1, 2), "replacement_timeout_s": 0.0, "num_standby": 0, "global_batch_size": 8, "max_epochs": 200,
-    }  # fmt: skip
-    _, result = fit(tmp_path, kind=Patient, faults=[FailAt(1, 3, "data", "kill", tmp_path)], **arguments)
+    _, result = fit(
+        tmp_path, kind=Patient, faults=[FailAt(1, 3, "data", "kill", tmp_path)], num_workers=(1, 2), num_standby=0,
+        replacement_timeout_s=0.0, global_batch_size=8, max_epochs=200,
+    )  # fmt: skip
     assert result.num_steps == 6 * result.num_epochs  # whoever makes them
     restarts = pl.open_run(str(tmp_path)).record["restarts"]
     assert [restart["world_size"] for restart in restarts] == [1, 2]

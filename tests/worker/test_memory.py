@@ -68,9 +68,7 @@ def test_a_batch_that_nearly_fits_gets_advice(tmp_path):
     fault = FailAt(0, 1, "forward", "memory", tmp_path)
     loader = torch.utils.data.DataLoader(torch.randn(64, 4), batch_size=16)
     with pytest.raises(pl.WorkerFailed, match="more were asked for"):
-        pl.fit(
-            Quiet(), loader, num_workers=0, storage_path=str(tmp_path), enable_progress_bar=False, callbacks=[fault]
-        )
+        pl.fit(Quiet(), loader, num_workers=0, storage_path=str(tmp_path), enable_progress_bar=False, callbacks=[fault])
 
 
 class Quiet(Net):
