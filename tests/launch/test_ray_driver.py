@@ -256,7 +256,7 @@ def main():
     while group.num_recruits < 1:
         time.sleep(0.05)
     group.drop(dead)
-    print(group.adopt())
+    print(group.adopt(5))
     places = {}
     for rank, message in group.rejoin(make_task()):
         if isinstance(message, Notice):
