@@ -54,7 +54,7 @@ def measure() -> list[Figure]:
                 try:
                     found.append(time_recovery(name))
                     print(f"{repetition + 1} of {NUM_REPETITIONS}: {name} {found[-1][0]:.2f} s", flush=True)
-                except NotRecovered as error:
+                except NotRecovered:
                     failed[name] = failed.get(name, 0) + 1
                     if name.startswith("raylight") or failed[name] > MAX_FAILED:
                         raise
