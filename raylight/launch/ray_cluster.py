@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import math
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +129,8 @@ class _LocalRay:
     def start(self, num_cpus: int) -> None:
         self._num_cpus = max(num_cpus, os.cpu_count() or 1)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray gives its workers a niceness of 15: less of a busy machine than torchrun's get, and than Ray's own agents.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # Else Ray warns on every start that it hides GPUs from workers that asked for none, and that this will change.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if threading.current_thread() is threading.main_thread():
@@ -135,6 +139,7 @@ class _LocalRay:
             self._init_in_a_thread_that_stays()
         _silence()
         self._session = session_name()
+        _put_helpers_behind(self._session)
 
     def stop(self) -> None:
         if not self.is_running:
@@ -178,6 +183,35 @@ class _LocalRay:
         if errors:
             self._thread = None
             raise errors[0]
+
+
+def _put_helpers_behind(session: str) -> None:
+    """Ray's agents and monitors import for seconds while workers begin; on the driver's machine they can wait."""
+    if sys.platform != "linux":
+        return
+    processes = list(_processes())
+    raylets = {pid for pid, _, command in processes if session in command and "/raylet " in command}
+    for pid, parent, command in processes:
+        is_agent = parent in raylets and any(name in command for name in _AGENTS)
+        if is_agent or (session in command and any(name in command for name in _MONITORS) and pid not in raylets):
+            with contextlib.suppress(OSError):  # it has ended, or a sandbox forbids it
+                os.setpriority(os.PRIO_PROCESS, pid, _HELPER_NICENESS)
+
+
+def _processes() -> Iterator[tuple[int, int, str]]:
+    """Number, parent's number and command line of each."""
+    for entry in os.scandir("/proc"):
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit():
+                with open(f"/proc/{entry.name}/stat") as file:
+                    parent = int(file.read().rpartition(")")[2].split()[1])
+                with open(f"/proc/{entry.name}/cmdline", "rb") as file:
+                    yield int(entry.name), parent, file.read().replace(b"\0", b" ").decode(errors="replace")
+
+
+_AGENTS = ("dashboard/agent.py", "runtime_env/agent/main.py", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+_MONITORS = ("log_monitor.py", "monitor.py", "dashboard.py")
+_HELPER_NICENESS = 10
 
 
 def _silence() -> None:
