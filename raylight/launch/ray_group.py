@@ -14,10 +14,10 @@ from raylight.config import Config
 from raylight.launch import handover, ray_cluster
 from raylight.launch.ray_delivery import Delivery
 from raylight.launch.ray_placement import Placement
-from raylight.launch.ray_roster import Roster
+from raylight.launch.ray_roster import Roster, describe_death
 from raylight.launch.ray_stream import Stream
 from raylight.launch.ray_worker import Order
-from raylight.messages import Died, Message
+from raylight.messages import Message
 from raylight.task import Files, Loaders, Place, Task
 
 Entry = str | Callable[..., Iterator[Message]]
@@ -26,6 +26,8 @@ CONTROL_TIMEOUT_S = 10.0
 """How long a rank may take to answer; it does so from a second thread, whatever it is doing."""
 
 
+HALTED_S = 5.0
+"""How long ranks that were halted may take to end before their processes are replaced."""
 DEATH_KNOWN_S = 0.05
 """A call to an actor that is dead fails within this. One that lives may take longer, while it frees memory."""
 
@@ -148,7 +150,7 @@ class RayGroup:
         store_port = self._open_store()
         lost = [rank for rank, member in enumerate(members) if not member.visit()]
         for rank in lost:
-            stream.report(rank, Died("its process ended before it began"))
+            stream.report_death(rank, members[rank].death)
         if lost:
             return
         places = self._roster.places(store_port, self.generation)
@@ -170,8 +172,8 @@ class RayGroup:
         try:
             port: Any = ray.get(first.actor.open_store.remote(first.site.ip))
             return port
-        except RayActorError:
-            first.is_dead = True
+        except RayActorError as error:
+            first.is_dead, first.death = True, describe_death(error)
             return 0
 
     def _order(self, rank: int, place: Place) -> Order:
@@ -234,6 +236,8 @@ class RayGroup:
             self._roster.members[rank].actor.halt.remote(self.generation, reason, broken)
         if ranks is None and not broken:
             self.in_use = False
+            if self.is_idle:
+                self.forget()
 
     def ages(self) -> dict[int, tuple[str, int, float] | None]:
         """Stage, step and seconds since the last sign of life of each running rank; None: it does not answer."""
@@ -293,6 +297,8 @@ class RayGroup:
 
     def renew(self, timeout_s: float = 60.0) -> bool:
         """Between runs: replaces members that died or that a halt did not end. False where that was not possible."""
+        if self._stream is not None:
+            self._stream.drain(HALTED_S)
         gone = set(self._running())
         self.forget()
         asked = [member.actor.age.remote() for member in self._roster.members]
@@ -311,8 +317,10 @@ class RayGroup:
 
     def perform_requests(self) -> None:
         while self._requests:
-            action, arguments = self._requests.pop(0)
-            self.hold_and_release(action, **arguments)
+            action, arguments = self._requests[0]
+            if self.hold_and_release(action, **arguments) is None and self._running():
+                return  # a rank is gone, which the stream will say, or too busy to answer: it is asked again
+            self._requests.pop(0)
 
     def on_broken(self, rank: int, reason: str) -> None:
         self.halt([other for other in self._running() if other != rank], reason, broken=True)

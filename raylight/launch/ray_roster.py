@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylight.launch.ray_placement import Placement, Slot
@@ -36,6 +37,7 @@ class Member:
     has_begun: bool = False
     """Whether it has state of the current run."""
     is_dead: bool = False
+    death: str = "its process ended before it began"
 
     def visit(self, timeout_s: float | None = None) -> bool:
         """Waits until the actor is up; False where it is dead, or not up in time."""
@@ -43,8 +45,8 @@ class Member:
             try:
                 self.seen = ray.get(self.described, timeout=timeout_s)
                 self.gpu_ids = self.gpu_ids or self.site.gpu_ids
-            except RayActorError:
-                self.is_dead = True
+            except RayActorError as error:
+                self.is_dead, self.death = True, describe_death(error)
             except GetTimeoutError:
                 return False
         return not self.is_dead
@@ -209,3 +211,13 @@ class Roster:
 
     def _device_of(self, member: Member) -> str:
         return f"cuda:{self.visible_gpus(member).index(member.gpu_ids[0])}" if self._use_gpu else "cpu"
+
+
+def describe_death(error: RayError) -> str:
+    """The sentence of Ray's long text that says what happened."""
+    text = str(error)
+    found = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text, re.DOTALL)
+    detail = (found[1] if found else text.strip().splitlines()[-1]).strip()
+    if "connection error code 2" in detail:
+        return "its process was killed or crashed (SIGKILL, out of memory, or a fault in native code)"
+    return detail
