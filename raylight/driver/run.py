@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 from raylight import messages as m
-from raylight.config import Checkpointing, Config, describe, to_plain
+from raylight.config import Checkpointing, Config, describe, mask_command, to_plain
 from raylight.driver.aggregate import StepAggregator
 from raylight.driver.journal import Journal
 from raylight.driver.ledger import Ledger
@@ -257,7 +257,7 @@ class Run:
             "packages": _package_versions(),
             "python": sys.version.split()[0],
             "git_commit": _git_commit(),
-            "command": sys.argv,
+            "command": mask_command(sys.argv),
             **given,
         }  # fmt: skip
         self.write_record()
