@@ -122,6 +122,7 @@ class Execution:
             weights_only=self.stage != "fit",
             attempt=attempt,
             options={
+                "stamp": driver.record.get("started_at"),
                 "share_module": not isinstance(group, InProcessGroup),
                 "takes_new_hyperparameters": resume.takes_new_hyperparameters,
                 "trained": self._find_trained(resume),

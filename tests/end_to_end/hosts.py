@@ -24,6 +24,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -253,6 +255,13 @@ def end(process: subprocess.Popen) -> None:
     except ProcessLookupError:
         assert process.poll() is not None
     process.wait()
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float, what: str) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
+        time.sleep(0.2)
 
 
 def _configure(pid: int, arguments: str) -> None:
