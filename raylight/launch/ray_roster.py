@@ -83,6 +83,8 @@ class Roster:
         self._placement, self._name, self._use_gpu, self._num_standby = placement, name, use_gpu, num_standby
         self._standbys: list[Member] = []
         self._recruits: list[Member] = []
+        self.has_shrunk = False
+        """Whether it holds room that it makes no use of."""
 
     # ---- coming and going
 
@@ -110,25 +112,34 @@ class Roster:
                 self.members[rank] = new
                 return True
             if time.monotonic() >= deadline:
-                self._recruits.append(new)
+                self._recruits.append(self._enlist_recruit(old.slot, new.actor))
                 return False
             time.sleep(RETRY_EVERY_S)
 
-    def recruit(self, count: int) -> None:
-        """Asks for room and an actor for `count` more ranks, which come when there is room."""
-        self._recruits += [self._enlist(self._placement.extend(), "recruit") for _ in range(count)]
+    def recruit_up_to(self, count: int) -> None:
+        """Asks for room and actors, which come when there is room, until members and recruits are `count`."""
+        for _ in range(count - len(self.members) - len(self._recruits)):
+            self._recruits.append(self._enlist_recruit(self._placement.extend()))
+
+    def dismiss_recruits(self) -> None:
+        """Takes back what was asked for and has not come, or was not adopted."""
+        for one in self._recruits:
+            self.kill(one)
+            if one.slot is not None:
+                self._placement.give_back(one.slot)
+        self._recruits = []
 
     @property
     def num_recruits(self) -> int:
         """How many are there and could join."""
         for index, one in enumerate(self._recruits):
             if not one.is_up and one.is_dead:
-                self._recruits[index] = self._enlist(one.slot, "recruit")
+                self._recruits[index] = self._enlist_recruit(one.slot)
         return sum(one.is_up for one in self._recruits)
 
-    def adopt(self) -> int:
-        """Recruits that are there become the last ranks; returns how many."""
-        arrived = [one for one in self._recruits if one.is_up]
+    def adopt(self, count: int) -> int:
+        """Recruits that are there become the last ranks, `count` of them at most; returns how many."""
+        arrived = [one for one in self._recruits if one.is_up][: max(0, count)]
         self._recruits = [one for one in self._recruits if one not in arrived]
         self.members += arrived
         return len(arrived)
@@ -138,6 +149,7 @@ class Roster:
         for rank in ranks:
             self.kill(self.members[rank])
         self.members = [member for rank, member in enumerate(self.members) if rank not in ranks]
+        self.has_shrunk = True
 
     def stand_by(self) -> list[Member]:
         """Makes the standbys that are missing on nodes that hold members, and returns them."""
@@ -169,6 +181,12 @@ class Roster:
     def _enlist(self, slot: Slot | None, role: str) -> Member:
         assert slot is not None
         return self._create(role, slot, self._placement.actor_options() | {"scheduling_strategy": slot.strategy})
+
+    def _enlist_recruit(self, slot: Slot | None, actor: Any = None) -> Member:
+        """One that counts as there once it has imported what the run needs, so that nobody waits for that."""
+        recruit = self._enlist(slot, "recruit") if actor is None else Member(actor, slot, None)
+        recruit.described = recruit.actor.describe.remote(is_ready=True)
+        return recruit
 
     def _create(self, role: str, slot: Slot | None, options: dict[str, Any], is_standby: bool = False) -> Member:
         name = f"{self._name}:{role}"

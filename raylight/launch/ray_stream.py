@@ -48,7 +48,7 @@ class Stream(Iterator[tuple[int, Message]]):
         self._ready: deque[tuple[int, Message]] = deque()
         self._broken_at: float | None = None
         self._grace_s = 0.0
-        self._kill_reasons: dict[int, str] = {}
+        self._explained: dict[int, Died] = {}  # of ranks that were killed from here
         self._training_since: float | None = None
         self._is_over = False
 
@@ -61,12 +61,17 @@ class Stream(Iterator[tuple[int, Message]]):
         self._ranks.update({generator: rank for rank, generator in generators.items()})
         self._output = output
         self._broken_at, self._training_since, self._is_over = None, None, False
-        self._kill_reasons.clear()
+        self._explained.clear()
 
     def report_death(self, rank: int, reason: str) -> None:
         """Of a rank that was found dead before it began, so that none has begun."""
         self._ready.append((rank, Died(reason)))
         self._broken_at, self._is_over = time.monotonic(), False
+
+    def end(self, rank: int, explanation: Died) -> None:
+        """Kills the process of a rank that does not leave by itself; `explanation` is what will be said of it."""
+        self._explained[rank] = explanation
+        self._group.kill(rank)
 
     def __next__(self) -> tuple[int, Message]:
         while not self._ready:
@@ -135,7 +140,7 @@ class Stream(Iterator[tuple[int, Message]]):
         # Of a process that ends, its node tells at once. One of which nobody tells has lost its node.
         node_lost = isinstance(error, ActorUnavailableError) or not is_node_alive(node_id)
         reason = "its node is gone or cannot be reached" if node_lost else describe_death(error)
-        self._ready.append((rank, Died(self._kill_reasons.pop(rank, reason), node_lost)))
+        self._ready.append((rank, self._explained.pop(rank, Died(reason, node_lost))))
         self._on_broken(rank, f"rank {rank} died", GRACE_AFTER_LOSS_S)
 
     def _on_broken(self, rank: int, reason: str, grace_s: float) -> None:
@@ -148,9 +153,8 @@ class Stream(Iterator[tuple[int, Message]]):
         now = time.monotonic()
         if self._broken_at is not None and now - self._broken_at > self._grace_s:
             for rank in self.running:
-                if rank not in self._kill_reasons:
-                    self._kill_reasons[rank] = f"it did not stop within {self._grace_s:g} s of another rank's failure"
-                    self._group.kill(rank)
+                if rank not in self._explained:
+                    self.end(rank, Died(f"it did not stop within {self._grace_s:g} s of another rank's failure"))
         if self._training_since is not None and now - self._training_since > self._steady_after_s:
             self._training_since = None
             self._group.on_steady()

@@ -155,7 +155,10 @@ class RankWorker:
     # ---- before and after a run
 
     @ray.method(concurrency_group="control")
-    def describe(self) -> Site:
+    def describe(self, is_ready: bool = False) -> Site:
+        """Where this worker is; `is_ready`: once it could begin at once."""
+        if is_ready:
+            self._imports.join()
         context = ray.get_runtime_context()
         return Site(
             node_id=context.get_node_id(),
