@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import threading
 import time
@@ -96,19 +97,29 @@ def _find_no_way(address: str) -> str:
                 f"nothing answers at RAY_ADDRESS={address} ({error}). Is the cluster up (`ray status` on its head)? "
                 "Does a firewall let this machine through? To train on this machine alone, unset RAY_ADDRESS."
             )
-    if not _runs_raylet():
+    heads = _find_local_heads()
+    if heads is None:
+        return ""
+    if not heads:
         return (
             f"this machine is no node of the Ray cluster at RAY_ADDRESS={address}, and only from a node can workers be "
             "directed. Run the script there: `ray dashboard cluster/….yaml &`, then `ray job submit --address "
             "http://localhost:8265 --working-dir . -- python script.py`; cluster/README.md has it step by step."
         )
+    if port.isdigit() and not any(head.endswith(f":{port}") for head in heads):
+        return (
+            f"what answers at RAY_ADDRESS={address} is not the head of a Ray cluster that this machine is a node of. "
+            f"The Ray that runs here belongs to {', '.join(sorted(heads))}."
+        )
     return ""
 
 
-def _runs_raylet() -> bool:
-    """Whether a node of some Ray cluster is on this machine; taken to be so where there is no /proc to look at."""
-    processes = list(Path("/proc").glob("[0-9]*/comm"))
-    return not processes or any(_read(file) == "raylet\n" for file in processes)
+def _find_local_heads() -> set[str] | None:
+    """The heads of the Ray nodes on this machine, as `address:port`; None where there is no /proc to look at."""
+    names = list(Path("/proc").glob("[0-9]*/comm"))
+    raylets = [file.with_name("cmdline") for file in names if _read(file) == "raylet\n"]
+    found = (re.search(r"--gcs-address=([^\0 ]+)", _read(file)) for file in raylets)
+    return {match[1] for match in found if match} if names else None
 
 
 def _read(file: Path) -> str:

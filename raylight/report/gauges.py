@@ -19,7 +19,7 @@ GAUGES = {
     "raylight_data_wait_ratio": "Share of its time in which the worker that waits most waits for batches.",
     "raylight_checkpoint_stall_s": "Seconds for which the last checkpoint held training up.",
     "raylight_world_size": "Workers of the run.",
-    "raylight_restarts": "How often the group of workers was made anew after a failure.",
+    "raylight_restarts": "How often the group of workers was made anew.",
 }
 """Name -> description. cluster/grafana.json shows them."""
 

@@ -69,15 +69,27 @@ class RayHosts:
         self.hosts: dict[str, Host] = {}
         self._variables: dict[str, Mapping[str, str]] = {}
         self._flags: dict[str, str] = {}
+        self._addresses: dict[str, str] = {}
 
     @property
     def head(self) -> Host:
         return next(iter(self.hosts.values()))
 
-    def add(self, name: str, cpus: int, flags: str = "", **variables: str) -> Host:
+    @property
+    def address(self) -> str:
+        """Of the cluster, for RAY_ADDRESS."""
+        ip = self._addresses[self.head.name]
+        return f"[{ip}]:6379" if ":" in ip else f"{ip}:6379"
+
+    def add(self, name: str, cpus: int, flags: str = "", card: str = "", **variables: str) -> Host:
         """A host whose Ray, once it is started, has `cpus` for workers, and a resource of its own name. `flags` are of
-        `ray start`, `variables` of the environment of all that runs there."""
-        self.hosts[name] = self.network.add_host(name, max(1, cpus))
+        `ray start`, `variables` of the environment of all that runs there; `card` is the address of a second network
+        card, which Ray is to use (as `192.0.2.1/24`)."""
+        host = self.hosts[name] = self.network.add_host(name, max(1, cpus))
+        self._addresses[name] = card.partition("/")[0] or host.address
+        if card:
+            host.add_card(card)
+            flags += f" --node-ip-address={self._addresses[name]}"
         self._variables[name] = RAY_OPTIONS | {"PYTHONPATH": str(REPOSITORY)} | variables
         self._flags[name] = f"--num-cpus={cpus} --resources='{json.dumps({name: 1})}' {flags}"
         return self.hosts[name]
@@ -88,7 +100,7 @@ class RayHosts:
         for name in names:
             host = self.hosts[name]
             is_head = host is self.head
-            where = "--head --port=6379 --include-dashboard=false" if is_head else f"--address={self.head.address}:6379"
+            where = "--head --port=6379 --include-dashboard=false" if is_head else f"--address={self.address}"
             # In a session of its own, since `end` kills all that is left of this one.
             command = (
                 f"setsid --wait {BIN}/ray start {where} {self._flags[name]} --disable-usage-stats "
@@ -105,7 +117,7 @@ class RayHosts:
         host = self.hosts[name]
         file = host.home / "script.py"
         file.write_text(script)
-        address = {"RAY_ADDRESS": f"{self.head.address}:6379"}
+        address = {"RAY_ADDRESS": self.address}
         command = shlex.join([f"{BIN}/python", "script.py", *arguments])
         return Driver(host, command, self._variables[name] | address | variables)
 
@@ -120,7 +132,7 @@ class RayHosts:
 
         def is_so() -> bool:
             command = f"{BIN}/python -c {shlex.quote(program)} 2>/dev/null"
-            counted = self.head.run(command, check=False, RAY_ADDRESS=f"{self.head.address}:6379")
+            counted = self.head.run(command, check=False, RAY_ADDRESS=self.address)
             return counted.strip().endswith(str(count))
 
         wait_until(is_so, 120, f"{count} nodes live")
