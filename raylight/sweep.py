@@ -163,7 +163,8 @@ def _check_first_trial(plan: Plan, trial_class: type[Trial]) -> None:
     try:
         mistake = find_metric_mistake(plan.metric, made)
     except Exception as error:
-        _say(f"one batch could not be tried here ({type(error).__name__}: {error}); the trials show what is wrong")
+        cause = getattr(error, "cause", None) or error
+        _say(f"one batch could not be tried here ({type(cause).__name__}: {cause}); the trials show what is wrong")
         return
     if mistake is not None:
         raise InvalidArguments(mistake)
@@ -203,6 +204,7 @@ def _make_tuner(
     from ray import tune
     from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
     from ray.tune.schedulers import ResourceChangingScheduler
+    from ray.tune.search import BasicVariantGenerator
 
     from raylight.tuning.watcher import Watcher
 
@@ -220,6 +222,9 @@ def _make_tuner(
             return next(one for one in unpickled if isinstance(one, Watcher)), tuner, folder
         _say(f"resume=True: run {config.name!r} in {config.storage_path} has no sweep yet, so that it starts anew")
     folder = _claim_folder(run)
+    search_alg, seed = plan.search_alg, plan.recipe.arguments.get("seed")
+    if search_alg is None and seed is not None:  # so that the same call draws the same configurations
+        search_alg = BasicVariantGenerator(max_concurrent=plan.max_concurrent_trials or 0, random_state=seed)
     watcher = Watcher(plan.metric, plan.mode, plan.num_samples, plan.recipe.arguments.get("enable_progress_bar", True))
     tuner = tune.Tuner(
         trial_class,
@@ -229,8 +234,8 @@ def _make_tuner(
             mode=plan.mode,
             num_samples=plan.num_samples,
             scheduler=plan.scheduler,
-            search_alg=plan.search_alg,
-            max_concurrent_trials=plan.max_concurrent_trials,
+            search_alg=search_alg,
+            max_concurrent_trials=None if search_alg is not plan.search_alg else plan.max_concurrent_trials,
             # Which Tune does not allow where actors change their size.
             reuse_actors=not isinstance(plan.scheduler, ResourceChangingScheduler),
             trial_dirname_creator=str,

@@ -132,12 +132,12 @@ def test_each_trial_is_a_version_that_names_it(asha: Any) -> None:
         assert len(record["trial"]["result_steps"]) == results[index].metrics["training_iteration"]
 
 
-def test_a_result_is_what_one_process_would_have_measured(asha: Any) -> None:
+def test_a_result_is_what_one_process_would_have_measured(asha: Any, tmp_path: Path) -> None:
     results, _, _ = asha
     chosen = next(results[index] for index in range(8) if results[index].config["lr"] == 0.2)
     module = Line.load_from_checkpoint(Path(chosen.metrics["version"], "checkpoints", "step-00000024"))
     _, val = make_data()
-    [alone] = raylight.validate(module, val, num_workers=0, enable_progress_bar=False, storage_path=chosen.path)
+    [alone] = raylight.validate(module, val, num_workers=0, enable_progress_bar=False, storage_path=tmp_path)
     assert chosen.metrics["step"] == 24
     assert chosen.metrics["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-6)
 
