@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numbers
+import os
 from collections import Counter
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
 from raylight.report.summary import format_seconds
 from raylight.report.sweep_table import SweepState, format_number
-from raylight.tuning.recipe import Recipe, is_function_of_config
+from raylight.tuning.recipe import Recipe, Shape, is_function_of_config
 
 
 def summarize(state: SweepState, best: Mapping[str, Any] | None, code: str, run_path: str, page_path: str) -> str:
@@ -28,37 +31,59 @@ def summarize(state: SweepState, best: Mapping[str, Any] | None, code: str, run_
     return "\n".join(lines + [f"{name:<16} {fact}" for name, fact in facts.items() if fact])
 
 
-def write_code(recipe: Recipe, config: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+def write_code(recipe: Recipe, config: Mapping[str, Any], given: Mapping[str, Any], shape: Shape) -> str:
     """`given`: the trainer's arguments as the user wrote them."""
-    if not recipe.is_class:
-        call = f"{recipe.name}({_show(dict(config))})"
-        return f"module, data, arguments = {call}; raylight.fit(module, *data, {_arguments({**given})}**arguments)"
-    module = f"{recipe.name}({_arguments(recipe.module_arguments(config)).removesuffix(', ')})"
-    arguments = _arguments({**given, **recipe.trainer_arguments(config)}).removesuffix(", ")
-    parts = [module, _data(recipe, config), arguments]
-    return f"raylight.fit({', '.join(part for part in parts if part)})"
+    data, arguments = _data(recipe, config, shape), _arguments(given)
+    if recipe.is_class:
+        module = _call(recipe.name, recipe.module_arguments(config))
+        return _fit(module, data, _arguments({**given, **recipe.trainer_arguments(config)}))
+    returned, call = shape.returned, f"{_name(recipe.target)}({_show(dict(config))})"
+    if len(returned) < 2:
+        return _fit(call, data, arguments)
+    names = ("module", "data", "arguments")[: len(returned)]
+    if returned[1] is not NoneType:
+        data = "*data" if shape.is_several_loaders else "data"
+    if returned[2:] and returned[2] is not NoneType:
+        arguments.append("**arguments")
+    return f"{', '.join(names)} = {call}; {_fit('module', data, arguments)}"
 
 
-def _data(recipe: Recipe, config: Mapping[str, Any]) -> str:
-    data = recipe.data
+def _fit(module: str, data: str, arguments: list[str]) -> str:
+    return f"raylight.fit({', '.join(part for part in (module, data, *arguments) if part)})"
+
+
+def _data(recipe: Recipe, config: Mapping[str, Any], shape: Shape) -> str:
+    data, star = recipe.data, "*" if shape.is_several_loaders else ""
     if data is None:
         return ""
     if isinstance(data, type):
-        return f"datamodule={data.__name__}({_arguments(recipe.data_arguments(config)).removesuffix(', ')})"
-    if is_function_of_config(data):
-        name = getattr(data, "__name__", "data")
-        call = f"{name if name.isidentifier() else 'data'}({_show(dict(config))})"
-        return f"*{call}"
-    return "*data" if isinstance(data, (tuple, list)) else "data"
+        return f"datamodule={_call(data.__name__, recipe.data_arguments(config))}"
+    return f"{star}{_name(data)}({_show(dict(config))})" if is_function_of_config(data) else f"{star}data"
 
 
-def _arguments(values: Mapping[str, Any]) -> str:
-    return "".join(f"{name}={_show(value)}, " for name, value in values.items())
+def _call(name: str, arguments: Mapping[str, Any]) -> str:
+    return f"{name}({', '.join(_arguments(arguments))})"
+
+
+def _name(function: Any) -> str:
+    """A lambda has none."""
+    name = getattr(function, "__name__", "function")
+    return name if name.isidentifier() else "function"
+
+
+def _arguments(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={_show(value)}" for name, value in values.items()]
 
 
 def _show(value: Any) -> str:
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, os.PathLike):
+        return repr(os.fspath(value))
+    if value is None or isinstance(value, (bool, str)):
         return repr(value)
+    if isinstance(value, numbers.Integral):  # numpy's too, which show themselves as np.int64(3)
+        return repr(int(value))
+    if isinstance(value, numbers.Real):
+        return repr(float(value))
     if isinstance(value, (list, tuple)):
         inner = ", ".join(_show(item) for item in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from ray.tune.search.sample import Categorical, Domain, Integer
 
 from raylight.arguments import resolve
 from raylight.errors import InvalidArguments
@@ -64,3 +67,21 @@ def plan(arguments: Mapping[str, Any], available: Available) -> Room:
     assert isinstance(config.num_workers, int)
     worker = {name: amount for name, amount in config.resources_per_worker.items() if amount}
     return Room(config.num_workers, bool(config.use_gpu), worker, config.strategy.placement)
+
+
+def listed_scales(space: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the space may say of how much room a trial takes, in all combinations; of a range of numbers the largest.
+    What only Tune's draws show is left out."""
+    listed = {name: _listed(space[name]) for name in SCALE_ARGUMENTS if name in space}
+    known = {name: values for name, values in listed.items() if values}
+    return [dict(zip(known, values, strict=True)) for values in itertools.product(*known.values())]
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, Categorical):
+        return list(value.categories)
+    if isinstance(value, Integer):
+        return [value.upper - 1]
+    if isinstance(value, Mapping) and list(value) == ["grid_search"]:
+        return list(value["grid_search"])
+    return [] if isinstance(value, Domain) else [value]

@@ -73,15 +73,16 @@ class Watcher(tune.Callback):
         print(f"raylight: {trial} failed: {shorten(str(error))}", flush=True)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        self.state = self._look(trials)
         if not self.is_shown:
             return
-        self.state = self._look(trials)
         if self._place != "plain":
             self._draw()
         else:
             self._print_lines(trials, self.state)
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        self.state = self._look(trials)  # no step was made where a sweep is resumed that was over
         self.close()
 
     def close(self) -> None:

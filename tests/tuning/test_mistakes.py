@@ -20,6 +20,7 @@ from raylight.errors import InvalidArguments
 from raylight.scale import Available
 from raylight.tuning.mistakes import Plan, find_metric_mistake, find_mistakes, find_run_mistakes
 from raylight.tuning.recipe import Recipe
+from raylight.tuning.room import listed_scales
 from raylight.tuning.room import plan as plan_room
 
 LOADER = DataLoader([torch.ones(2)], batch_size=1)
@@ -173,6 +174,16 @@ def test_the_room_of_a_trial() -> None:
         two.resized([{"CPU": 1.0}, {"CPU": 2.0}])
     with pytest.raises(InvalidArguments, match="say one number"):
         plan_room({"num_workers": (1, 2)}, cluster)
+
+
+def test_all_rooms_that_a_space_may_ask_for_are_known_beforehand() -> None:
+    assert listed_scales({"lr": tune.uniform(0, 1)}) == [{}]
+    assert listed_scales({"num_workers": tune.choice([1, 4])}) == [{"num_workers": 1}, {"num_workers": 4}]
+    assert listed_scales({"num_workers": tune.randint(1, 4)}) == [{"num_workers": 3}]
+    grid, drawn = tune.grid_search([1, 2]), tune.sample_from(lambda spec: {"CPU": 2})
+    assert listed_scales({"num_workers": grid, "use_gpu": False, "resources_per_worker": drawn}) == [
+        {"num_workers": 1, "use_gpu": False}, {"num_workers": 2, "use_gpu": False},
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("first", ["import raylight", "import raylight.sweep", "from raylight.sweep import trainable"])
