@@ -74,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("--lines", "-n", type=int, help="begin with the last so many lines")
     logs.set_defaults(command=_logs)
 
+    replay = commands.add_parser("replay", help="run one failed training step again, in one process")
+    replay.add_argument("path", metavar="PATH", help="file in the folder failures of a version, or the version")
+    replay.add_argument("--debugger", metavar="MODULE", help="enter it where the step fails: pdb, ipdb, pudb, ...")
+    replay.add_argument("script", nargs="*", help="the script and its arguments, after -- (as run.json tells)")
+    replay.set_defaults(command=_replay)
+
     doctor = commands.add_parser("doctor", help="examine this machine and, if given, a storage")
     doctor.add_argument("--storage", metavar="PATH", help="write, read and delete a file there")
     doctor.set_defaults(command=_doctor)
@@ -171,6 +177,17 @@ def _read_log(run: Run, rank: int, position: int, may_be_missing: bool) -> tuple
         if not may_be_missing:
             raise
         return b"", position
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from raylight.replay import DEBUGGER_VARIABLE, PATH_VARIABLE, command_of, read_evidence
+
+    command = command_of(read_evidence(options.path), options.script)
+    environment = os.environ | {PATH_VARIABLE: options.path}
+    if options.debugger:
+        environment[DEBUGGER_VARIABLE] = options.debugger
+    sys.stdout.flush()
+    os.execve(command[0], command, environment)  # in its place, so that a debugger has the terminal
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 from raylight.config import Config
-from raylight.driver.restart import Decision, History, decide, find_first, make_error
+from raylight.driver.recovery import Recovery
+from raylight.driver.restart import History
 from raylight.driver.result import Result
 from raylight.driver.run import Run
-from raylight.driver.timetable import Timetable
-from raylight.errors import NotEnoughResources, RaylightError, WorkerFailed
+from raylight.driver.watch import Watch
 from raylight.launch.in_process import InProcessGroup
 from raylight.launch.signals import stop_on_signal
 from raylight.loading import Resume, find_resume
 from raylight.loggers import make_loggers
-from raylight.messages import Died, Message, Saved, SaveFailed
+from raylight.messages import Message
 from raylight.report.console import Console
-from raylight.storage.checkpoints import newest_whole, raise_fence, sweep_leftovers
+from raylight.storage.checkpoints import raise_fence, sweep_leftovers
 from raylight.storage.fence import newest_attempt
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
@@ -41,6 +41,8 @@ class Execution:
         self.history = History()
 
     def run(self, ckpt_path: Any, verbose: bool) -> Any:
+        if self.stage == "fit" and os.environ.get("RAYLIGHT_REPLAY"):
+            self._replay()
         self.start(ckpt_path)
         assert self.driver is not None
         with stop_on_signal(self.group.request, self.driver.tell):
@@ -54,6 +56,13 @@ class Execution:
                 raise
             finally:
                 self._give_back()
+
+    def _replay(self) -> None:
+        """In a process that `raylight replay` has started, for the run that it is about: ends there."""
+        from raylight.replay import is_wanted, replay
+
+        if is_wanted(self.config.name):
+            replay(self.module, self.loaders, self.callbacks, self.config)
 
     def start(self, ckpt_path: Any, facts: dict[str, Any] | None = None) -> None:
         """The workers and, on storage, the version; nothing is trained yet. `facts` go to run.json."""
@@ -128,84 +137,23 @@ class Execution:
 
     def messages(self) -> Iterator[tuple[int, Message]]:
         """What the workers say, once the driver has seen to it, until all are done. After a failure the group goes on
-        as restart.py decides."""
+        as driver/recovery.py says."""
         driver, group, task = self.driver, self.group, self.task
         assert driver is not None
-        timetable = Timetable(self.config) if self.stage == "fit" else None
+        watch = Watch(self.config, group, driver, self.stage)
+        recovery = Recovery(self.config, group, driver, task, watch)
+        self.history = recovery.history
         messages = group.run(task)
+        group.watch = watch.look
         while True:
             for rank, message in messages:
                 driver.handle(rank, message)
-                if timetable is not None:
-                    if isinstance(message, Saved):
-                        timetable.learn(message)
-                    elif isinstance(message, SaveFailed) and message.is_torn and group.world_size > 1:
-                        group.request("save")
-                    for action in timetable.due():
-                        group.request(action)
+                watch.see(message)
                 yield rank, message
             failures = driver.outcome.take_failures()
             if not failures:
                 return
-            messages = self._go_on(group, task, failures)
-
-    def _go_on(self, group: Any, task: Task, failures: dict[int, Any]) -> Any:
-        """The messages of the next generation of the group: of the ranks that are left and their new peers, or, where
-        nobody is left, of ranks that begin from the newest checkpoint. Raises where the run cannot go on."""
-        driver, config = self.driver, self.config
-        assert driver is not None
-        driver.wait_for_storage()
-        limit = config.max_restarts if group.can_recover else 0
-        decision = decide(failures, group.world_size, driver.step, self.stage, limit, self.history)
-        first = find_first(failures)
-        self.history.note(failures[first], driver.step, decision)
-        dead = [rank for rank, failure in failures.items() if isinstance(failure, Died)]
-        if decision.action == "give up":
-            error = self._make_error(failures, decision, group)
-            self._rescue(group, task, dead)
-            raise error
-        driver.tell(f"rank {first} failed at step {driver.step} ({decision.reason}); the run goes on", "warning")
-        driver.ledger.note_failure(loses_work=decision.action == "restart")
-        time.sleep(decision.delay_s)
-        for rank in dead:
-            if group.replace(rank, config.replacement_timeout_s) is None:
-                raise NotEnoughResources(
-                    f"rank {rank} was lost and no other worker found room within replacement_timeout_s="
-                    f"{config.replacement_timeout_s:g}. Resume with: "
-                    f"raylight.fit(..., name={config.name!r}, resume='last')"
-                )
-        if driver.saved:  # a checkpoint that lacks the share of a rank that is gone
-            group.request("save")
-        driver.begin_generation(group.world_size, decision.reason)
-        if decision.action == "restart":
-            checkpoint = newest_whole(driver.version.storage) if driver.version is not None else None
-            driver.redo_from(checkpoint.step if checkpoint is not None else 0)
-            task = replace(task, checkpoint=checkpoint or task.checkpoint, weights_only=False)
-        return group.rejoin(replace(task, options={**task.options, "rejoin": True}))
-
-    def _rescue(self, group: Any, task: Task, dead: list[int]) -> None:
-        """Before the run is given up, the ranks that are left save the last whole step."""
-        driver, options = self.driver, self.config.checkpoint
-        assert driver is not None
-        if self.stage != "fit" or options is None or not options.on_exception or len(dead) == group.world_size:
-            return
-        if dead:
-            group.drop(dead)
-        driver.begin_generation(group.world_size, "a last checkpoint")
-        for rank, message in group.rejoin(replace(task, options={"rescue": True})):
-            driver.handle(rank, message)
-        driver.outcome.take_failures()
-
-    def _make_error(self, failures: dict[int, Any], decision: Decision, group: Any) -> BaseException:
-        assert self.driver is not None
-        error = make_error(failures, self.driver, decision.reason)
-        original = getattr(group, "exception", None)
-        if original is not None:
-            error.cause = original
-        if isinstance(error.cause, RaylightError) and not isinstance(error.cause, WorkerFailed):
-            return error.cause
-        error.__cause__ = error.cause
-        return error
+            messages = recovery.go_on(failures)
 
     # ---- before
 

@@ -153,6 +153,10 @@ class Failure:
     step: int
     stage: str
     cause: bytes | None
+    evidence: str | None = None
+    """The file that `raylight replay` reads, relative to the version."""
+    notes: tuple[str, ...] = ()
+    """What else the person should know: what to do about it."""
 
     def load_cause(self) -> BaseException | None:
         """The exception itself; None where it was not sent, or its class cannot be imported here."""
@@ -178,6 +182,10 @@ class Died:
 
     reason: str
     node_lost: bool = False
+    step: int | None = None
+    """Where it was, where that is known."""
+    stacks: str | None = None
+    """Where it was ended because it hung: the Python stack of every rank."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ def ray_cluster() -> Iterator[Cluster]:
     from raylight.config import Config
     from raylight.launch import ray_actors, ray_cluster
 
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # on a machine that is busy with other tests
     yield ray_actors.connect(Config(num_workers=NUM_CPUS))
     ray_actors.release_all()
     ray_cluster.disconnect()

@@ -13,7 +13,7 @@ import torch
 import raylight as pl
 
 POINTS = ("data", "forward", "backward", "collective", "optimizer", "after_step", "validation", "snapshot", "epoch_end")
-KINDS = ("kill", "exit", "exception", "hang", "memory")
+KINDS = ("kill", "exit", "exception", "hang", "memory", "driver")
 
 
 class Injected(RuntimeError):
@@ -28,7 +28,7 @@ class FailAt(pl.Callback):
         assert point in POINTS
         assert kind in KINDS
         self.rank, self.step, self.point, self.kind, self.times = rank, step, point, kind, times
-        self.folder = str(folder)
+        self.folder, self.driver = str(folder), os.getpid()
 
     def _reach(self, point: str, trainer: Any) -> None:
         if point != self.point or trainer.global_rank != self.rank or trainer.global_step < self.step:
@@ -44,6 +44,9 @@ class FailAt(pl.Callback):
     def _fail(self) -> None:
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif self.kind == "driver":
+            os.kill(self.driver, signal.SIGKILL)
+            threading.Event().wait()  # until Ray ends this process, because its driver is gone
         elif self.kind == "exit":
             os._exit(3)
         elif self.kind == "exception":

@@ -57,7 +57,15 @@ def identify(cause: Failed, step: int) -> tuple[str, str, int]:
     """Two failures are the same where these are equal."""
     if isinstance(cause, Failure):
         return cause.kind, cause.text, cause.step
-    return type(cause).__name__, "", step
+    return "a hang" if _is_hang(cause) else type(cause).__name__, "", _step_of(cause, step)
+
+
+def _step_of(cause: Failed, step: int) -> int:
+    return step if cause.step is None else cause.step
+
+
+def _is_hang(cause: Failed) -> bool:
+    return isinstance(cause, Died) and cause.stacks is not None
 
 
 def decide(
@@ -73,6 +81,8 @@ def decide(
             return Decision("give up", "the same would happen again")
         if history.last == identify(cause, step):
             return Decision("give up", f"{cause.kind} came twice at step {cause.step}")
+    if _is_hang(cause) and history.last == identify(cause, step):
+        return Decision("give up", f"a rank hung twice at step {_step_of(cause, step)}")
     is_charged = not (isinstance(cause, Died) and cause.node_lost)
     if is_charged and history.num_charged >= max_restarts:
         return Decision("give up", f"max_restarts={max_restarts} is used up")
@@ -87,32 +97,36 @@ def find_first(failures: dict[int, Failed]) -> int:
     """The rank whose failure the others followed from: a user's exception explains more than a dead process, and that
     more than a broken collective."""
 
-    def order(rank: int) -> tuple[int, int]:
+    def order(rank: int) -> tuple[bool, bool, bool, int]:
         failure = failures[rank]
-        return 0 if isinstance(failure, Failure) else 1 if isinstance(failure, Died) else 2, rank
+        return not isinstance(failure, Failure), not _is_hang(failure), not isinstance(failure, Died), rank
 
     return min(failures, key=order)
 
 
-def make_error(failures: dict[int, Failed], run: Run, reason: str, stacks: str | None = None) -> WorkerFailed:
+def make_error(failures: dict[int, Failed], run: Run, reason: str) -> WorkerFailed:
     """The failure that the others followed from, as the error that the user reads."""
     rank = find_first(failures)
     cause = failures[rank]
     node = run.outcome.nodes[rank].node if rank in run.outcome.nodes else "unknown node"
-    step = cause.step if isinstance(cause, Failure) else run.step
+    step = _step_of(cause, run.step) if isinstance(cause, Failure | Died) else run.step
     log = f"{run.version.path}/logs/rank-{rank}.log" if run.version is not None and run.world_size > 1 else None
     lines = [f"rank {rank} on {node} failed at step {step} (attempt {run.attempt + 1}; {reason})."]
     lines.append(cause.traceback if isinstance(cause, Failure) else f"The process is gone: {cause.reason}")
+    lines += cause.notes if isinstance(cause, Failure) else []
     followed = len(failures) - 1
     if followed:
         lines.append(f"{followed} other rank{'s' if followed > 1 else ''} stopped because of it.")
     if log is not None:
         lines.append(f"Log: {log}")
+    if isinstance(cause, Failure) and cause.evidence is not None and run.version is not None:
+        lines.append(f"Run that step again: raylight replay {run.version.path}/{cause.evidence}")
     if run.last is not None:
         lines.append(f"Resume with: raylight.fit(..., name={run.config.name!r}, resume='last')")
-    if stacks:
+    stacks = cause.stacks if isinstance(cause, Died) else None
+    if stacks is not None:
         lines.append(stacks)
-    kind = WorkerHung if stacks else WorkerFailed
+    kind = WorkerFailed if stacks is None else WorkerHung
     error = kind("\n".join(lines), rank=rank, node=node, step=step, attempt=run.attempt, log=log)
     if isinstance(cause, Failure):
         error.cause = cause.load_cause()

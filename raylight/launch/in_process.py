@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 
 import torch
@@ -24,6 +24,7 @@ class InProcessGroup:
         self.places = [Place(node=os.uname().nodename, device=device)]
         self.control = Control()
         self._messages: Iterator[Message] = iter(())
+        self.watch: Callable[[], None] | None = None  # nobody waits here, so it is never called
 
     can_recover = False  # what failed here failed in the caller's own process
 

@@ -53,10 +53,11 @@ def acquire_group(
     needs = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {}) | config.resources_per_worker
     placement = placement or config.strategy.placement
     num_workers = _count_workers(config.num_workers, cluster, needs, placement)
+    asked = config.num_workers if isinstance(config.num_workers, tuple) else num_workers
     num_standby = 1 if config.num_standby is None else config.num_standby
     around = ray.util.get_current_placement_group()
     key = (
-        ray_cluster.session_name(), around.id if around is not None else None, num_workers, use_gpu, placement,
+        ray_cluster.session_name(), around.id if around is not None else None, asked, use_gpu, placement,
         tuple(sorted(needs.items())), num_standby,
     )  # fmt: skip
     group = _take_kept(key)

@@ -14,7 +14,7 @@ from raylight.config import Config
 from raylight.launch import handover, ray_cluster
 from raylight.launch.ray_delivery import Delivery
 from raylight.launch.ray_placement import Placement
-from raylight.launch.ray_roster import Roster
+from raylight.launch.ray_roster import Roster, describe_death
 from raylight.launch.ray_stream import Stream
 from raylight.launch.ray_worker import Order
 from raylight.messages import Died, Message
@@ -26,6 +26,10 @@ CONTROL_TIMEOUT_S = 10.0
 """How long a rank may take to answer; it does so from a second thread, whatever it is doing."""
 
 
+ANSWER_S = 1.0
+"""And how long for a question that is asked again soon."""
+HALTED_S = 5.0
+"""How long ranks that were halted may take to end before their processes are replaced."""
 DEATH_KNOWN_S = 0.05
 """A call to an actor that is dead fails within this. One that lives may take longer, while it frees memory."""
 
@@ -45,6 +49,8 @@ class RayGroup:
         self._log_files: Files | None = None
         self._stream: Stream | None = None
         self._requests: list[tuple[str, dict[str, Any]]] = []
+        self.watch: Callable[[], None] | None = None
+        """Called a few times a second while messages of a run are waited for."""
         self.in_use = True
         """Until a run has ended or was halted; then another may take the group."""
 
@@ -130,6 +136,8 @@ class RayGroup:
     def forget(self) -> None:
         """Gives back the memory of the last run, here and in the workers; it cannot be rejoined after that."""
         self._requests.clear()
+        self.watch = None
+        self._roster.dismiss_recruits()
         if self._delivery is None:
             return
         self._delivery.close()
@@ -148,7 +156,7 @@ class RayGroup:
         store_port = self._open_store()
         lost = [rank for rank, member in enumerate(members) if not member.visit()]
         for rank in lost:
-            stream.report(rank, Died("its process ended before it began"))
+            stream.report_death(rank, members[rank].death)
         if lost:
             return
         places = self._roster.places(store_port, self.generation)
@@ -170,8 +178,8 @@ class RayGroup:
         try:
             port: Any = ray.get(first.actor.open_store.remote(first.site.ip))
             return port
-        except RayActorError:
-            first.is_dead = True
+        except RayActorError as error:
+            first.is_dead, first.death = True, describe_death(error)
             return 0
 
     def _order(self, rank: int, place: Place) -> Order:
@@ -234,23 +242,31 @@ class RayGroup:
             self._roster.members[rank].actor.halt.remote(self.generation, reason, broken)
         if ranks is None and not broken:
             self.in_use = False
+            if self.is_idle:
+                self.forget()
 
     def ages(self) -> dict[int, tuple[str, int, float] | None]:
-        """Stage, step and seconds since the last sign of life of each running rank; None: it does not answer."""
-        return self._ask("age")
+        """Stage, step and seconds since the last sign of life of each running rank; None: it does not answer at once,
+        because it is in native code that does not let Python run, or dead."""
+        return self._ask("age", ANSWER_S)
 
     def stacks(self) -> dict[int, str]:
         """The Python stack of every thread of each running rank."""
         silent = f"no answer within {CONTROL_TIMEOUT_S:g} s: it is in native code that does not let Python run"
-        return {rank: text or silent for rank, text in self._ask("stacks").items()}
+        return {rank: text or silent for rank, text in self._ask("stacks", CONTROL_TIMEOUT_S).items()}
+
+    def end_hung(self, rank: int, reason: str, step: int, stacks: str) -> None:
+        """Kills the process of a rank that hangs: its `Died` says why, and the others are told to leave."""
+        if self._stream is not None:
+            self._stream.end(rank, Died(reason, step=step, stacks=stacks))
 
     def _running(self) -> list[int]:
         return self._stream.running if self._stream is not None else []
 
-    def _ask(self, question: str) -> dict[int, Any]:
+    def _ask(self, question: str, timeout_s: float) -> dict[int, Any]:
         asked = {rank: getattr(self._roster.members[rank].actor, question).remote() for rank in self._running()}
         if asked:
-            ray.wait(list(asked.values()), num_returns=len(asked), timeout=CONTROL_TIMEOUT_S)
+            ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
         return {rank: _answer(reference) for rank, reference in asked.items()}
 
     # ---- losing and winning members, between two generations
@@ -268,9 +284,9 @@ class RayGroup:
         """Goes on without these ranks from the next `rejoin`; the others move up."""
         self._roster.drop(set(ranks))
 
-    def recruit(self, count: int) -> None:
-        """Asks for `count` more ranks, which may take until there is room for them."""
-        self._roster.recruit(count)
+    def recruit_up_to(self, count: int) -> None:
+        """Asks for more ranks until they would be `count`, which may take until there is room for them."""
+        self._roster.recruit_up_to(count)
 
     @property
     def num_standbys(self) -> int:
@@ -282,9 +298,9 @@ class RayGroup:
         """How many additional workers are there now and wait to be adopted."""
         return self._roster.num_recruits
 
-    def adopt(self) -> int:
-        """Makes those that wait the last ranks, from the next `rejoin` on; returns how many."""
-        return self._roster.adopt()
+    def adopt(self, most: int) -> int:
+        """Makes those that wait the last ranks, from the next `rejoin` on, until there are `most`; returns how many."""
+        return self._roster.adopt(most - self.world_size)
 
     def draining(self) -> list[int]:
         """Ranks on nodes that will be taken away soon."""
@@ -293,12 +309,14 @@ class RayGroup:
 
     def renew(self, timeout_s: float = 60.0) -> bool:
         """Between runs: replaces members that died or that a halt did not end. False where that was not possible."""
+        if self._stream is not None:
+            self._stream.drain(HALTED_S)
         gone = set(self._running())
         self.forget()
         asked = [member.actor.age.remote() for member in self._roster.members]
         ready, _ = ray.wait(asked, num_returns=len(asked), timeout=DEATH_KNOWN_S)
         gone |= {rank for rank, reference in enumerate(asked) if reference in ready and _answer(reference) is None}
-        return all(self._roster.replace(rank, timeout_s) for rank in sorted(gone))
+        return not self._roster.has_shrunk and all(self._roster.replace(rank, timeout_s) for rank in sorted(gone))
 
     def shutdown(self) -> None:
         """Ends all its processes, and gives back what was reserved for them."""
@@ -310,9 +328,13 @@ class RayGroup:
     # ---- what the stream asks for
 
     def perform_requests(self) -> None:
+        if self.watch is not None:
+            self.watch()
         while self._requests:
-            action, arguments = self._requests.pop(0)
-            self.hold_and_release(action, **arguments)
+            action, arguments = self._requests[0]
+            if self.hold_and_release(action, **arguments) is None and self._running():
+                return  # a rank is gone, which the stream will say, or too busy to answer: it is asked again
+            self._requests.pop(0)
 
     def on_broken(self, rank: int, reason: str) -> None:
         self.halt([other for other in self._running() if other != rank], reason, broken=True)

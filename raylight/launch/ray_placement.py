@@ -71,6 +71,12 @@ class Placement:
         """Room for one more worker, which may come later: an actor in it waits until it is there."""
         return Slot(self._create(1), 0)
 
+    def give_back(self, slot: Slot) -> None:
+        """Ends the reservation of a slot that `extend` made; one that was reserved with others stays theirs."""
+        if slot.group in self._owned and slot.group.bundle_count == 1:
+            self._owned.remove(slot.group)
+            remove_placement_group(slot.group)
+
     def remove(self) -> None:
         """Gives everything back that was reserved here."""
         for group in self._owned:

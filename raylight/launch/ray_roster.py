@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylight.launch.ray_placement import Placement, Slot
@@ -36,6 +37,7 @@ class Member:
     has_begun: bool = False
     """Whether it has state of the current run."""
     is_dead: bool = False
+    death: str = "its process ended before it began"
 
     def visit(self, timeout_s: float | None = None) -> bool:
         """Waits until the actor is up; False where it is dead, or not up in time."""
@@ -43,8 +45,8 @@ class Member:
             try:
                 self.seen = ray.get(self.described, timeout=timeout_s)
                 self.gpu_ids = self.gpu_ids or self.site.gpu_ids
-            except RayActorError:
-                self.is_dead = True
+            except RayActorError as error:
+                self.is_dead, self.death = True, describe_death(error)
             except GetTimeoutError:
                 return False
         return not self.is_dead
@@ -79,6 +81,8 @@ class Roster:
         self._placement, self._name, self._use_gpu, self._num_standby = placement, name, use_gpu, num_standby
         self._standbys: list[Member] = []
         self._recruits: list[Member] = []
+        self.has_shrunk = False
+        """Whether it holds room that it makes no use of."""
 
     # ---- coming and going
 
@@ -106,25 +110,34 @@ class Roster:
                 self.members[rank] = new
                 return True
             if time.monotonic() >= deadline:
-                self._recruits.append(new)
+                self._recruits.append(self._enlist_recruit(old.slot, new.actor))
                 return False
             time.sleep(RETRY_EVERY_S)
 
-    def recruit(self, count: int) -> None:
-        """Asks for room and an actor for `count` more ranks, which come when there is room."""
-        self._recruits += [self._enlist(self._placement.extend(), "recruit") for _ in range(count)]
+    def recruit_up_to(self, count: int) -> None:
+        """Asks for room and actors, which come when there is room, until members and recruits are `count`."""
+        for _ in range(count - len(self.members) - len(self._recruits)):
+            self._recruits.append(self._enlist_recruit(self._placement.extend()))
+
+    def dismiss_recruits(self) -> None:
+        """Takes back what was asked for and has not come, or was not adopted."""
+        for one in self._recruits:
+            self.kill(one)
+            if one.slot is not None:
+                self._placement.give_back(one.slot)
+        self._recruits = []
 
     @property
     def num_recruits(self) -> int:
         """How many are there and could join."""
         for index, one in enumerate(self._recruits):
             if not one.is_up and one.is_dead:
-                self._recruits[index] = self._enlist(one.slot, "recruit")
+                self._recruits[index] = self._enlist_recruit(one.slot)
         return sum(one.is_up for one in self._recruits)
 
-    def adopt(self) -> int:
-        """Recruits that are there become the last ranks; returns how many."""
-        arrived = [one for one in self._recruits if one.is_up]
+    def adopt(self, count: int) -> int:
+        """Recruits that are there become the last ranks, `count` of them at most; returns how many."""
+        arrived = [one for one in self._recruits if one.is_up][: max(0, count)]
         self._recruits = [one for one in self._recruits if one not in arrived]
         self.members += arrived
         return len(arrived)
@@ -134,6 +147,7 @@ class Roster:
         for rank in ranks:
             self.kill(self.members[rank])
         self.members = [member for rank, member in enumerate(self.members) if rank not in ranks]
+        self.has_shrunk = True
 
     def stand_by(self) -> list[Member]:
         """Makes the standbys that are missing on nodes that hold members, and returns them."""
@@ -165,6 +179,12 @@ class Roster:
     def _enlist(self, slot: Slot | None, role: str) -> Member:
         assert slot is not None
         return self._create(role, slot, self._placement.actor_options() | {"scheduling_strategy": slot.strategy})
+
+    def _enlist_recruit(self, slot: Slot | None, actor: Any = None) -> Member:
+        """One that counts as there once it has imported what the run needs, so that nobody waits for that."""
+        recruit = self._enlist(slot, "recruit") if actor is None else Member(actor, slot, None)
+        recruit.described = recruit.actor.describe.remote(is_ready=True)
+        return recruit
 
     def _create(self, role: str, slot: Slot | None, options: dict[str, Any], is_standby: bool = False) -> Member:
         name = f"{self._name}:{role}"
@@ -209,3 +229,13 @@ class Roster:
 
     def _device_of(self, member: Member) -> str:
         return f"cuda:{self.visible_gpus(member).index(member.gpu_ids[0])}" if self._use_gpu else "cpu"
+
+
+def describe_death(error: RayError) -> str:
+    """The sentence of Ray's long text that says what happened."""
+    text = str(error)
+    found = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text, re.DOTALL)
+    detail = (found[1] if found else text.strip().splitlines()[-1]).strip()
+    if "connection error code 2" in detail:
+        return "its process was killed or crashed (SIGKILL, out of memory, or a fault in native code)"
+    return detail

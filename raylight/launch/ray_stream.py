@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from raylight.launch.ray_cluster import is_node_alive
+from raylight.launch.ray_roster import describe_death
 from raylight.launch.ray_worker import Packed, unpack
 from raylight.messages import Died, Failure, Message, PeerLost, Progress
 
@@ -48,7 +48,7 @@ class Stream(Iterator[tuple[int, Message]]):
         self._ready: deque[tuple[int, Message]] = deque()
         self._broken_at: float | None = None
         self._grace_s = 0.0
-        self._kill_reasons: dict[int, str] = {}
+        self._explained: dict[int, Died] = {}  # of ranks that were killed from here
         self._training_since: float | None = None
         self._is_over = False
 
@@ -61,11 +61,17 @@ class Stream(Iterator[tuple[int, Message]]):
         self._ranks.update({generator: rank for rank, generator in generators.items()})
         self._output = output
         self._broken_at, self._training_since, self._is_over = None, None, False
-        self._kill_reasons.clear()
+        self._explained.clear()
 
-    def report(self, rank: int, message: Message) -> None:
-        """Puts in what the launcher itself has to say about a rank."""
-        self._ready.append((rank, message))
+    def report_death(self, rank: int, reason: str) -> None:
+        """Of a rank that was found dead before it began, so that none has begun."""
+        self._ready.append((rank, Died(reason)))
+        self._broken_at, self._is_over = time.monotonic(), False
+
+    def end(self, rank: int, explanation: Died) -> None:
+        """Kills the process of a rank that does not leave by itself; `explanation` is what will be said of it."""
+        self._explained[rank] = explanation
+        self._group.kill(rank)
 
     def __next__(self) -> tuple[int, Message]:
         while not self._ready:
@@ -78,6 +84,13 @@ class Stream(Iterator[tuple[int, Message]]):
             self._collect([*self._ranks, self._output] if self._output is not None else list(self._ranks))
             self._watch_the_clock()
         return self._ready.popleft()
+
+    def drain(self, timeout_s: float) -> None:
+        """Lets ranks that were halted end, and drops what they still say."""
+        deadline = time.monotonic() + timeout_s
+        while self._ranks and time.monotonic() < deadline:
+            self._collect(list(self._ranks))
+        self._ready.clear()
 
     def _collect(self, sources: list[Any], timeout_s: float = WAKE_EVERY_S) -> None:
         try:
@@ -98,13 +111,13 @@ class Stream(Iterator[tuple[int, Message]]):
                 message = unpack(message)
         except StopIteration:
             self._drop(source)
-        except RayActorError as error:
+        except Exception as error:
             self._drop(source)
-            if rank is not None:
+            if rank is None:
+                return
+            if isinstance(error, RayError) and not isinstance(error, RayTaskError):
                 self._on_death(rank, error)
-        except Exception as error:  # the wrapper around the rank failed, or what it sent cannot be loaded here
-            self._drop(source)
-            if rank is not None:
+            else:  # the wrapper around the rank failed, or what it sent cannot be loaded here
                 self._on_message(rank, _describe_launch_failure(error))
         else:
             self._on_message(0 if rank is None else rank, message)
@@ -122,12 +135,12 @@ class Stream(Iterator[tuple[int, Message]]):
         elif isinstance(message, PeerLost):
             self._on_broken(rank, f"rank {rank} lost a peer", GRACE_AFTER_LOSS_S)
 
-    def _on_death(self, rank: int, error: RayActorError) -> None:
+    def _on_death(self, rank: int, error: RayError) -> None:
         node_id = self._group.on_death(rank)
         # Of a process that ends, its node tells at once. One of which nobody tells has lost its node.
         node_lost = isinstance(error, ActorUnavailableError) or not is_node_alive(node_id)
-        reason = "its node is gone or cannot be reached" if node_lost else _describe_death(str(error))
-        self._ready.append((rank, Died(self._kill_reasons.pop(rank, reason), node_lost)))
+        reason = "its node is gone or cannot be reached" if node_lost else describe_death(error)
+        self._ready.append((rank, self._explained.pop(rank, Died(reason, node_lost))))
         self._on_broken(rank, f"rank {rank} died", GRACE_AFTER_LOSS_S)
 
     def _on_broken(self, rank: int, reason: str, grace_s: float) -> None:
@@ -140,9 +153,8 @@ class Stream(Iterator[tuple[int, Message]]):
         now = time.monotonic()
         if self._broken_at is not None and now - self._broken_at > self._grace_s:
             for rank in self.running:
-                if rank not in self._kill_reasons:
-                    self._kill_reasons[rank] = f"it did not stop within {self._grace_s:g} s of another rank's failure"
-                    self._group.kill(rank)
+                if rank not in self._explained:
+                    self.end(rank, Died(f"it did not stop within {self._grace_s:g} s of another rank's failure"))
         if self._training_since is not None and now - self._training_since > self._steady_after_s:
             self._training_since = None
             self._group.on_steady()
@@ -155,15 +167,6 @@ class Stream(Iterator[tuple[int, Message]]):
             self._collect([self._output], timeout_s=LAST_OUTPUT_S)
         self._output, self._is_over = None, True
         self._group.on_end(is_whole=self._broken_at is None)
-
-
-def _describe_death(text: str) -> str:
-    """The sentence of Ray's long text that says what happened."""
-    found = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text, re.DOTALL)
-    detail = (found[1] if found else text.strip().splitlines()[-1]).strip()
-    if "connection error code 2" in detail:
-        return "its process was killed or crashed (SIGKILL, out of memory, or a fault in native code)"
-    return detail
 
 
 def _describe_launch_failure(error: Exception) -> Failure:

@@ -88,25 +88,18 @@ class RankWorker:
         """The rank's messages. `task` with its `buffers` is the pickled (entry, Task), or None to keep what was given
         before; `changes` is a pickled Task without module, data and callbacks, whose fields replace the kept ones."""
         self._imports.join()
-        speaks = order.place.rank == 0
         try:
             self._open_log(order)
             for message in self._work(order, task, buffers, changes):
-                if speaks:
-                    yield from self._take_output()
                 yield _pack(message) if isinstance(message, _PACKED) else message
         except Exception as error:
             stage, step, _ = self._control.beat
             yield describe_failure(error, step, stage)
         _leave_group()
         self._reset.note_modules()
-        if self._log is not None:
-            self._log.flush()
-            if speaks:
-                yield from self._take_output()
-            problem = self._log.close()
-            if problem is not None:
-                yield Notice(f"the log of rank {order.place.rank} could not be stored: {problem}", "warning")
+        problem = self._log.close() if self._log is not None else None
+        if problem is not None:
+            yield Notice(f"the log of rank {order.place.rank} could not be stored: {problem}", "warning")
 
     def _work(
         self, order: Order, task: bytes | None, buffers: SegmentAddress | list | None, changes: bytes | None
@@ -133,7 +126,7 @@ class RankWorker:
 
     @ray.method(num_returns="streaming", concurrency_group="output")
     def follow(self, generation: int) -> Iterator[Output]:
-        """What rank 0 prints in this generation, also while it is busy between two messages."""
+        """What the rank prints in this generation, as it comes."""
         with self._began:
             self._began.wait_for(lambda: self._generation >= generation)
             log = self._log if self._generation == generation else None
@@ -150,15 +143,13 @@ class RankWorker:
                 self._log, self._generation = log, order.place.generation
                 self._began.notify_all()
 
-    def _take_output(self) -> Iterator[Output]:
-        text = self._log.read() if self._log is not None else ""
-        if text:
-            yield Output(text)
-
     # ---- before and after a run
 
     @ray.method(concurrency_group="control")
-    def describe(self) -> Site:
+    def describe(self, is_ready: bool = False) -> Site:
+        """Where this worker is; `is_ready`: once it could begin at once."""
+        if is_ready:
+            self._imports.join()
         context = ray.get_runtime_context()
         return Site(
             node_id=context.get_node_id(),
@@ -264,7 +255,8 @@ RankActor: Any = ray.remote(**_OPTIONS)(RankWorker)
 def _import_torch(at_low_priority: bool) -> None:
     """What every first step would import. A standby does it in the time that running workers leave."""
     if at_low_priority and sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + 10))
     # c10d writes a stack trace into the log for each peer that it loses; raylight reports that itself.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     importlib.import_module("torch")

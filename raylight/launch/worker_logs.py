@@ -10,8 +10,8 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from raylight.errors import StorageError
 from raylight.task import Files
@@ -31,41 +31,33 @@ class WorkerLog:
     def __init__(self, files: Files | None, rank: int, upload_every_s: float = UPLOAD_EVERY_S):
         self._files, self._name, self._upload_every_s = files, f"logs/rank-{rank}.log", upload_every_s
         in_place = files.local_path(self._name) if files is not None else None
-        if in_place is not None:
-            os.makedirs(os.path.dirname(in_place), exist_ok=True)
-            fd = os.open(in_place, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        else:
-            with tempfile.TemporaryFile() as unnamed:
-                fd = os.dup(unnamed.fileno())
-            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND)
-        self._log: BinaryIO = os.fdopen(fd, "r+b", buffering=0)
+        self._fd = _open_log(in_place)
+        weakref.finalize(self, os.close, self._fd)  # not in `close`: who follows the log has yet to read its end
         self._uploads = files is not None and in_place is None
         if self._uploads:
             self._continue_earlier()
-        self._log.seek(0, os.SEEK_END)
-        self._read_to = self._log.tell()
+        self._read_to = os.fstat(self._fd).st_size
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._reading = threading.Lock()
         self._closed = threading.Event()
-        self._saved = _redirect(fd)
-        self._uploader = threading.Thread(target=self._upload_regularly, name="raylight log upload", daemon=True)
         self._upload_error: str | None = None
+        self._uploader = threading.Thread(target=self._upload_regularly, name="raylight log upload", daemon=True)
+        self._saved = _redirect(self._fd)
         if self._uploads:
             self._uploader.start()
 
     def read(self) -> str:
         """What was printed since the last call. Any thread may ask; each piece of text is given once."""
         with self._reading:
-            size = 0 if self._log.closed else os.fstat(self._log.fileno()).st_size
-            if size <= self._read_to:
-                return ""
-            data = os.pread(self._log.fileno(), size - self._read_to, self._read_to)
+            data = os.pread(self._fd, max(0, os.fstat(self._fd).st_size - self._read_to), self._read_to)
             self._read_to += len(data)
             return self._decoder.decode(data)
 
     def follow(self, every_s: float) -> Iterator[str]:
         """Text as it comes, until the log is closed; blocks."""
-        while not self._closed.wait(every_s):
+        is_closed = False
+        while not is_closed:
+            is_closed = self._closed.wait(every_s)
             text = self.read()
             if text:
                 yield text
@@ -85,8 +77,6 @@ class WorkerLog:
             if self._uploads:
                 self._uploader.join()
                 self._upload()
-            with self._reading:
-                self._log.close()
         return self._upload_error
 
     # ---- storage that is not local
@@ -96,14 +86,14 @@ class WorkerLog:
         try:
             with self._files.open_read(self._name) as earlier:
                 while chunk := earlier.read(_CHUNK_BYTES):
-                    self._log.write(chunk)
+                    os.write(self._fd, chunk)
         except (StorageError, FileNotFoundError):
             return  # there is none, or none that can be read: then this log stands alone
 
     def _upload_regularly(self) -> None:
         pause_s, uploaded = self._upload_every_s, -1
         while not self._closed.wait(pause_s):
-            size = os.fstat(self._log.fileno()).st_size
+            size = os.fstat(self._fd).st_size
             if size != uploaded:
                 began = time.monotonic()
                 self._upload()
@@ -112,9 +102,8 @@ class WorkerLog:
 
     def _upload(self) -> None:
         assert self._files is not None
-        size = os.fstat(self._log.fileno()).st_size
         try:
-            self._files.write(self._name, _Part(self._log.fileno(), size))
+            self._files.write(self._name, _Part(self._fd, os.fstat(self._fd).st_size))
             self._upload_error = None
         except StorageError as error:
             self._upload_error = str(error)
@@ -129,6 +118,17 @@ class _Part:
     def __iter__(self) -> Iterator[bytes]:
         for offset in range(0, self._size, _CHUNK_BYTES):
             yield os.pread(self._fd, min(_CHUNK_BYTES, self._size - offset), offset)
+
+
+def _open_log(path: str | None) -> int:
+    """For appending. None: a file without a name, which is gone when the last process that has it ends."""
+    if path is not None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    with tempfile.TemporaryFile() as unnamed:
+        fd = os.dup(unnamed.fileno())
+    fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND)
+    return fd
 
 
 def _redirect(fd: int) -> dict[int, int]:

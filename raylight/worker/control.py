@@ -10,6 +10,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from raylight.worker.failure import is_users
+
 _NEVER = sys.maxsize
 _AT_ONCE = -sys.maxsize
 
@@ -167,6 +169,7 @@ class Control:
             self._actions.clear()
             self._requests.clear()
             self.step = -1
+            self.beat = Beat("start", self.beat[1], time.monotonic())
             self._plan()
 
     def _halt(self, halted: Halted) -> None:
@@ -183,11 +186,16 @@ class Control:
         return stage, step, time.monotonic() - moment
 
     def stacks(self) -> str:
-        """The Python stack of every thread of this process but the calling one, innermost frame last."""
+        """The Python stack of the loop's thread, then of those with user code; innermost frame last."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        parts = []
+        loops, users, num_others = [], [], 0
         for ident, frame in sys._current_frames().items():
-            if ident != threading.get_ident():
-                lines = "".join(traceback.format_stack(frame))
-                parts.append(f"Thread {names.get(ident, '(not started by Python)')}:\n{lines}")
-        return "\n".join(parts)
+            stack = traceback.extract_stack(frame)
+            part = f"Thread {names.get(ident, '(not started by Python)')}:\n{''.join(stack.format())}"
+            if any(line.filename.endswith("worker/entry.py") for line in stack):
+                loops.append(part)
+            elif any(is_users(line.filename) for line in stack):
+                users.append(part)
+            else:
+                num_others += 1
+        return "\n".join([*loops, *users, f"{num_others} threads of libraries\n"])

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from raylight.worker import hyperparameters, process_group, rejoin, state
 from raylight.worker.control import Control, Halted
 from raylight.worker.dynamo import postpone_dynamo
 from raylight.worker.evaluation import evaluate, open_evaluation_data, split_by_loader
+from raylight.worker.evidence import keep_evidence
 from raylight.worker.failure import describe_failure
 from raylight.worker.loop import fit
+from raylight.worker.memory import advise
 from raylight.worker.optimization import check_schedulers, make_optimizers
 from raylight.worker.rank import Rank
 from raylight.worker.restore import load_state
@@ -47,9 +50,9 @@ def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
                 control.kept.clear()
                 _join(place, task, numerics)
                 rank = Rank(task, place, control)
-                yield from _prepare(rank)
+                yield from prepare(rank)
                 if task.stage == "fit":
-                    _prepare_fit(rank)
+                    prepare_fit(rank)
                 control.kept["rank"] = rank
             yield from (_fit(rank) if task.stage == "fit" else _evaluate(rank))
             rank.call("teardown", task.stage)
@@ -78,8 +81,8 @@ def _rejoin(task: Task, place: Place, control: Control, stack: ExitStack) -> Gen
     rank: Rank | None = control.kept.get("rank")
     if rank is None:
         rank = Rank(task, place, control)
-        yield from _prepare(rank)
-        _prepare_fit(rank)
+        yield from prepare(rank)
+        prepare_fit(rank)
         control.kept["rank"] = rank
     else:
         rejoin.move(rank, task, place, control)
@@ -88,7 +91,7 @@ def _rejoin(task: Task, place: Place, control: Control, stack: ExitStack) -> Gen
     return rank
 
 
-def _prepare(rank: Rank) -> Iterator[Message]:
+def prepare(rank: Rank) -> Iterator[Message]:
     """From the pickled module to one that is ready on its device, in Lightning's order of hooks."""
     task, module, data_module = rank.task, rank.module, rank.datamodule
     added = module.configure_callbacks()
@@ -119,7 +122,7 @@ def _prepare(rank: Rank) -> Iterator[Message]:
     yield from rank.take_outbox()
 
 
-def _prepare_fit(rank: Rank) -> None:
+def prepare_fit(rank: Rank) -> None:
     """Optimizers, snapshots, and the state of the checkpoint that the run goes on from."""
     task, config = rank.task, rank.config
     rank.optimizers, rank.lr_scheduler_configs = make_optimizers(rank.module.configure_optimizers())
@@ -175,8 +178,11 @@ def _fail(rank: Rank | None, error: Exception) -> Iterator[Message]:
     if rank is not None and not lost_peer:
         for hook in rank.hooks("on_exception"):
             hook(error)
-        yield from rank.take_outbox()
     failure = describe_failure(error, step, stage)
+    if rank is not None and not lost_peer:
+        evidence = keep_evidence(rank, failure.kind, failure.text) if stage == "train" else None
+        failure = replace(failure, evidence=evidence, notes=advise(rank, error))
+        yield from rank.take_outbox()
     if rank is not None and rank.fitting:
         rejoin.settle(rank)
     yield PeerLost(step, failure.text) if lost_peer else failure

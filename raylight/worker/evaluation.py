@@ -92,7 +92,7 @@ def _run_loader(
     for index, batch in batches.iterate():
         if index >= max_batches:
             break
-        rank.control.beat = (stage, rank.global_step, monotonic())
+        rank.control.beat = (stage if finished else f"first batch of {stage}", rank.global_step, monotonic())
         metrics.begin_batch(_size_finder(batch))
         batch = rank.transfer(batch, loader_index)
         for hook in on_start:

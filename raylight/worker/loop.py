@@ -18,9 +18,10 @@ from raylight.messages import Message, Paused, Progress, StageFinished, StageSta
 from raylight.seeding import seed_step
 from raylight.worker import state
 from raylight.worker.collectives import agree
-from raylight.worker.control import Action
+from raylight.worker.control import Action, Halted
 from raylight.worker.data import TrainBatch, TrainBatches
 from raylight.worker.evaluation import evaluate, gather_outputs, open_evaluation_data
+from raylight.worker.evidence import keep_evidence
 from raylight.worker.gradients import Gradients
 from raylight.worker.optimization import step_schedulers
 from raylight.worker.profiler import Profiler
@@ -106,9 +107,11 @@ class Loop:
         self.keeps_outputs = rank.overrides("training_epoch_end")
         self.wants_outputs = self.keeps_outputs or bool(self.on_batch_end)
         self.steps_schedulers = any(c.interval == "step" for c in rank.lr_scheduler_configs)
+        self.beat_stage = "first training batch"
         self.num_samples = 0
         self.next_report = 0.0
         self.pause: Action | None = None
+        self.regroups = False
         rank.seconds |= {"data": 0.0, "validation": 0.0}
 
     def train_epoch(self) -> Iterator[Message]:
@@ -118,12 +121,13 @@ class Loop:
         skipped, waited = False, perf_counter()
         for batch in rank.train_batches.iterate(epoch, rank.position, agree=self._agree, progress=self._say_skipped):
             rank.seconds["data"] += perf_counter() - waited
-            control.beat = ("train", rank.global_step, monotonic())
+            control.beat = (self.beat_stage, rank.global_step, monotonic())
             if self.train_batch(batch) == SKIP_EPOCH:
                 skipped = True
                 break
             rank.batch_idx = batch.index + 1
             rank.num_batches_seen += 1
+            self.beat_stage = "train"
             if rank.global_step != logged:
                 logged = rank.global_step
                 if logged % self.config.log_every_n_steps == 0:
@@ -141,6 +145,9 @@ class Loop:
                 yield from self.save()
             if schedule.stops_in_epoch():
                 break
+            if self.regroups:
+                rank.barrier()  # nobody leaves while another is still in the step's collectives
+                raise Halted("the group is made anew", broken=True)
             waited = perf_counter()
         if schedule.validates_after_epoch():
             yield from self.validate()
@@ -149,8 +156,11 @@ class Loop:
     def train_batch(self, batch: TrainBatch) -> int | None:
         rank, index, data = self.rank, batch.index, batch.data
         complete = batch.last or self.gradients.window + 1 >= rank.accumulate_grad_batches
+        rank.batch = batch
         if self.several:
             seed_step(rank.seed, rank.global_rank, rank.num_batches_seen)
+        else:
+            rank.torch_rng = torch.default_generator.get_state()
         rank.metrics.begin_batch(batch.size, mark=self.several and not self.gradients.window)
         self.num_samples += batch.size
         if batch.size:
@@ -171,6 +181,7 @@ class Loop:
                 hook(outputs, data, index)
             if self.keeps_outputs:
                 rank.outputs.append(outputs)
+        rank.batch = None
         return None
 
     # ---- around the steps
@@ -260,6 +271,7 @@ class Loop:
         yield from rank.snapshots.poll()
         free = agree(not rank.snapshots.busy, rank.world_size)
         if free or must:
+            rank.control.beat = ("save", rank.global_step, monotonic())
             state.take_snapshot(rank, wait=not free)
             rank.saved_step = rank.global_step
 
@@ -269,6 +281,7 @@ class Loop:
         yield from self._drain()
         if rank.snapshots is not None:
             yield from self.save(must=True)
+            rank.control.beat = ("save", rank.global_step, monotonic())
             yield from rank.snapshots.close(FINAL_WRITE_TIMEOUT_S)
         yield from rank.take_outbox()
 
@@ -279,6 +292,8 @@ class Loop:
             rank.checkpoint_requested = True
         elif action.name == "pause":
             self.pause = action
+        elif action.name == "resize":
+            self.regroups = True
         elif action.name in ("stop", "interrupt"):
             rank.should_stop = True
             rank.status = "interrupted" if action.name == "interrupt" else "stopped"
@@ -309,13 +324,17 @@ class Loop:
         step, epoch = max(rank.global_step - behind + 1, 0), rank.current_epoch
         which = f", samples {samples}" if samples is not None else ""
         text = f"the loss is not finite at step {step} (epoch {epoch}, batch {index}, rank {rank.global_rank}{which})"
+        rank.suspect = index
         if self.config.detect_anomaly:
             raise FloatingPointError(text)
         if not rank.said_not_finite:
             rank.said_not_finite = True
-            rank.notice(text + "; detect_anomaly=True stops at it and shows where it came from", "warning")
+            path = keep_evidence(rank, "NaN", text)
+            again = f"; run that step again: raylight replay {rank.log_dir}/{path}" if path is not None else ""
+            rank.notice(f"{text}; detect_anomaly=True stops at it and shows where it came from{again}", "warning")
 
     def _say_skipped(self, done: int, total: int) -> None:
+        self.rank.control.beat = ("train", self.rank.global_step, monotonic())
         if done >= total:
             self.rank.notice(f"read {total} items of the stream again to go on where the run had stopped")
 

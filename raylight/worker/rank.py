@@ -72,6 +72,9 @@ class Rank:
         # data, found when the loop begins
         self.train_batches: Any = None
         self.gradients: Any = None  # the loop's, while it trains
+        self.batch: Any = None  # in hand, from before its first hook to after its last
+        self.suspect: int | None = None  # index of a finished batch whose loss was not finite
+        self.torch_rng: Tensor | None = None  # before that batch, where steps have no random numbers of their own
         self.train_dataloader: Any = None
         self.val_dataloaders: Any = None
         self.num_training_batches: int | None = None

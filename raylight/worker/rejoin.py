@@ -40,11 +40,16 @@ def settle(rank: Rank) -> None:
     if rank.snapshots is not None:
         rank.snapshots.wait()  # what is being copied may be overwritten when the ranks meet
     rank.checkpoint_requested = False
+    rank.batch = None
     rank.stage = "train"
 
 
 def move(rank: Rank, task: Task, place: Place, control: Control) -> None:
     """A survivor takes its place in the new group."""
+    if (place.rank, place.world_size) != (rank.global_rank, rank.world_size):
+        rank.val_dataloaders = None  # and so they are divided anew
+        if rank.snapshots is not None:
+            rank.snapshots.rank, rank.snapshots.world_size = place.rank, place.world_size
     rank.task, rank.place, rank.control = task, place, control
     rank.metrics.world_size = place.world_size
     rank.module.trainer = rank
@@ -106,6 +111,8 @@ class _Slot:
 
 def broadcast_state(mine: State | None, world_size: int, source: int) -> State:
     """`mine` of the rank `source` on all ranks; its tensors go through the process group, not through pickle."""
+    if mine is not None and world_size == 1:
+        return mine
     tensors: list[Tensor] = []
 
     def take(tensor: Tensor, path: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +50,14 @@ class Net(pl.Module):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
-def fit(folder: Path, num_workers: int = 2, faults: list[FailAt] | None = None, **arguments):
+def fit(
+    folder: Path, num_workers: int | tuple[int, int] = 2, faults: list[FailAt] | None = None, kind: type = Net,
+    **arguments,
+):  # fmt: skip
     folder.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(NUM_SAMPLES, 4, generator=generator), torch.arange(NUM_SAMPLES))
-    module = Net(folder)
+    module = kind(folder)
     defaults = {"max_epochs": 3, "log_every_n_steps": 1, "max_restarts": 5}
     result = pl.fit(
         module, DataLoader(data, batch_size=4, shuffle=True), DataLoader(data, batch_size=8), num_workers=num_workers,
@@ -115,6 +120,71 @@ def test_the_same_exception_twice_ends_the_run(tmp_path):
         fit(tmp_path, faults=[FailAt(1, 5, "forward", "exception", tmp_path, times=2)])
     assert caught.value.rank == 1
     assert caught.value.step == 5
+    assert pl.open_run(str(tmp_path)).last.step == 5
+
+
+@pytest.mark.parametrize("point", ["forward", "validation"])
+def test_a_rank_that_hangs_is_found_and_replaced(point, undisturbed, tmp_path, capsys):
+    expected, whole = undisturbed
+    module, result = fit(tmp_path, faults=[FailAt(1, 6, point, "hang", tmp_path)], hang_timeout_s=1.0)
+    assert (result.num_restarts, result.num_steps) == (1, whole.num_steps)
+    assert_same(module, expected)
+    told = capsys.readouterr().out
+    assert "rank 1 hangs" in told
+    assert "---- rank 0" in told
+    assert "faults.py" in told  # the line that waits is in the stack
+
+
+def test_a_rank_that_hangs_again_ends_the_run_with_the_stacks_of_all(tmp_path):
+    fault = FailAt(1, 5, "backward", "hang", tmp_path, times=2)
+    with pytest.raises(pl.WorkerHung, match="hung twice at step 5") as caught:
+        fit(tmp_path, faults=[fault], hang_timeout_s=1.0)
+    assert caught.value.rank == 1
+    assert "---- rank 0" in str(caught.value)
+    assert "in _fail" in str(caught.value)
+
+
+class Patient(Net):
+    """Takes its time while it is alone, and ends an epoch after it has got company again."""
+
+    began_alone = True  # of one that comes in the middle of an epoch
+
+    def on_train_epoch_start(self):
+        self.began_alone = self.trainer.world_size == 1
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.world_size == 1:
+            threading.Event().wait(0.1)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self):
+        if self.current_epoch and self.trainer.world_size == 2 and not self.began_alone:
+            self.trainer.should_stop = True
+
+
+def read_ids(folder: Path, num_ranks: int, epoch: int) -> list[int]:
+    lines = [line for rank in range(num_ranks) for line in Path(folder, f"ids-{rank}").read_text().splitlines()]
+    found = [line.split(" ", 2) for line in lines]
+    return sorted(sample for epoch_, _, ids in found if int(epoch_) == epoch for sample in json.loads(ids))
+
+
+def test_an_elastic_group_goes_on_with_fewer_and_takes_on_who_comes(tmp_path):
+    _, result = fit(
+        tmp_path, kind=Patient, faults=[FailAt(1, 3, "data", "kill", tmp_path)], num_workers=(1, 2), num_standby=0,
+        replacement_timeout_s=0.0, global_batch_size=8, max_epochs=200,
+    )  # fmt: skip
+    assert result.num_steps == 6 * result.num_epochs  # whoever makes them
+    restarts = pl.open_run(str(tmp_path)).record["restarts"]
+    assert [restart["world_size"] for restart in restarts] == [1, 2]
+    assert len({*tmp_path.glob("pid-0-*")}) == 1  # the one that was left did not start again
+    for epoch in range(result.num_epochs):
+        assert read_ids(tmp_path, 2, epoch) == list(range(NUM_SAMPLES))
+
+
+def test_where_no_replacement_finds_room_the_last_step_is_saved(tmp_path):
+    faults = [FailAt(1, 5, "data", "kill", tmp_path)]
+    with pytest.raises(pl.NotEnoughResources, match="replacement_timeout_s=0"):
+        fit(tmp_path, faults=faults, replacement_timeout_s=0.0, num_standby=0)
     assert pl.open_run(str(tmp_path)).last.step == 5
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -629,6 +631,27 @@ def test_a_worker_that_died_between_runs_is_replaced():
     assert again[1] != pids[1]
 
 
+def test_a_member_that_is_dead_when_a_run_begins_can_be_replaced_and_joined():
+    ray_actors.release_all()
+    group = acquire(report_place)
+    ray.kill(group._roster.members[1].actor)  # before it is up
+    died = collect(group.run(make_task()))
+    assert [type(message) for message in died[1]] == [Died]
+    assert died[0] == []
+    assert group.replace(1) is not None
+    assert len(returned(collect(group.rejoin(make_task())))) == 2
+
+
+def test_a_halted_run_that_nobody_listens_to_leaves_its_workers_for_the_next():
+    group = acquire(wait_for_action)
+    stream = group.run(make_task())
+    pids = {message.pid for message in (next(stream)[1], next(stream)[1]) if isinstance(message, Started)}
+    group.halt()
+    again = acquire(report_place)
+    assert again is group
+    assert {result["pid"] for result in returned(collect(again.run(make_task())))} == pids
+
+
 def test_an_idle_group_gives_way_where_there_is_no_room_for_both():
     ray_actors.release_all()
     two = [result["pid"] for result in returned(run(report_place))]
@@ -716,6 +739,31 @@ def test_what_is_in_use_is_waited_for_and_told():
     group = acquire(report_place, 3, tell=hear)
     assert len(returned(collect(group.run(make_task()), 3))) == 3
     assert "waiting for room for 3 workers with 1 CPU each" in heard[0]
+
+
+def run_in_trial(num_workers: int) -> Any:
+    try:
+        group = ray_actors.acquire_group(CONFIG, num_workers, entry=report_place)
+        return [result["total"] for result in returned(collect(group.run(make_task()), num_workers))]
+    except NotEnoughResources as error:
+        return str(error)
+    finally:
+        ray_actors.release_all()
+
+
+def test_inside_a_placement_group_workers_take_its_bundles():
+    """As a trial of a sweep is: nothing else is reserved, so that trials cannot wait for each other."""
+    ray_actors.release_all()
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    bundles = ray.util.placement_group([{"CPU": 1}, {"CPU": 3}, {"CPU": 3}])
+    ray.get(bundles.ready())
+    place = PlacementGroupSchedulingStrategy(bundles, 0, placement_group_capture_child_tasks=True)
+    trial = ray.remote(run_in_trial).options(num_cpus=1, scheduling_strategy=place)
+    num_groups = len(ray.util.placement_group_table())
+    assert ray.get(trial.remote(2)) == [3.0, 3.0]
+    assert "make one bundle for each worker" in ray.get(trial.remote(4))
+    assert len(ray.util.placement_group_table()) == num_groups
+    ray.util.remove_placement_group(bundles)
 
 
 def test_more_members_can_be_taken_on_and_let_go():

@@ -84,10 +84,12 @@ def test_follow_gives_text_while_the_worker_is_busy(tmp_path):
     listener.start()
     os.write(1, b"one")
     assert arrived.wait(10)
+    os.write(1, b", two")
     log.close()
     listener.join(10)
     assert not listener.is_alive()
-    assert parts == ["one"]
+    assert "".join(parts) == "one, two"
+    assert list(log.follow(every_s=10)) == []
 
 
 def test_a_log_is_continued(tmp_path):

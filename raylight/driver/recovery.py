@@ -1,0 +1,125 @@
+"""Going on after a failure, or with other workers: what restart.py decides is done here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from raylight.config import Config
+from raylight.driver.restart import Decision, History, decide, find_first, make_error
+from raylight.driver.run import Run
+from raylight.driver.watch import Watch
+from raylight.errors import NotEnoughResources, RaylightError, WorkerFailed
+from raylight.messages import Died, Message, PeerLost
+from raylight.storage.checkpoints import newest_whole
+from raylight.task import Task
+
+Messages = Iterator[tuple[int, Message]]
+
+
+class Recovery:
+    """The generations of one run's group after the first."""
+
+    def __init__(self, config: Config, group: Any, driver: Run, task: Task, watch: Watch):
+        self.config, self.group, self.driver, self.task, self.watch = config, group, driver, task, watch
+        self.history = History()
+        self.most = max(watch.most, group.world_size)
+
+    def go_on(self, failures: dict[int, Any]) -> Messages:
+        """The messages of the next generation: of the ranks that are left and their new peers, or, where nobody is
+        left, of ranks that begin from the newest checkpoint. Raises where the run cannot go on."""
+        self.driver.wait_for_storage()
+        if self.watch.is_regrouping and all(isinstance(failure, PeerLost) for failure in failures.values()):
+            return self._regroup()
+        group, driver = self.group, self.driver
+        limit = self.config.max_restarts if group.can_recover else 0
+        decision = decide(failures, group.world_size, driver.step, self.task.stage, limit, self.history)
+        first = find_first(failures)
+        self.history.note(failures[first], driver.step, decision)
+        dead = [rank for rank, failure in failures.items() if isinstance(failure, Died)]
+        if decision.action == "give up":
+            error = self._make_error(failures, decision)
+            self._rescue(dead)
+            raise error
+        driver.tell(f"rank {first} failed at step {driver.step} ({decision.reason}); the run goes on", "warning")
+        driver.ledger.note_failure(loses_work=decision.action == "restart")
+        time.sleep(decision.delay_s)
+        self._replace(dead)
+        return self._begin(decision.reason, from_checkpoint=decision.action == "restart")
+
+    def _replace(self, dead: list[int]) -> None:
+        """Other processes for the ranks that are lost; an elastic group goes on without those that find no room."""
+        group, config = self.group, self.config
+        deadline = time.monotonic() + config.replacement_timeout_s
+        missing = [rank for rank in dead if group.replace(rank, max(0.0, deadline - time.monotonic())) is None]
+        if not missing:
+            return
+        fewest = config.num_workers[0] if isinstance(config.num_workers, tuple) else group.world_size
+        left = group.world_size - len(missing)
+        if left < fewest:
+            self._rescue(dead)
+            ranks = ", ".join(map(str, missing))
+            raise NotEnoughResources(
+                f"{'rank' if len(missing) == 1 else 'ranks'} {ranks} died and no other worker found room within "
+                f"replacement_timeout_s={config.replacement_timeout_s:g}: {left} of num_workers={config.num_workers} "
+                "are left. num_workers=(min, max) goes on with fewer. "
+                f"Resume with: raylight.fit(..., name={config.name!r}, resume='last')"
+            )
+        group.drop(missing)
+        self.driver.tell(
+            f"no room for another worker within replacement_timeout_s={config.replacement_timeout_s:g}: training goes "
+            f"on with {left}, and takes on more when there is room", "warning",
+        )  # fmt: skip
+
+    def _regroup(self) -> Messages:
+        """At a step boundary that all ranks have reached: those on nodes that go leave, and those that wait join."""
+        group, driver = self.group, self.driver
+        leaving = self.watch.leaving[: group.num_recruits]
+        is_all_new = len(leaving) == group.world_size
+        if is_all_new:
+            self._rescue([])
+        if leaving:
+            group.drop(leaving)
+        joined = group.adopt(self.most)
+        parts = [f"{joined} joined"] + ([f"{len(leaving)} left with their nodes"] if leaving else [])
+        driver.tell(f"training goes on with {group.world_size} workers: {', '.join(parts)}")
+        driver.ledger.note_failure(loses_work=False)
+        return self._begin(", ".join(parts), from_checkpoint=is_all_new)
+
+    def _begin(self, reason: str, from_checkpoint: bool) -> Messages:
+        group, driver, task = self.group, self.driver, self.task
+        if driver.saved:  # a checkpoint that lacks the share of a rank that is gone
+            group.request("save")
+        group.adopt(self.most)
+        driver.begin_generation(group.world_size, reason)
+        if from_checkpoint:
+            checkpoint = newest_whole(driver.version.storage) if driver.version is not None else None
+            driver.redo_from(checkpoint.step if checkpoint is not None else 0)
+            task = replace(task, checkpoint=checkpoint or task.checkpoint, weights_only=False)
+        self.watch.begin()
+        messages: Messages = group.rejoin(replace(task, options={**task.options, "rejoin": True}))
+        return messages
+
+    def _rescue(self, dead: list[int]) -> None:
+        """Before the run is given up, the ranks that are left save the last whole step."""
+        group, driver, options = self.group, self.driver, self.config.checkpoint
+        if self.task.stage != "fit" or options is None or not options.on_exception or len(dead) == group.world_size:
+            return
+        if dead:
+            group.drop(dead)
+        driver.begin_generation(group.world_size, "a last checkpoint")
+        for rank, message in group.rejoin(replace(self.task, options={"rescue": True})):
+            driver.handle(rank, message)
+        driver.outcome.take_failures()
+
+    def _make_error(self, failures: dict[int, Any], decision: Decision) -> BaseException:
+        error = make_error(failures, self.driver, decision.reason)
+        original = getattr(self.group, "exception", None)
+        if original is not None:
+            error.cause = original
+        if isinstance(error.cause, RaylightError) and not isinstance(error.cause, WorkerFailed):
+            return error.cause
+        error.__cause__ = error.cause
+        return error

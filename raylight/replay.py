@@ -1,0 +1,153 @@
+"""One failed step, run again in one process: what `raylight replay` makes of the script that it starts.
+
+The script runs as it did; its `fit` of that run finds the variable below, and instead of training makes that one step,
+with the weights of the checkpoint before it, the samples and the random numbers that the failed rank had.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from raylight.errors import InvalidArguments, MissingFile
+from raylight.runs import Run, open_run
+from raylight.seeding import seed_step, set_rng_state
+from raylight.storage.checkpoints import Checkpoint, list_checkpoints, verify
+from raylight.task import Loaders, Place, Task
+from raylight.worker.control import Control
+from raylight.worker.data import TrainBatch, TrainBatches
+from raylight.worker.entry import prepare, prepare_fit
+from raylight.worker.evidence import FOLDER
+from raylight.worker.failure import format_user_traceback
+from raylight.worker.loop import Loop
+from raylight.worker.plain import restore_arrays
+from raylight.worker.rank import Rank
+
+PATH_VARIABLE, DEBUGGER_VARIABLE = "RAYLIGHT_REPLAY", "RAYLIGHT_DEBUGGER"
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a rank has kept of the step that failed."""
+
+    run: Run
+    facts: dict[str, Any]
+
+    def describe(self) -> str:
+        facts = self.facts
+        samples = f", samples {facts['indices']}" if facts["indices"] is not None else ""
+        return (
+            f"step {facts['step']} of rank {facts['rank']} (epoch {facts['epoch']}, batch {facts['index']}{samples}), "
+            f"which ended with {facts['kind']}: {facts['text']}"
+        )
+
+
+def read_evidence(path: str) -> Evidence:
+    """`path` is a file of a version's folder `failures`, or a version, whose newest is taken. Raises MissingFile."""
+    folder, _, name = path.rstrip("/").rpartition("/")
+    if not name.endswith(".pt"):
+        folder, name = path, ""
+    run = open_run(folder.removesuffix(f"/{FOLDER}"))
+    names = sorted(entry.name for entry in run.storage.list(FOLDER)) if run.storage.exists(FOLDER) else []
+    name = name or (names[-1] if names else "")
+    if name not in names:
+        raise MissingFile(f"{run.path}/{FOLDER}/{name} is not there; there are: {', '.join(names) or 'none'}")
+    with run.storage.open_read(f"{FOLDER}/{name}") as file:
+        facts = torch.load(file, weights_only=True, map_location="cpu")
+    return Evidence(run, restore_arrays(facts))
+
+
+def command_of(evidence: Evidence, given: list[str]) -> list[str]:
+    """How the script is started again: as run.json tells, unless a command was `given`."""
+    command = given or evidence.run.record.get("command") or []
+    if not command or not os.path.isfile(command[0]):
+        raise InvalidArguments(
+            f"the script that made this run, {shlex.join(command) or 'unknown'}, is not here; go to its folder, or "
+            "name it: raylight replay PATH -- train.py --its-arguments"
+        )
+    return [sys.executable, *command]
+
+
+def is_wanted(name: str) -> bool:
+    """Whether this process replays a step of the run `name`, instead of training it."""
+    path = os.environ.get(PATH_VARIABLE)
+    return bool(path) and read_evidence(str(path)).run.name == name
+
+
+def replay(module: Any, loaders: Loaders, callbacks: list[Any], config: Any) -> None:
+    """Makes the step and ends the process: with 1 where it fails again, with 0 where it does not."""
+    evidence = read_evidence(os.environ[PATH_VARIABLE])
+    facts = evidence.facts
+    checkpoint = _checkpoint_before(evidence)
+    print(f"raylight: replaying {evidence.describe()}")
+    at = f"checkpoint {checkpoint.path} (step {checkpoint.step})" if checkpoint else "the script, before training"
+    print(f"raylight: weights of {at}", flush=True)
+    config = replace(config, num_workers=0, checkpoint=None, logger=False, detect_anomaly=True)
+    task = Task("fit", module, loaders, config, callbacks, evidence.run.path, None, facts["seed"], checkpoint)
+    use_gpu = torch.cuda.is_available() and config.use_gpu is not False
+    rank = Rank(task, Place(device=f"cuda:{torch.cuda.current_device()}" if use_gpu else "cpu"), Control())
+    for _ in prepare(rank):
+        continue
+    prepare_fit(rank)
+    loop, batch = _open(rank, facts)
+    _set_random_numbers(facts)
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            loop.train_batch(batch)
+    except Exception as error:
+        print(format_user_traceback(error), file=sys.stderr, flush=True)
+        debugger = os.environ.get(DEBUGGER_VARIABLE)
+        if debugger:
+            importlib.import_module(debugger).post_mortem(error.__traceback__)
+        raise SystemExit(1) from None
+    losses = [float(loss) for loss in loop.gradients.losses]
+    bad = [name for name, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    told = f"gradients that are not finite: {', '.join(bad)}" if bad else "all gradients are finite"
+    print(f"raylight: the step did not raise; loss {losses}, {told}", flush=True)
+    raise SystemExit(0)
+
+
+def _checkpoint_before(evidence: Evidence) -> Checkpoint | None:
+    """The newest whole one that is not of a later step."""
+    step = evidence.facts["step"]
+    found = sorted(list_checkpoints(evidence.run.storage), key=lambda checkpoint: checkpoint.step)
+    usable = [one for one in found if one.step <= step and not one.manifest.weights_only]
+    return next((one for one in reversed(usable) if not verify(one)), None)
+
+
+def _open(rank: Rank, facts: dict[str, Any]) -> tuple[Loop, TrainBatch]:
+    """The loop at the batch in question, divided as it was among the ranks."""
+    config = rank.config
+    batches = rank.train_batches = TrainBatches(
+        rank.loader("train"),
+        rank=facts["rank"],
+        world_size=facts["world_size"],
+        seed=facts["seed"],
+        limit=config.overfit_batches or config.limit_train_batches,
+        use_distributed_sampler=config.use_distributed_sampler,
+        global_batch_size=config.global_batch_size,
+        overfit=bool(config.overfit_batches),
+    )
+    rank.num_training_batches = batches.num_batches
+    rank.current_epoch, rank.global_step, rank.batch_idx = facts["epoch"], facts["step"], facts["index"]
+    loop = Loop(rank)
+    if facts["batch"] is not None:
+        return loop, TrainBatch(facts["batch"], facts["index"], facts["share"], facts["size"], False, False)
+    batches.load_state_dict(facts["data"])
+    for batch in batches.iterate(facts["epoch"], batches.position):
+        if batch.index == facts["index"]:
+            return loop, batch._replace(uneven=False)
+    raise InvalidArguments(f"the training loader has no batch {facts['index']} any more in epoch {facts['epoch']}")
+
+
+def _set_random_numbers(facts: dict[str, Any]) -> None:
+    if facts["rng"] is not None:
+        set_rng_state(facts["rng"])
+    else:
+        seed_step(facts["seed"], facts["rank"], facts["num_batches_seen"])

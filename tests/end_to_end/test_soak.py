@@ -1,0 +1,30 @@
+"""Random failures, in a bounded form; `make soak` runs the long one."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+from tests.end_to_end.soak import draw_plan, soak
+
+
+@pytest.mark.slow
+def test_a_run_survives_what_a_seed_draws(tmp_path):
+    report = soak(tmp_path, seed=11, num_steps=40, num_faults=6)
+    print(report)
+    assert "1 of the driver" in report
+
+
+def test_a_seed_draws_the_same_faults_again():
+    assert draw_plan(7, 200, 30) == draw_plan(7, 200, 30)
+    assert draw_plan(7, 200, 30) != draw_plan(8, 200, 30)
+
+
+@pytest.mark.soak
+def test_long_runs_survive(tmp_path):
+    seed = int(os.environ.get("RAYLIGHT_SOAK_SEED", random.randrange(1 << 31)))
+    print(f"RAYLIGHT_SOAK_SEED={seed}")
+    num_steps = int(os.environ.get("RAYLIGHT_SOAK_STEPS", 1000))
+    print(soak(tmp_path, seed, num_steps, num_faults=num_steps // 20))

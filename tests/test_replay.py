@@ -1,0 +1,104 @@
+"""A failed step runs again in one process, with the weights, samples and random numbers that it had."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raylight import cli
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import sys
+import torch
+import raylight as pl
+
+num_workers, kind, width = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
+class Net(pl.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = torch.nn.Sequential(torch.nn.Linear(width, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(batch[0]).pow(2).mean()
+        if 29 in batch[1].tolist():
+            if kind == "nan":
+                return loss * float("nan")
+            raise ValueError(f"loss {loss.item():.9f} of {sorted(batch[1].tolist())}")
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+generator = torch.Generator().manual_seed(1)
+data = torch.utils.data.TensorDataset(torch.randn(40, width, generator=generator), torch.arange(40))
+loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
+pl.fit(
+    Net(), loader, num_workers=num_workers, use_gpu=False, seed=5, storage_path="runs", name="net", max_epochs=1,
+    max_restarts=0, enable_progress_bar=False, checkpoint={"every_n_steps": 1}, detect_anomaly=kind == "stop",
+)
+"""
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "train.py").write_text(SCRIPT)
+    return run(folder, "train.py", *arguments)
+
+
+@pytest.mark.parametrize(("num_workers", "width"), [(0, 8), (2, 1_200_000)])  # the batch is kept, or read again
+def test_an_exception_comes_again(num_workers, width, tmp_path):
+    failed = train(tmp_path, str(num_workers), "raise", str(width))
+    assert failed.returncode == 1
+    [what] = set(re.findall(r"ValueError: (loss .*)", failed.stderr))
+    [path] = re.findall(r"raylight replay (\S+)", failed.stderr)[:1]
+    again = run(tmp_path, "-m", "raylight.cli", "replay", path)
+    assert again.returncode == 1
+    assert f"ValueError: {what}" in again.stderr  # the same loss in nine digits: weights, samples and dropout
+    assert "in training_step" in again.stderr
+    assert "samples [" in again.stdout
+    assert len(list((tmp_path / "runs" / "net").glob("version_*"))) == 1  # nothing was trained
+
+
+def test_a_loss_that_is_not_finite_comes_again(tmp_path):
+    told = train(tmp_path, "0", "nan", "8").stdout
+    [path] = re.findall(r"raylight replay (\S+)", told)
+    again = run(tmp_path, "-m", "raylight.cli", "replay", path)
+    assert again.returncode == 1
+    assert "29" in again.stdout.split("samples [")[1].split("]")[0]
+    assert "returned nan values" in again.stderr
+
+
+def test_a_debugger_is_entered_where_the_step_fails(tmp_path):
+    train(tmp_path, "0", "raise", "8")
+    (tmp_path / "watcher.py").write_text(
+        "def post_mortem(traceback):\n"
+        "    while traceback.tb_next: traceback = traceback.tb_next\n"
+        "    print('locals:', sorted(traceback.tb_frame.f_locals))\n"
+    )
+    again = run(tmp_path, "-m", "raylight.cli", "replay", "runs", "--debugger", "watcher")
+    assert "locals: ['batch', 'batch_idx', 'loss', 'self']" in again.stdout
+
+
+def test_a_version_without_a_failure_and_a_script_that_is_gone(tmp_path, capsys):
+    train(tmp_path, "0", "raise", "8")
+    (tmp_path / "train.py").unlink()
+    assert cli.main(["replay", str(tmp_path / "runs")]) == 1
+    assert "raylight replay PATH -- train.py" in capsys.readouterr().err
+    for file in (tmp_path / "runs" / "net" / "version_0" / "failures").iterdir():
+        file.unlink()
+    assert cli.main(["replay", str(tmp_path / "runs")]) == 1
+    assert "there are: none" in capsys.readouterr().err
