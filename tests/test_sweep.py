@@ -284,6 +284,9 @@ def troubled(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> dict
 def test_one_bad_trial_does_not_end_the_sweep(troubled: dict[str, Any]) -> None:
     assert [name for name, result in troubled.items() if result.error] == ["raises"]
     assert "ZeroDivisionError: one bad trial" in str(troubled["raises"].error)
+    assert "Resume with: raylight.sweep(..., name='troubled', resume=True)" in str(troubled["raises"].error)
+    tries = Path(troubled["raises"].path, "error.txt").read_text()
+    assert tries.count("Failure #") == 2  # Tune makes one, before it can be told that none is worth while
     assert troubled["good"].metrics["epoch"] == 3
     assert math.isnan(troubled["nan"].metrics["val_loss"])
 

@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import cloudpickle
 from ray import tune
+from ray.exceptions import RayTaskError
 from ray.tune.experiment import Trial
 
-from raylight.errors import RaylightError
 from raylight.report.console import find_place
 from raylight.report.drawing import Drawing
 from raylight.report.summary import format_seconds
@@ -63,12 +64,11 @@ class Watcher(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial whose process was killed is worth another try; one that raised would do so again."""
-        error = trial.get_error()
-        if isinstance(getattr(error, "cause", error), RaylightError):
+        if isinstance(read_error(trial), RayTaskError):
             trial.max_failures = 0
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        error = trial.get_error()
+        error = read_error(trial)
         error = getattr(error, "cause", None) or error
         print(f"raylight: {trial} failed: {shorten(str(error))}", flush=True)
 
@@ -129,6 +129,14 @@ class Watcher(tune.Callback):
         if now > self._next_line:
             self._next_line = now + LINE_INTERVAL_S
             print(describe(state), flush=True)
+
+
+def read_error(trial: Trial) -> Any:
+    """What ended the trial just now. Tune's own way is to read it from storage, where it comes a while later."""
+    if trial.pickled_error_file is None:
+        return trial.get_error()
+    with open(trial.pickled_error_file, "rb") as file:
+        return cloudpickle.load(file)
 
 
 def shorten(text: str, most: int = 12) -> str:

@@ -10,11 +10,13 @@ import pickle
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
 
-from raylight.errors import InvalidArguments
 from raylight.report.sweep_table import TrialRow
 from raylight.tuning.watcher import Watcher, estimate_left, shorten
 
@@ -25,14 +27,15 @@ class FakeTrial:
     status: str = "RUNNING"
     config: dict[str, Any] = field(default_factory=lambda: {"lr": 0.1})
     last_result: dict[str, Any] = field(default_factory=dict)
-    error: Exception | None = None
+    pickled_error_file: Path | None = None
     max_failures: int = 3
 
     def __str__(self) -> str:
         return f"Net_{self.trial_id}"
 
-    def get_error(self) -> Exception | None:
-        return self.error
+    def fail(self, error: Exception, folder: Path) -> None:
+        self.pickled_error_file = folder / f"{self.trial_id}.pkl"
+        self.pickled_error_file.write_bytes(cloudpickle.dumps(error))
 
     def report(self, watcher: Watcher, **values: Any) -> None:
         self.last_result = values
@@ -69,8 +72,9 @@ def test_outside_of_a_terminal_each_trial_that_ends_is_a_line(capsys: pytest.Cap
     )
 
 
-def test_a_failure_is_told_with_its_last_lines(capsys: pytest.CaptureFixture) -> None:
-    trial = FakeTrial("a", error=ValueError("\n".join(f"line {n}" for n in range(20))))
+def test_a_failure_is_told_with_its_last_lines(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    trial, text = FakeTrial("a"), "\n".join(f"line {n}" for n in range(20))
+    trial.fail(RayTaskError("step", "all of Ray's frames", ValueError(text)), tmp_path)
     make_watcher().on_trial_error(0, [trial], trial)
     printed = capsys.readouterr().out
     assert printed.startswith("raylight: Net_a failed: ...\nline 8\n")
@@ -78,8 +82,10 @@ def test_a_failure_is_told_with_its_last_lines(capsys: pytest.CaptureFixture) ->
     assert shorten("one line") == "one line"
 
 
-def test_what_user_code_raised_is_not_tried_again_and_a_killed_process_is() -> None:
-    raised, killed = FakeTrial("a", error=InvalidArguments("no")), FakeTrial("b", error=OSError("gone"))
+def test_what_user_code_raised_is_not_tried_again_and_a_killed_process_is(tmp_path: Path) -> None:
+    raised, killed = FakeTrial("a"), FakeTrial("b")
+    raised.fail(RayTaskError("step", "", ValueError("no")), tmp_path)
+    killed.fail(ActorDiedError(), tmp_path)
     for trial in (raised, killed):
         make_watcher().on_trial_recover(0, [trial], trial)
     assert (raised.max_failures, killed.max_failures) == (0, 3)
