@@ -295,15 +295,13 @@ def _raise_if_all_failed(results: ResultGrid) -> None:
 def _report(plan: Plan, shape: Shape, results: ResultGrid, watcher: Watcher, run: Storage, folder: str) -> None:
     """Writes the picture, and prints what a person wants to know at the end."""
     from raylight.report.sweep_page import make_page
-    from raylight.tuning.ending import summarize, write_code
+    from raylight.tuning.ending import find_best, summarize, write_code
 
     state = watcher.state
     if state is None:
         return
     run.child(folder).write(PAGE, [make_page(state, f"{run.name}, {folder}").encode()])
-    best = None
-    if any(plan.metric in (results[index].metrics or {}) for index in range(len(results))):
-        best = results.get_best_result(plan.metric, plan.mode, filter_nan_and_inf=True)
+    best = find_best(results, plan.metric, plan.mode)
     code = write_code(plan.recipe, best.config or {}, plan.recipe.arguments, shape) if best is not None else ""
     metrics = best.metrics if best is not None else None
     print("\n" + summarize(state, metrics, code, run.uri, run.uri_of(f"{folder}/{PAGE}")), flush=True)

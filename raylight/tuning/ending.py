@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import os
 from collections import Counter
 from collections.abc import Mapping
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raylight.report.summary import format_seconds
 from raylight.report.sweep_table import SweepState, format_number
 from raylight.tuning.recipe import Recipe, Shape, is_function_of_config
+
+if TYPE_CHECKING:
+    from ray.tune import Result, ResultGrid
 
 
 def summarize(state: SweepState, best: Mapping[str, Any] | None, code: str, run_path: str, page_path: str) -> str:
@@ -20,15 +24,30 @@ def summarize(state: SweepState, best: Mapping[str, Any] | None, code: str, run_
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
     lines = [f"{len(state.rows)} trials in {format_seconds(state.elapsed_s)}: {told}"]
     facts: dict[str, Any] = {}
+    if len(state.rows) < state.total or counts["done"] + counts["failed"] < len(state.rows):
+        facts["go on"] = "the same call with resume=True"
     if best is not None:
         facts |= {
-            "best": f"{state.metric} {format_number(best[state.metric])} at epoch {best['epoch']}",
-            "train it again": code, "best checkpoint": best.get("best_checkpoint"),
+            "best": _describe(best, state.metric), "train it again": code,
+            "best checkpoint": best.get("best_checkpoint"),
         }  # fmt: skip
     facts["picture"] = page_path
     facts["list trials"] = f"raylight runs {run_path} --metric {state.metric} --mode {state.mode}"
     facts["compare them"] = f"tensorboard --logdir {run_path}"
     return "\n".join(lines + [f"{name:<16} {fact}" for name, fact in facts.items() if fact])
+
+
+def find_best(results: ResultGrid, metric: str, mode: str) -> Result | None:
+    """The trial whose last value is the best, as Tune sees it; None where none has a number."""
+    values = [(result.metrics or {}).get(metric) for result in results]
+    has_number = any(isinstance(value, numbers.Real) and math.isfinite(value) for value in values)
+    return results.get_best_result(metric, mode) if has_number else None
+
+
+def _describe(best: Mapping[str, Any], metric: str) -> str:
+    last, in_checkpoint = best[metric], best.get(f"best_{metric}", best[metric])
+    told = f"{metric} {format_number(last)} at epoch {best['epoch']}"
+    return told if in_checkpoint == last else f"{told}, {format_number(in_checkpoint)} in its best checkpoint"
 
 
 def write_code(recipe: Recipe, config: Mapping[str, Any], given: Mapping[str, Any], shape: Shape) -> str:

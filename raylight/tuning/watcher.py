@@ -82,7 +82,8 @@ class Watcher(tune.Callback):
             self._print_lines(trials, self.state)
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
-        self.state = self._look(trials)  # no step was made where a sweep is resumed that was over
+        if self.state is None:  # no step was made: a sweep is resumed that was over
+            self.state = self._look(trials)
         self.close()
 
     def close(self) -> None:
@@ -102,7 +103,8 @@ class Watcher(tune.Callback):
     def _row(self, trial: Trial) -> TrialRow:
         result = trial.last_result or {}
         value = result.get(self.metric)
-        best = self._best.get(trial.trial_id, value)  # of trials that an earlier process finished the last is known
+        # Of trials that an earlier process finished, the value of the best checkpoint.
+        best = self._best.get(trial.trial_id, result.get(f"best_{self.metric}", value))
         seconds = float(result.get("time_total_s", 0.0))
         return TrialRow(str(trial), _STATES[trial.status], trial.config, value, best, result.get("epoch"), seconds)
 

@@ -108,6 +108,16 @@ def test_a_sweep_that_was_over_when_it_was_resumed_has_a_state() -> None:
     assert [row.best for row in watcher.state.rows] == [0.5]
 
 
+def test_what_an_interrupted_sweep_had_still_to_do_is_kept() -> None:
+    """Tune calls its trials terminated then."""
+    watcher, trial = make_watcher(), FakeTrial("a", "PENDING")
+    watcher.on_step_end(0, [trial])
+    trial.status = "TERMINATED"
+    watcher.on_experiment_end([trial])
+    assert watcher.state is not None
+    assert watcher.state.rows[0].state == "waiting"
+
+
 def test_in_a_terminal_there_is_one_table_and_prints_go_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
     master, slave = os.openpty()
     monkeypatch.setenv("TERM", "xterm")
