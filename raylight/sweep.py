@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from raylight.arguments import as_list, resolve
 from raylight.config import Checkpointing, Config
-from raylight.errors import InvalidArguments, RaylightError
+from raylight.errors import InvalidArguments, NotEnoughResources, RaylightError
 from raylight.seeding import isolate_rng
 from raylight.storage.filesystem import Storage
 from raylight.storage.location import locate
@@ -104,12 +104,22 @@ def trainable(
 # ---- before
 
 
-def _find_argument_mistakes(arguments: Mapping[str, Any]) -> list[str]:
-    try:
-        resolve(_without_scale(arguments), find_available({}))
-    except InvalidArguments as error:
-        return error.mistakes
-    return []
+def _find_argument_mistakes(arguments: dict[str, Any]) -> list[str]:
+    from raylight.tuning.room import plan as plan_room
+
+    mistakes: list[str] = []
+    checks: tuple[Callable[[], Any], ...] = (
+        lambda: resolve(_without_scale(arguments), find_available({})),
+        lambda: plan_room(arguments, find_available(arguments)),
+    )
+    for check in checks:
+        try:
+            check()
+        except InvalidArguments as error:
+            mistakes += error.mistakes
+        except NotEnoughResources:  # the cluster that this asks for is not there yet
+            continue
+    return mistakes
 
 
 def _without_scale(arguments: Mapping[str, Any]) -> dict[str, Any]:

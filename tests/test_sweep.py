@@ -326,7 +326,7 @@ def test_resource_changing_scheduler_gives_a_trial_more_workers(tmp_path: Path) 
 
 
 class Counts(Line):
-    def on_train_epoch_end(self) -> None:
+    def on_validation_epoch_end(self) -> None:
         self.log("threads", float(torch.get_num_threads()))
 
 
@@ -340,7 +340,8 @@ def test_a_tuner_of_ones_own_has_all_of_tune(tmp_path: Path, monkeypatch: pytest
 
     trial_class = raylight.sweep.trainable(
         lambda config: (Counts(config["lr"]), make_data(), {"precision": "64-true"}), metric="val_loss", max_epochs=50,
-        num_workers=1, resources_per_worker={"CPU": 3}, storage_path=tmp_path / "runs", name="own",
+        num_workers=1, resources_per_worker={"CPU": 3}, val_check_interval=0.5, storage_path=tmp_path / "runs",
+        name="own",
     )  # fmt: skip
     tuner = tune.Tuner(
         trial_class,
@@ -354,6 +355,7 @@ def test_a_tuner_of_ones_own_has_all_of_tune(tmp_path: Path, monkeypatch: pytest
     results = tuner.fit()
     assert results.num_errors == 0
     assert [result.metrics["training_iteration"] for result in results] == [2, 2]
+    assert [result.metrics["step"] for result in results] == [12, 12]  # the second validation of an epoch
     assert [result.metrics["threads"] for result in results] == [3.0, 3.0]
     assert len(ended) == 2
     assert {record["status"] for record in versions_of(results)} == {"stopped"}

@@ -112,13 +112,15 @@ from ray import tune
 class Net(raylight.Module):
     pass
 try:
-    raylight.sweep(Net, {"x": tune.choice([1])}, num_samples=0, metric="val_loss", mode="mini", max_epoch=3)
+    raylight.sweep(Net, {"x": tune.choice([1])}, num_samples=0, metric="val_loss", mode="mini", max_epoch=3,
+        num_workers=-1)
 except raylight.InvalidArguments as error:
     print(ray.is_initialized(), len(error.mistakes), error)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for text in ("False 4", "mode must be", "num_samples must be", "nothing takes 'x'", "did you mean max_epochs"):
+    texts = ("mode must be", "num_samples must be", "nothing takes 'x'", "did you mean max_epochs", "num_workers must")
+    for text in ("False 5", *texts):
         assert text in done.stdout
 
 
