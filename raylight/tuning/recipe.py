@@ -13,7 +13,8 @@ from raylight.errors import InvalidArguments
 from raylight.module import Module
 from raylight.task import Loaders
 
-SCALE_ARGUMENTS = ("num_workers", "use_gpu", "resources_per_worker", "strategy")
+LIGHTNINGS_SCALE = ("devices", "gpus", "num_nodes", "accelerator")
+SCALE_ARGUMENTS = ("num_workers", "use_gpu", "resources_per_worker", "strategy", *LIGHTNINGS_SCALE)
 """What says how much room a trial takes. Tune asks for it before anything of the trial exists."""
 PLACE_ARGUMENTS = ("storage_path", "default_root_dir", "storage_filesystem", "name")
 """What says which run it is, one for all trials."""

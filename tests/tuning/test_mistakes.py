@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import raylight
+from raylight.arguments import resolve
 from raylight.errors import InvalidArguments
 from raylight.scale import Available
 from raylight.tuning.mistakes import Plan, find_metric_mistake, find_mistakes, find_run_mistakes
@@ -172,6 +173,11 @@ def test_the_room_of_a_trial() -> None:
     two = plan_room({"num_workers": 2, "resources_per_worker": {"CPU": 2}, "use_gpu": False}, cluster)
     assert two.bundles() == [{}, {"CPU": 2.0}, {"CPU": 2.0}]
     assert two.resized([{"CPU": 2.0}] * 3).arguments()["num_workers"] == 3
+    assert plan_room({"devices": 2, "accelerator": "cpu"}, cluster).bundles() == [{}, {"CPU": 1.0}, {"CPU": 1.0}]
+    assert plan_room({"accelerator": "cpu"}, cluster).bundles() == [{"CPU": 1.0}]
+    assert plan_room({"num_workers": "auto"}, Available(0, "10.0.0.1:6379")).num_workers == 1
+    asked = {"devices": 2, "accelerator": "cpu"}
+    assert resolve(asked | two.arguments(), cluster).num_workers == 2
     with pytest.raises(InvalidArguments, match="one of the same size for each worker"):
         two.resized([{"CPU": 1.0}, {"CPU": 2.0}])
     with pytest.raises(InvalidArguments, match="say one number"):
