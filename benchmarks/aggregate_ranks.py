@@ -1,4 +1,4 @@
-"""What a thousand ranks cost the driver: their messages unpickled, merged, and written to the table and TensorBoard.
+"""What many ranks cost the driver: their messages unpickled, merged, and written to the table and TensorBoard.
 
 Each rank sends its step values and its progress once a second. The messages of some seconds are made beforehand; what
 is counted is the processor time, of all threads, that the driver needs for a second's worth.
@@ -12,19 +12,24 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from benchmarks.figures import Figure, show
 from raylight.driver.aggregate import StepAggregator
 from raylight.driver.journal import Journal, read_metrics
 from raylight.loggers import TensorBoardLogger
-from raylight.messages import Progress, StageStarted, StepMetrics, StepRow, StepValue
+from raylight.messages import Progress, SavedFile, StageStarted, StepMetrics, StepRow, StepValue
 from raylight.report.console import Console
+from raylight.report.gauges import Gauges
+from raylight.storage.checkpoints import Manifest, commit
 from raylight.storage.filesystem import Storage
 
 WORLD_SIZE = 1000
 NUM_SECONDS = 10
 NAMES = ("train_loss", "accuracy", "lr", "grad_norm")
 NUM_STEPS = 100_000
+NUM_SHARES = 10_000
 
 
 def make_second(second: int, rows_a_second: int) -> list[bytes]:
@@ -42,7 +47,7 @@ def make_second(second: int, rows_a_second: int) -> list[bytes]:
 
 
 class Driver:
-    """The parts of the driver that every such message passes through."""
+    """The parts of the driver that every such message passes through, the gauges for Prometheus among them."""
 
     def __init__(self, folder: Path):
         files = Storage(folder)
@@ -52,6 +57,8 @@ class Driver:
         self.logger.attach(files)
         self.console = Console(stream=io.StringIO(), world_size=WORLD_SIZE, max_epochs=1)
         self.console.handle(0, StageStarted("train", 0, 0, NUM_STEPS))
+        run: Any = SimpleNamespace(step=0, world_size=WORLD_SIZE, record={}, logged_metrics={"train_loss": 0.5})
+        self.gauges = Gauges(run, lambda values: None)
 
     def handle(self, data: bytes) -> None:
         rank, message = pickle.loads(data)
@@ -60,6 +67,7 @@ class Driver:
                 self.journal.add(step, epoch, values, moment)
                 self.logger.log_metrics({**values, "epoch": epoch}, step, moment)
         self.console.handle(rank, message)
+        self.gauges.handle(rank, message)
 
     def flush(self) -> None:
         self.journal.flush()
@@ -91,8 +99,26 @@ def measure_cores(rows_a_second: int) -> float:
     return statistics.median(used[1:])  # the first second also imports pyarrow
 
 
+def measure_commit() -> float:
+    """Seconds until the shares of ten thousand ranks, one file of each on a local disk, are a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = Storage(folder)
+        share = Path(folder, "checkpoints/step-00000001")
+        share.mkdir(parents=True)
+        saved = []
+        for rank in range(NUM_SHARES):
+            path = share / f"model-{rank:05d}-of-{NUM_SHARES:05d}.pt"
+            path.write_bytes(b"share")
+            saved.append(SavedFile(str(path.relative_to(folder)), 5, "xxh3_64:0000000000000000"))
+        began = time.perf_counter()
+        manifest = Manifest(step=1, epoch=0, files=tuple(saved), world_size=NUM_SHARES)
+        commit(files, "checkpoints/step-00000001", manifest)
+        return time.perf_counter() - began
+
+
 def measure() -> list[Figure]:
     return [
+        Figure(f"checkpoint of {NUM_SHARES} ranks committed", measure_commit(), "s", at_most=2.0),
         Figure(f"{WORLD_SIZE} ranks, one step a second", measure_cores(1), "cores", at_most=0.5),
         Figure(f"{WORLD_SIZE} ranks, 20 steps a second", measure_cores(20), "cores"),
     ]

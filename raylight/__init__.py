@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from raylight.errors import (
         CheckpointCorrupt,
         CheckpointMismatch,
+        ClusterError,
         DataError,
         InvalidArguments,
         NotEnoughResources,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 _ERRORS = (
     "RaylightError", "InvalidArguments", "WorkerFailed", "WorkerHung", "CheckpointCorrupt", "CheckpointMismatch",
-    "StorageError", "NotEnoughResources", "DataError",
+    "StorageError", "ClusterError", "NotEnoughResources", "DataError",
 )  # fmt: skip
 
 # Public name -> (module, name there); "" stands for the module itself. Loaded at first use, so that `import raylight`

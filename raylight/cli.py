@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("script", nargs="*", help="the script and its arguments, after -- (as run.json tells)")
     replay.set_defaults(command=_replay)
 
+    run = commands.add_parser("run", help="run a script, and start it again where it is killed")
+    run.add_argument("--retries", type=int, default=3, help="how often it is started again (3)")
+    run.add_argument("script", nargs=argparse.REMAINDER, help="the script and its arguments")
+    run.set_defaults(command=_run)
+
     doctor = commands.add_parser("doctor", help="examine this machine and, if given, a storage")
     doctor.add_argument("--storage", metavar="PATH", help="write, read and delete a file there")
     doctor.set_defaults(command=_doctor)
@@ -188,6 +193,13 @@ def _replay(options: argparse.Namespace) -> int:
         environment[DEBUGGER_VARIABLE] = options.debugger
     sys.stdout.flush()
     os.execve(command[0], command, environment)  # in its place, so that a debugger has the terminal
+
+
+def _run(options: argparse.Namespace) -> int:
+    from raylight.supervise import supervise
+
+    script = options.script[1:] if options.script[:1] == ["--"] else options.script
+    return supervise([sys.executable, *script], options.retries)
 
 
 def _doctor(options: argparse.Namespace) -> int:

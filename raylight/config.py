@@ -130,7 +130,7 @@ def to_plain(value: Any, name: str = "") -> Any:
     """`value` as JSON values, for a person to read: objects become the name of their class. Strings under a name that
     looks like a secret's, and the secrets in URIs, become "***"."""
     if isinstance(value, str):
-        return MASK if value and is_secret(name) else _mask_uri(value)
+        return MASK if value and is_secret(name) else mask_uri(value)
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
@@ -149,13 +149,28 @@ def to_plain(value: Any, name: str = "") -> Any:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def mask_command(words: list[str]) -> list[str]:
+    """A command line without the values of options whose name looks like a secret's: `--api-key X`, `--api-key=X`."""
+    masked = []
+    for before, word in zip(["", *words], words, strict=False):
+        name, equals, value = word.partition("=")
+        if equals and is_secret(name):
+            masked.append(f"{name}={MASK}" if value else word)
+        elif before.startswith("-") and "=" not in before and not word.startswith("-") and is_secret(before):
+            masked.append(MASK)
+        else:
+            masked.append(mask_uri(word))
+    return masked
+
+
 def is_secret(name: str) -> bool:
     """Whether a value of that name is likely to be a password, key or token."""
     words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
     return not _SECRET_WORDS.isdisjoint(words) or not _SECRET_PAIRS.isdisjoint(pairwise(words))
 
 
-def _mask_uri(text: str) -> str:
+def mask_uri(text: str) -> str:
+    """`text` without the passwords and keys of the URIs in it."""
     if "://" not in text:
         return text
     text = _URI_USER.sub(f"{MASK}@", text)

@@ -72,6 +72,14 @@ class MissingFile(StorageError, FileNotFoundError):
     """What was to be read is not on storage."""
 
 
+class Superseded(StorageError):
+    """A newer attempt has taken over the version, so that this one writes nothing more there."""
+
+
+class ClusterError(RaylightError):
+    """The Ray cluster cannot be used as it is; the text names the nodes and says what to change."""
+
+
 class NotEnoughResources(RaylightError):
     """More workers, GPUs or CPUs were asked for than there are; the text says what would fit."""
 

@@ -21,6 +21,7 @@ from raylight.loading import Resume, find_resume
 from raylight.loggers import make_loggers
 from raylight.messages import Message
 from raylight.report.console import Console
+from raylight.report.gauges import GAUGES, Gauges
 from raylight.storage.checkpoints import raise_fence, sweep_leftovers
 from raylight.storage.fence import newest_attempt
 from raylight.storage.filesystem import Storage
@@ -105,6 +106,8 @@ class Execution:
         )
         protected = resume.checkpoint.path if resume.checkpoint is not None else None
         driver = self.driver = Run(version, config, group.world_size, [console], loggers, attempt, protected)
+        if self.stage == "fit" and not isinstance(group, InProcessGroup):
+            driver.sinks.append(_make_gauges(driver))
         driver.is_follow_up = self.stage != "fit" and version is not None and bool(version.read_run())
         seed = resume.seed if resume.seed is not None else self._draw_seed()
         driver.start({"seed": seed, "stage": self.stage, "resumed_from": protected, **facts})
@@ -128,6 +131,7 @@ class Execution:
             weights_only=self.stage != "fit",
             attempt=attempt,
             options={
+                "stamp": driver.record.get("started_at"),
                 "share_module": not isinstance(group, InProcessGroup),
                 "takes_new_hyperparameters": resume.takes_new_hyperparameters,
                 "trained": self._find_trained(resume),
@@ -231,6 +235,14 @@ class Execution:
         if verbose:
             console.show_results(self.stage, returned)
         return returned
+
+
+def _make_gauges(driver: Run) -> Gauges:
+    """For Prometheus, where Ray takes it there."""
+    from raylight.launch.ray_metrics import open_gauges
+
+    version = str(driver.version.number) if driver.version is not None else ""
+    return Gauges(driver, open_gauges(GAUGES, {"run": driver.config.name, "version": version}))
 
 
 def _take_back(module: Any, callbacks: list[Any], returned: dict[str, Any]) -> None:

@@ -39,7 +39,8 @@ class StageFinished:
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Sent a few times a second at most. `num_samples` counts this rank's samples since the stage began,
-    `batch` its finished batches; `values` are the newest that were logged with `prog_bar=True`."""
+    `batch` its finished batches; `values` are the newest that were logged with `prog_bar=True`; `data_wait_s` are the
+    seconds of training in which this rank has waited for batches."""
 
     stage: str
     epoch: int
@@ -47,6 +48,7 @@ class Progress:
     batch: int
     num_samples: int
     values: Values = field(default_factory=dict)
+    data_wait_s: float = 0.0
 
 
 # A thousand ranks send tens of thousands of these a second; a tuple is unpickled in a third of a dataclass's time.

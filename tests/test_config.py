@@ -16,7 +16,7 @@ import torch
 from raylight import seeding
 from raylight.arguments import as_list, resolve
 from raylight.callbacks.callback import Callback
-from raylight.config import DDP, MASK, Checkpointing, Config, describe, is_secret, to_plain
+from raylight.config import DDP, MASK, Checkpointing, Config, describe, is_secret, mask_command, to_plain
 from raylight.errors import InvalidArguments, NotEnoughResources
 from raylight.scale import Available
 
@@ -438,3 +438,23 @@ def test_names_of_secrets(name: str) -> None:
 @pytest.mark.parametrize("name", ["tokenizer", "max_tokens", "key", "monitor", "author", "keep_last", "secretary"])
 def test_names_that_only_look_like_secrets(name: str) -> None:
     assert not is_secret(name)
+
+
+def test_a_command_line_without_secrets() -> None:
+    words = [
+        "train.py",
+        "--api-key",
+        "K",
+        "--password=P",
+        "HF_TOKEN=T",
+        "--tokens",
+        "5",
+        "--token",
+        "--lr",
+        "1",
+        "s3://a:b@c",
+    ]
+    assert mask_command(words) == [
+        "train.py", "--api-key", MASK, f"--password={MASK}", f"HF_TOKEN={MASK}", "--tokens", "5", "--token", "--lr",
+        "1", f"s3://{MASK}@c",
+    ]  # fmt: skip

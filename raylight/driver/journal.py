@@ -67,10 +67,12 @@ class Journal:
         """Write now; what was added is on storage when this returns. The thread does so every few seconds."""
         self._writer.flush()
 
-    def close(self) -> None:
-        """Merge all parts into one file. Raises StorageError where that fails; the parts then stay as they are."""
+    def close(self, merge: bool = True) -> None:
+        """Merge all parts into one file. Raises StorageError where that fails; the parts then stay as they are, as they
+        do without `merge`, where another driver writes parts too."""
         self._writer.close()
-        merge_metrics(self._files)
+        if merge:
+            merge_metrics(self._files)
 
     def _take(self, rows: list[tuple]) -> None:
         waiting: list[tuple] = []

@@ -14,13 +14,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 from raylight import messages as m
-from raylight.config import Checkpointing, Config, describe, to_plain
+from raylight.config import Checkpointing, Config, describe, mask_command, to_plain
 from raylight.driver.aggregate import StepAggregator
 from raylight.driver.journal import Journal
 from raylight.driver.ledger import Ledger
-from raylight.errors import StorageError
+from raylight.errors import StorageError, Superseded
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Checkpoint, Manifest
+from raylight.storage.fence import check_attempt
 from raylight.storage.versions import Version
 
 RECORDED_PACKAGES = ("raylight", "torch", "torchvision", "ray", "pyarrow", "numpy", "tensorboard")
@@ -73,6 +74,7 @@ class Run:
         # Never deleted: the checkpoint that this run was resumed from, and those that others were told of.
         self.protected: set[str] = {protected} if protected else set()
         self.is_follow_up = False  # a test after a fit writes beside it, and leaves its record as it is
+        self.superseded: Superseded | None = None  # another driver has taken over, and owns what is on storage
         self.hyperparameters: dict[str, Any] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="raylight storage")
         self._writes: list[Future[None]] = []
@@ -95,6 +97,9 @@ class Run:
     # ---- messages
 
     def handle(self, rank: int, message: m.Message) -> None:
+        """Raises Superseded once another driver has taken over the version."""
+        if self.superseded is not None:
+            raise self.superseded
         self.ledger.follow(rank, message)
         action = self._on.get(type(message))
         if action is not None:
@@ -190,6 +195,8 @@ class Run:
             self.checkpoints = [c for c in self.checkpoints if c.path != committed.path] + [committed]
             self.ledger.note_commit()
             self._retain()
+        except Superseded as error:
+            self.superseded = error
         except StorageError as error:
             self.tell(f"the checkpoint of step {first.step} is lost: {error}", "warning")
         self.write_record()
@@ -250,7 +257,7 @@ class Run:
             "packages": _package_versions(),
             "python": sys.version.split()[0],
             "git_commit": _git_commit(),
-            "command": sys.argv,
+            "command": mask_command(sys.argv),
             **given,
         }  # fmt: skip
         self.write_record()
@@ -269,7 +276,7 @@ class Run:
         self.write_record()
 
     def write_record(self) -> None:
-        if self.version is None or not self.record:
+        if self.version is None or not self.record or self.superseded is not None:
             return
         if self.is_follow_up:
             self.record["metrics"] = {**self.record.get("metrics", {}), **to_plain(self.callback_metrics)}
@@ -289,6 +296,7 @@ class Run:
     def close(self, status: str) -> None:
         """Brings everything to storage. Called once, whatever happened."""
         self.wait_for_storage()
+        self._check_superseded()
         for step, epoch, moment, values in self.aggregator.flush():
             self._write_values(step, epoch, moment, values)
         if not self.is_follow_up:
@@ -298,13 +306,27 @@ class Run:
                 "duration_s": time.time() - self.began,
                 "goodput": self.goodput,
             }
-        for close in [*([self.journal.close] if self.journal else []), *(_closer(log, status) for log in self.loggers)]:
+        for close in [self._close_journal, *(_closer(log, status) for log in self.loggers)]:
             try:
                 close()
             except StorageError as error:
                 self.tell(str(error), "warning")
         self.write_record()
         self._writer.shutdown()
+
+    def _close_journal(self) -> None:
+        if self.journal is not None:
+            self.journal.close(merge=self.superseded is None)
+
+    def _check_superseded(self) -> None:
+        """A run that made no checkpoint since has not noticed yet."""
+        if self.version is None or self.is_follow_up:
+            return
+        try:
+            check_attempt(self.version.storage, self.attempt)
+        except StorageError as error:
+            self.superseded = error if isinstance(error, Superseded) else None
+            self.tell(str(error), "warning")
 
 
 def _timed(logger: Any) -> Callable[[dict[str, float], int, float], None]:

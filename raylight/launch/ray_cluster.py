@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import json
 import logging
 import math
 import os
+import re
+import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import state as ray_state
 
 from raylight.config import Config
-from raylight.errors import InvalidArguments, NotEnoughResources
+from raylight.errors import ClusterError, InvalidArguments, NotEnoughResources
 
 Resources = Mapping[str, float]
+
+CONNECT_TIMEOUT_S = 5.0
+NODE_GROUP = "ray.io/node-group"
+GROWTH_PATIENCE_S = 30.0
+"""The autoscaler looks every five seconds, and may have to give up one node that failed before it asks for another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +62,7 @@ def connect(config: Config | None = None) -> Cluster:
         if address == "local":
             _local.start(num_cpus)
         else:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-            _silence()
+            _join(address)
     elif ray.util.client.ray.is_connected():
         raise InvalidArguments(
             "this process is connected by Ray Client (ray://), which cannot stream what workers say. Run the script on "
@@ -62,6 +72,63 @@ def connect(config: Config | None = None) -> Cluster:
     cluster = describe_cluster()
     assert cluster is not None
     return cluster
+
+
+def _join(address: str) -> None:
+    """Connects to a Ray that runs already. Raises ClusterError, with what to do, where that cannot be."""
+    problem = _find_no_way(address)
+    if problem:
+        raise ClusterError(problem)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except (RuntimeError, OSError, ValueError) as error:
+        text = str(error).strip()
+        advice = "install the same versions here" if text.startswith("Version mismatch") else "see `ray status` there"
+        raise ClusterError(f"cannot connect to the Ray cluster at RAY_ADDRESS={address}: {text}\n({advice})") from error
+    _silence()
+
+
+def _find_no_way(address: str) -> str:
+    """Why no driver here can use the cluster at `address`, as far as a moment tells; Ray takes minutes to give up."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            return (
+                f"nothing answers at RAY_ADDRESS={address} ({error}). Is the cluster up (`ray status` on its head)? "
+                "Does a firewall let this machine through? To train on this machine alone, unset RAY_ADDRESS."
+            )
+    heads = _find_local_heads()
+    if heads is None:
+        return ""
+    if not heads:
+        return (
+            f"this machine is no node of the Ray cluster at RAY_ADDRESS={address}, and only from a node can workers be "
+            "directed. Run the script there: `ray dashboard cluster/….yaml &`, then `ray job submit --address "
+            "http://localhost:8265 --working-dir . -- python script.py`; cluster/README.md has it step by step."
+        )
+    if port.isdigit() and not any(head.endswith(f":{port}") for head in heads):
+        return (
+            f"what answers at RAY_ADDRESS={address} is not the head of a Ray cluster that this machine is a node of. "
+            f"The Ray that runs here belongs to {', '.join(sorted(heads))}."
+        )
+    return ""
+
+
+def _find_local_heads() -> set[str] | None:
+    """The heads of the Ray nodes on this machine, as `address:port`; None where there is no /proc to look at."""
+    names = list(Path("/proc").glob("[0-9]*/comm"))
+    raylets = [file.with_name("cmdline") for file in names if _read(file) == "raylet\n"]
+    found = (re.search(r"--gcs-address=([^\0 ]+)", _read(file)) for file in raylets)
+    return {match[1] for match in found if match} if names else None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""  # the process has ended meanwhile
 
 
 def describe_cluster() -> Cluster | None:
@@ -98,8 +165,9 @@ def draining_nodes() -> set[str]:
 
 
 def _autoscales() -> bool:
-    """Where the cluster's autoscaler says what it could add; Ray has no public question for it."""
-    return ray_state.state.get_max_resources_from_cluster_config() is not None
+    """Whether an autoscaler looks after the cluster: `ray up` and KubeRay name the group of each node that they start.
+    Only it knows what it could add."""
+    return not _local.is_running and any(NODE_GROUP in node.get("Labels", {}) for node in ray.nodes() if node["Alive"])
 
 
 def _cpus_wanted(config: Config) -> int:
@@ -127,6 +195,8 @@ class _LocalRay:
     def start(self, num_cpus: int) -> None:
         self._num_cpus = max(num_cpus, os.cpu_count() or 1)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray gives its workers a niceness of 15: less of a busy machine than torchrun's get, and than Ray's own agents.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # Else Ray warns on every start that it hides GPUs from workers that asked for none, and that this will change.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if threading.current_thread() is threading.main_thread():
@@ -135,6 +205,7 @@ class _LocalRay:
             self._init_in_a_thread_that_stays()
         _silence()
         self._session = session_name()
+        _put_helpers_behind(self._session)
 
     def stop(self) -> None:
         if not self.is_running:
@@ -178,6 +249,35 @@ class _LocalRay:
         if errors:
             self._thread = None
             raise errors[0]
+
+
+def _put_helpers_behind(session: str) -> None:
+    """Ray's agents and monitors import for seconds while workers begin; on the driver's machine they can wait."""
+    if sys.platform != "linux":
+        return
+    processes = list(_processes())
+    raylets = {pid for pid, _, command in processes if session in command and "/raylet " in command}
+    for pid, parent, command in processes:
+        is_agent = parent in raylets and any(name in command for name in _AGENTS)
+        if is_agent or (session in command and any(name in command for name in _MONITORS) and pid not in raylets):
+            with contextlib.suppress(OSError):  # it has ended, or a sandbox forbids it
+                os.setpriority(os.PRIO_PROCESS, pid, _HELPER_NICENESS)
+
+
+def _processes() -> Iterator[tuple[int, int, str]]:
+    """Number, parent's number and command line of each."""
+    for entry in os.scandir("/proc"):
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit():
+                with open(f"/proc/{entry.name}/stat") as file:
+                    parent = int(file.read().rpartition(")")[2].split()[1])
+                with open(f"/proc/{entry.name}/cmdline", "rb") as file:
+                    yield int(entry.name), parent, file.read().replace(b"\0", b" ").decode(errors="replace")
+
+
+_AGENTS = ("dashboard/agent.py", "runtime_env/agent/main.py", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+_MONITORS = ("log_monitor.py", "monitor.py", "dashboard.py")
+_HELPER_NICENESS = 10
 
 
 def _silence() -> None:
@@ -264,11 +364,60 @@ def has_room_now(num_workers: int, worker: Resources) -> bool:
 def describe_wait(num_workers: int, worker: Resources) -> str:
     """What a group that cannot be placed yet is waiting for."""
     free = ray.available_resources()
-    state = "the cluster may add nodes" if _autoscales() else "others use the rest"
+    state = "others use the rest"
+    if _autoscales():
+        starting = count_starting_nodes()
+        state = f"the cluster is starting {starting} more nodes" if starting else "the cluster may add nodes"
     return (
         f"waiting for room for {num_workers} workers with {_describe(worker, worker)} each: "
         f"{_describe({name: free.get(name, 0.0) for name in worker}, worker)} free now, {state}"
     )
+
+
+class Growth:
+    """Watches a cluster that has to add nodes before workers have room, and sees when it is not going to."""
+
+    def __init__(self, num_workers: int, worker: Resources, strategy: str, clock: Callable[[], float] = time.monotonic):
+        self._num_workers, self._worker, self._strategy = num_workers, worker, strategy
+        self._clock = clock
+        self._stalled_since: float | None = None
+
+    def check(self) -> None:
+        """Raises NotEnoughResources where nothing is in use that may become free, and the autoscaler, which has had
+        time to see what is asked for, starts no node."""
+        nodes = node_resources()
+        fitting = count_fitting(nodes, self._worker, self._strategy)
+        if fitting >= self._num_workers or self._is_in_use() or count_starting_nodes():
+            self._stalled_since = None
+            return
+        now = self._clock()
+        if self._stalled_since is None:
+            self._stalled_since = now
+        if now - self._stalled_since >= GROWTH_PATIENCE_S:
+            raise NotEnoughResources(
+                f"asked for {self._num_workers} workers with {_describe(self._worker, self._worker)} each "
+                f"({self._strategy}); the Ray cluster has room for {fitting}, and its autoscaler has started no node "
+                f"for {GROWTH_PATIENCE_S:g} s: it has none of that kind to add, or may add no more (max_workers in the "
+                "cluster's file), or cannot (`ray status` says why)."
+            )
+
+    def _is_in_use(self) -> bool:
+        free, there = ray.available_resources(), ray.cluster_resources()
+        return any(free.get(name, 0.0) < there.get(name, 0.0) for name, amount in self._worker.items() if amount)
+
+
+def count_starting_nodes() -> int:
+    """Nodes that the autoscaler has asked for and that have not joined; Ray has two kinds of it."""
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    told = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)  # by the first kind
+    if told:
+        report = json.loads(told).get("autoscaler_report") or {}
+        return len(report.get("pending_nodes") or []) + sum((report.get("pending_launches") or {}).values())
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    return len(status.pending_nodes) + sum(launch.count for launch in status.pending_launches)
 
 
 def _describe(resources: Resources, of: Resources) -> str:

@@ -12,7 +12,9 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from raylight.config import Config
 from raylight.launch import handover, ray_cluster
+from raylight.launch.node_checks import Record
 from raylight.launch.ray_delivery import Delivery
+from raylight.launch.ray_inspection import Inspection
 from raylight.launch.ray_placement import Placement
 from raylight.launch.ray_roster import Roster, describe_death
 from raylight.launch.ray_stream import Stream
@@ -47,6 +49,7 @@ class RayGroup:
         self._roster = roster
         self._delivery: Delivery | None = None
         self._log_files: Files | None = None
+        self._record: Record | None = None
         self._stream: Stream | None = None
         self._requests: list[tuple[str, dict[str, Any]]] = []
         self.watch: Callable[[], None] | None = None
@@ -114,6 +117,8 @@ class RayGroup:
         self.forget()
         self.in_use = True
         self._log_files = log_files if log_files is not None else task.files
+        stamp = task.options.get("stamp")
+        self._record = Record(task.files, task.version_path, stamp) if task.files is not None and stamp else None
         self._delivery = Delivery((self.entry, task))
         self._stream = Stream(self, self.steady_after_s)
         self._begin(None)
@@ -153,7 +158,10 @@ class RayGroup:
         assert delivery is not None
         self.generation += 1
         members = self._roster.members
+        newcomers = [member for member in members if not member.has_begun]
+        inspection = Inspection(newcomers, self._record)
         store_port = self._open_store()
+        inspection.finish()
         lost = [rank for rank, member in enumerate(members) if not member.visit()]
         for rank in lost:
             stream.report_death(rank, members[rank].death)

@@ -57,11 +57,13 @@ class Placement:
             bundles = _last_bundles(self._around, num_workers, self.worker)
             return _order([Slot(self._around, bundle) for bundle in bundles])
         group = self._create(num_workers)
+        growth = ray_cluster.Growth(num_workers, self.worker, self.strategy)
 
         def is_placed(timeout_s: float) -> bool:
             if group.wait(timeout_s):
                 return True
             make_room()
+            growth.check()
             return False
 
         ray_cluster.wait_for(is_placed, lambda: ray_cluster.describe_wait(num_workers, self.worker), tell)

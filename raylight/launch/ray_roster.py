@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -16,6 +16,7 @@ from raylight.launch.ray_placement import Placement, Slot
 from raylight.launch.ray_worker import RankActor, Site
 from raylight.task import Place
 
+NO_RAYLIGHT = "raylight cannot be imported"
 RETRY_EVERY_S = 0.5
 """Ray may send a new actor to a node whose loss it has not noticed yet."""
 
@@ -38,6 +39,7 @@ class Member:
     """Whether it has state of the current run."""
     is_dead: bool = False
     death: str = "its process ended before it began"
+    asked_at: float = field(default_factory=time.time)
 
     def visit(self, timeout_s: float | None = None) -> bool:
         """Waits until the actor is up; False where it is dead, or not up in time."""
@@ -234,6 +236,12 @@ class Roster:
 def describe_death(error: RayError) -> str:
     """The sentence of Ray's long text that says what happened."""
     text = str(error)
+    if "failed to import on the worker" in text:
+        node = re.search(r"\bip=([^,)]+)", text)
+        return (
+            f"{NO_RAYLIGHT} on node {node[1] if node else '?'} ({text.strip().splitlines()[-1]}). Install it there as "
+            "on the driver's machine; cluster/README.md says how."
+        )
     found = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text, re.DOTALL)
     detail = (found[1] if found else text.strip().splitlines()[-1]).strip()
     if "connection error code 2" in detail:

@@ -8,12 +8,16 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 
+from raylight.errors import NotEnoughResources
+from raylight.launch import node_checks
+from raylight.launch.lifeline import hold_on_to
 from raylight.launch.shared_memory import Segment, SegmentAddress, map_segment, memory_domain
 from raylight.launch.worker_logs import WorkerLog
 from raylight.launch.worker_reset import WorkerReset, free_memory
@@ -38,6 +42,8 @@ class Site:
     gpu_ids: tuple[str, ...]
     num_cores: int
     memory_domain: str | None
+    versions: dict[str, str]
+    clock: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,9 @@ class RankWorker:
         self._began = threading.Condition()
         self._imports = threading.Thread(target=_import_torch, args=(is_standby,), name="raylight imports", daemon=True)
         self._imports.start()
+        head = ray.get_runtime_context().gcs_address
+        if head.rpartition(":")[0].strip("[]") != ray.util.get_node_ip_address():
+            hold_on_to(head)
 
     # ---- the rank itself
 
@@ -159,7 +168,13 @@ class RankWorker:
             gpu_ids=tuple(context.get_accelerator_ids().get("GPU", [])),
             num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             memory_domain=memory_domain(),
+            versions=node_checks.find_versions(),
+            clock=time.time(),
         )
+
+    @ray.method(concurrency_group="control")
+    def look_for(self, record: node_checks.Record) -> str:
+        return node_checks.look_for(record)
 
     @ray.method(concurrency_group="control")
     def open_store(self, host: str) -> int:
@@ -283,8 +298,21 @@ def _set_up_process(order: Order) -> None:
         # All of the node's workers, as libraries expect that take LOCAL_RANK for the number of the device.
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(order.visible_gpus)
     if order.place.device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise NotEnoughResources(_say_no_gpu(order.place.node))
         torch.cuda.set_device(order.place.device)
     torch.set_num_threads(order.num_threads)
+
+
+def _say_no_gpu(node: str) -> str:
+    import torch
+
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+    return (
+        f"Ray has given this worker a GPU of {node}, and torch {torch.__version__} there, which {built}, can use none. "
+        "Does `nvidia-smi` show it on that machine? Then install a torch that fits its driver; else start its Ray "
+        "without --num-gpus. To train on CPUs: use_gpu=False."
+    )
 
 
 def _map(buffers: SegmentAddress | list | None) -> list[Any]:

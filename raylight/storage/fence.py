@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from raylight.errors import MissingFile, StorageError
+from raylight.errors import MissingFile, StorageError, Superseded
 from raylight.storage.filesystem import Storage
 from raylight.storage.json_text import to_json
 
@@ -51,10 +51,10 @@ def newest_attempt(version: Storage) -> int:
 
 
 def check_attempt(version: Storage, attempt: int) -> None:
-    """Raises StorageError where a newer attempt has begun."""
+    """Raises Superseded where a newer attempt has begun."""
     newest = newest_attempt(version)
     if newest > attempt:
-        raise StorageError(
+        raise Superseded(
             f"attempt {attempt} of {version.uri} commits nothing any more: attempt {newest} has taken over.\n"
             "This process was cut off or thought dead; it can be stopped."
         )

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
+from raylight.config import mask_uri
 from raylight.errors import InvalidArguments
 from raylight.storage.local_files import LocalFiles
 from raylight.storage.remote_files import NUM_TRIES_OF_A_PART, RemoteFiles
@@ -69,9 +70,9 @@ def _scheme(text: str) -> str | None:
         return None  # a path may hold a colon
     rest = text[found.end() :]
     close = difflib.get_close_matches(scheme, SCHEMES, n=1, cutoff=0.5)
-    nearest = f" Did you mean {close[0]}://{rest}?" if close else ""
+    nearest = mask_uri(f" Did you mean {close[0]}://{rest}?") if close else ""
     raise InvalidArguments(
-        f"storage_path={text!r}: {found[0]} is no kind of storage that raylight knows.{nearest} "
+        f"storage_path={mask_uri(text)!r}: {found[0]} is no kind of storage that raylight knows.{nearest} "
         f"Known are plain paths and {', '.join(f'{name}://' for name in SCHEMES)}; "
         "for any other give a path and storage_filesystem=, a pyarrow.fs file system."
     )
@@ -86,7 +87,7 @@ def _locate_s3(text: str, backoff: Backoff) -> Location:
     parts = urlsplit(text)
     bucket = parts.netloc.rpartition("@")[2]
     if not bucket:
-        raise InvalidArguments(f"storage_path={text!r} names no bucket: write s3://bucket/folder.")
+        raise InvalidArguments(f"storage_path={mask_uri(text)!r} names no bucket: write s3://bucket/folder.")
     options: dict[str, Any] = {}
     mistakes = []
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
@@ -143,11 +144,14 @@ def _locate_uri(text: str, scheme: str, backoff: Backoff) -> Location:
     elif host:
         root = f"{host}/{path}".rstrip("/")
     else:
-        raise InvalidArguments(f"storage_path={text!r} names no bucket: write {scheme}://bucket/folder.")
+        raise InvalidArguments(f"storage_path={mask_uri(text)!r} names no bucket: write {scheme}://bucket/folder.")
     opened = partial(_open_uri, urlunsplit((scheme, parts.netloc, "", parts.query, "")))
-    files = RemoteFiles(opened, backoff, f"{scheme}://" + (parts.netloc if root.startswith("/") else ""))
-    shown = f"{scheme}://{parts.netloc}/{quote(path)}".rstrip("/")
-    return Location(files, root, shown, f"?{parts.query}" if parts.query else "")
+    # What names an hdfs user or an abfs container is no secret; a password is, and so are some options.
+    authority = f"{user.partition(':')[0]}@{host}" if user and scheme not in ("gs", "gcs") else host
+    files = RemoteFiles(opened, backoff, f"{scheme}://" + (authority if root.startswith("/") else ""))
+    shown = f"{scheme}://{authority}/{quote(path)}".rstrip("/")
+    query = mask_uri(f"{scheme}://?{parts.query}").partition("?")[2]
+    return Location(files, root, shown, f"?{query}" if query else "")
 
 
 def _open_uri(uri: str, streaming: bool) -> fs.FileSystem:

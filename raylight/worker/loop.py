@@ -204,8 +204,8 @@ class Loop:
         """What is told a few times a second; the only place of the loop that waits for the device."""
         rank = self.rank
         yield from self._drain()
-        shown = rank.metrics.shown()
-        yield Progress("train", rank.current_epoch, rank.global_step, index + 1, self.num_samples, shown)
+        shown, waited_s = rank.metrics.shown(), rank.seconds["data"]
+        yield Progress("train", rank.current_epoch, rank.global_step, index + 1, self.num_samples, shown, waited_s)
         if rank.snapshots is not None:
             yield from rank.snapshots.poll()
         self.next_report = monotonic() + REPORT_EVERY_S

@@ -52,12 +52,23 @@ _aborted_generation = -1
 def open_store(host: str) -> tuple[dist.TCPStore, int]:
     """The rendezvous store that rank 0 hosts, on a port that the system chooses; call it before any rank joins.
 
-    Stores of earlier generations are closed, so one process hosts one store at a time.
+    It listens on `host` alone; left to itself it would do so on all addresses. Stores of earlier generations are
+    closed, so one process hosts one store at a time.
     """
-    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    with _listen(host) as listener:
+        port, fd = listener.getsockname()[1], os.dup(listener.fileno())
+    store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
     _opened.clear()
     _opened[store.port] = store
     return store, store.port
+
+
+def _listen(host: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, 0), family=family, backlog=socket.SOMAXCONN)
+    except OSError:  # the node is known by an address that is not its own, as behind a translation of addresses
+        return socket.create_server(("", 0), family=family, backlog=socket.SOMAXCONN)
 
 
 def join(place: Place, backend: str | None = None, timeout_s: float = 1800.0) -> None:

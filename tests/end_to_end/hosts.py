@@ -24,6 +24,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -191,6 +193,16 @@ class Host:
     def restore(self) -> None:
         self.network.configure(f"link set {self._port} up")
 
+    def add_card(self, address: str) -> None:
+        """A second network card, eth1, on the same switch, with another address (as `192.0.2.1/24`)."""
+        assert self._boot is not None
+        port = f"more-{self.name}"
+        self.network.configure(f"link add {port} type veth peer name eth1 netns {self._boot.pid}")
+        self.network.configure(f"link set {port} master switch up")
+        options = " nodad" if ":" in address else ""
+        _configure(self._boot.pid, f"address add {address} dev eth1{options}")
+        _configure(self._boot.pid, "link set eth1 up")
+
     def run(self, command: str, check: bool = True, timeout_s: float = 120, **variables: str) -> str:
         """Runs a shell command on the host; what it printed, stderr included.
 
@@ -253,6 +265,13 @@ def end(process: subprocess.Popen) -> None:
     except ProcessLookupError:
         assert process.poll() is not None
     process.wait()
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float, what: str) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
+        time.sleep(0.2)
 
 
 def _configure(pid: int, arguments: str) -> None:

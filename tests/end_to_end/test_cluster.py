@@ -6,14 +6,13 @@ import json
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.end_to_end.hosts import REPOSITORY, Host, Network, end, find_missing
+from tests.end_to_end.hosts import REPOSITORY, Host, Network, end, find_missing, wait_until
 from tests.faults_storage import BUCKET, CREDENTIALS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -83,13 +82,6 @@ class OnPrem:
 
 
 API = "http://127.0.0.1:8265"
-
-
-def wait_until(condition: Callable[[], bool], limit_s: float, what: str) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, f"not within {limit_s:g} s: {what}"
-        time.sleep(0.5)
 
 
 def can_connect(host: Host, name: str, port: int) -> bool:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.scripts import Script, scripts_in
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -41,74 +39,10 @@ def tick_until_told(task, place, control):
 """
 
 
-class Script:
-    """A driver in a session of its own; everything it starts carries a mark in its environment."""
-
-    def __init__(self, folder: Path, text: str):
-        path = folder / "script.py"
-        path.write_text(PREAMBLE + text)
-        self.mark = uuid.uuid4().hex
-        environment = os.environ | {
-            "RAYLIGHT_TEST_MARK": self.mark,
-            "RAY_raylet_start_wait_time_s": "300",  # on a machine that is busy with other tests
-            "PYTHONUNBUFFERED": "1",
-        }
-        for name in ("RAY_ADDRESS", "PYTEST_CURRENT_TEST"):
-            environment.pop(name, None)
-        self.process = subprocess.Popen(
-            [sys.executable, str(path)],
-            env=environment,
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def read_line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().rstrip("\n")
-
-    def finish(self, errors: str | None = "") -> str:
-        """The rest of what it prints; it must end well, and print to stderr what is said here (None: anything)."""
-        out, err = self.process.communicate(timeout=280)
-        assert self.process.returncode == 0, err
-        assert err == errors or errors is None
-        return out
-
-    def processes(self) -> list[str]:
-        """Command lines of all living processes that stem from it."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes():
-                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    if command:  # a zombie has none
-                        found.append(f"{entry.name} {command}")
-            except OSError:
-                continue  # it ended meanwhile
-        return found
-
-    def assert_nothing_is_left(self, within_s: float) -> None:
-        deadline = time.monotonic() + within_s
-        while self.processes():
-            assert time.monotonic() < deadline, self.processes()
-            time.sleep(0.05)
-
-
 @pytest.fixture
-def start_script(tmp_path: Path) -> Iterator:
-    scripts: list[Script] = []
-
-    def start(text: str) -> Script:
-        scripts.append(Script(tmp_path, text))
-        return scripts[-1]
-
-    yield start
-    for script in scripts:
-        for line in script.processes():
-            os.kill(int(line.split()[0]), signal.SIGKILL)
-        script.process.wait()
+def start_script(tmp_path: Path) -> Iterator[Callable[[str], Script]]:
+    with scripts_in(tmp_path) as start:
+        yield lambda text: start(PREAMBLE + text)
 
 
 def test_a_script_trains_its_own_classes_prints_nothing_else_and_leaves_nothing(start_script):
@@ -256,7 +190,7 @@ def main():
     while group.num_recruits < 1:
         time.sleep(0.05)
     group.drop(dead)
-    print(group.adopt())
+    print(group.adopt(5))
     places = {}
     for rank, message in group.rejoin(make_task()):
         if isinstance(message, Notice):

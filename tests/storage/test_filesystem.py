@@ -255,6 +255,21 @@ def test_keys_in_a_uri_are_used_and_not_shown(s3_uri: str) -> None:
     assert pickle.loads(pickle.dumps(storage)).read_bytes("a") == b"1"
 
 
+@pytest.mark.parametrize(
+    ("place", "shown"),
+    [
+        ("hdfs://me:hidden@name:8020/x", "hdfs://me@name:8020/x"),
+        ("gs://someone:hidden@bucket/x", "gs://bucket/x"),
+        ("hdfs://name:8020/x?access_token=hidden&replication=2", "hdfs://name:8020/x?access_token=***&replication=2"),
+    ],
+)
+def test_passwords_of_other_kinds_of_storage_are_not_shown_either(place: str, shown: str) -> None:
+    assert Storage(place).uri == shown
+    with pytest.raises(InvalidArguments) as caught:
+        Storage(place.replace("hdfs", "hfds").replace("gs:", "gz:"))
+    assert "hidden" not in str(caught.value)
+
+
 def test_writable(storage: Storage) -> None:
     storage.check_writable()
     assert storage.list() == []

@@ -154,6 +154,18 @@ def test_each_store_has_a_port_of_its_own_and_closes_the_one_before():
         socket.create_connection(("127.0.0.1", first), timeout=5).close()
 
 
+def test_the_store_listens_on_the_address_of_the_cluster_alone():
+    _, port = process_group.open_store("127.0.0.1")
+    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=5).close()
+
+
+def test_where_a_node_is_known_by_a_translated_address_the_store_listens_everywhere():
+    with process_group._listen("203.0.113.1") as listener:
+        assert listener.getsockname()[0] == "0.0.0.0"
+
+
 # ---- a group that breaks
 
 

@@ -1,0 +1,49 @@
+"""Ends a worker whose node was cut off from the cluster: nobody hears it any more, and another has taken its place."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+DEFAULT_LIMIT_S = 60.0
+"""As long as Ray's own processes look for a head that is gone. Those of a node whose cable is cut do not notice it for
+many minutes: their connections stay open, and silent."""
+LIMIT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+
+
+def hold_on_to(address: str, on_loss: Callable[[str], None] | None = None) -> threading.Thread:
+    """Has a thread open a connection to the head now and then, a few times within the limit; `on_loss` is called when
+    that has failed for so long, and by default ends the process."""
+    limit_s = float(os.environ.get(LIMIT_VARIABLE) or DEFAULT_LIMIT_S)
+    arguments = (address, limit_s, on_loss or _end_process)
+    thread = threading.Thread(target=_watch, args=arguments, name="raylight lifeline", daemon=True)
+    thread.start()
+    return thread
+
+
+def _watch(address: str, limit_s: float, on_loss: Callable[[str], None]) -> None:
+    reached_at = time.monotonic()
+    while time.monotonic() - reached_at < limit_s:
+        time.sleep(limit_s / 6)
+        if _answers(address, limit_s / 6):
+            reached_at = time.monotonic()
+    on_loss(f"raylight: the head of the cluster ({address}) was out of reach for {limit_s:g} s; this worker ends")
+
+
+def _answers(address: str, timeout_s: float) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+    except OSError:
+        return False
+    return True
+
+
+def _end_process(text: str) -> None:
+    """At once: the other threads may wait for peers that they cannot reach either."""
+    print(text, file=sys.stderr, flush=True)
+    os._exit(1)

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import os, signal, sys, threading
+with open("lives", "a") as file:
+    file.write("x")
+lives = os.path.getsize("lives")
+if sys.argv[1] == "kill" and lives <= int(sys.argv[2]):
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "wait":
+    print("waits", flush=True)
+    threading.Event().wait()
+sys.exit(int(sys.argv[2]) if sys.argv[1] == "exit" else 0)
+"""
+TRAINING = """
+import os, signal, torch
+import raylight as pl
+
+class Net(pl.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch):
+        if self.global_step == 7 and not os.path.exists("killed"):
+            open("killed", "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.net(batch).pow(2).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+loader = torch.utils.data.DataLoader(torch.randn(40, 4), batch_size=4)
+result = pl.fit(Net(), loader, num_workers=0, max_epochs=2, storage_path="runs", name="net", resume="last",
+                checkpoint={"every_n_steps": 5}, enable_progress_bar=False)
+print("steps", result.num_steps)
+"""
+
+
+def run(folder: Path, text: str, *arguments: str, retries: int = 3) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(text)
+    command = [sys.executable, "-m", "raylight.cli", "run", "--retries", str(retries), "script.py", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_script_that_is_killed_starts_again(tmp_path):
+    done = run(tmp_path, SCRIPT, "kill", "2")
+    assert done.returncode == 0
+    assert (tmp_path / "lives").read_text() == "xxx"
+    assert "ended by SIGKILL; it starts again (2 left)" in done.stderr
+
+
+def test_not_for_ever(tmp_path):
+    done = run(tmp_path, SCRIPT, "kill", "9", retries=1)
+    assert done.returncode == 137
+    assert (tmp_path / "lives").read_text() == "xx"
+    assert "retries=1 are used up" in done.stderr
+
+
+@pytest.mark.parametrize("status", [0, 1, 3])
+def test_a_script_that_ends_by_itself_does_not_start_again(status, tmp_path):
+    assert run(tmp_path, SCRIPT, "exit", str(status)).returncode == status
+    assert (tmp_path / "lives").read_text() == "x"
+
+
+def test_sigterm_ends_both(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "raylight.cli", "run", "script.py", "wait"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waits\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert (tmp_path / "lives").read_text() == "x"
+
+
+def test_training_goes_on_from_its_last_checkpoint(tmp_path):
+    done = run(tmp_path, TRAINING)
+    assert done.returncode == 0, done.stderr
+    assert "steps 20" in done.stdout
+    assert "the script was ended by SIGKILL" in done.stderr
