@@ -39,7 +39,7 @@ def summarize(state: SweepState, best: Mapping[str, Any] | None, code: str, run_
 
 def find_best(results: ResultGrid, metric: str, mode: str) -> Result | None:
     """The trial whose last value is the best, as Tune sees it; None where none has a number."""
-    values = [(results[index].metrics or {}).get(metric) for index in range(len(results))]
+    values = [(result.metrics or {}).get(metric) for result in map(results.__getitem__, range(len(results)))]
     has_number = any(isinstance(value, numbers.Real) and math.isfinite(value) for value in values)
     return results.get_best_result(metric, mode) if has_number else None
 
