@@ -21,7 +21,7 @@ from benchmarks.figures import Figure, show
 HERE = Path(__file__).parent
 NUM_REPETITIONS = 3
 NUM_CPUS = 8
-LIMIT_S = 600
+LIMIT_S = 1200
 
 
 def time_script(name: str, address: str) -> float:
