@@ -1,4 +1,4 @@
-"""Ends a worker whose node was cut off from the cluster: nobody hears it any more, and another has taken its place."""
+"""Ends processes whose node was cut off from the cluster: nobody hears them any more, and others take their place."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ def _watch(address: str, limit_s: float, on_loss: Callable[[str], None]) -> None
     reached_at = time.monotonic()
     while time.monotonic() - reached_at < limit_s:
         time.sleep(limit_s / 6)
-        if _answers(address, limit_s / 6):
+        if answers(address, limit_s / 6):
             reached_at = time.monotonic()
-    on_loss(f"raylight: the head of the cluster ({address}) was out of reach for {limit_s:g} s; this worker ends")
+    on_loss(f"raylight: the head of the cluster ({address}) was out of reach for {limit_s:g} s; this process ends")
 
 
-def _answers(address: str, timeout_s: float) -> bool:
+def answers(address: str, timeout_s: float) -> bool:
+    """Whether something takes connections at `address`."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()

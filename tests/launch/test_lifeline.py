@@ -20,7 +20,7 @@ def test_a_head_that_does_not_answer_is_given_up(told: queue.Queue[str]) -> None
     with socket.socket() as taken:  # bound, and listens to nobody
         taken.bind(("127.0.0.1", 0))
         lifeline.hold_on_to(f"127.0.0.1:{taken.getsockname()[1]}", told.put).join(30)
-    assert "was out of reach for 0.6 s; this worker ends" in told.get_nowait()
+    assert "was out of reach for 0.6 s; this process ends" in told.get_nowait()
 
 
 def test_as_long_as_it_answers_the_worker_lives(told: queue.Queue[str]) -> None:
