@@ -44,7 +44,7 @@ class HoldAt(pl.Callback):
         while not (folder / "go").exists():
             time.sleep(0.05)
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+    def on_train_epoch_end(self, trainer, module):
         if is_elastic and trainer.world_size == 2 and trainer.broadcast((folder / "shrunk").exists()):
             trainer.should_stop = True  # it has grown again
 
@@ -79,7 +79,7 @@ result = pl.fit(
     seed=5, name=name, max_epochs=1_000_000 if is_elastic else {NUM_EPOCHS}, log_every_n_steps=1,
     storage_path="/mnt/runs", enable_progress_bar=False, enable_model_summary=False, callbacks=[HoldAt()],
     checkpoint=False if is_elastic else pl.Checkpointing(every_n_steps=2, keep_last=-1), resume=resume or None,
-    replacement_timeout_s=1 if is_elastic else 300,
+    replacement_timeout_s=1 if is_elastic else 300, num_standby=0,
 )
 torch.save(module.state_dict(), folder / "weights.pt")
 print("ended:", result.status, result.num_steps, result.num_restarts)
