@@ -77,7 +77,7 @@ def test_ranks_of_two_nodes_and_a_head_without_workers(subnet: str, is_only: boo
         for number, (name, cpus) in enumerate({"head": 0, "one": 2, "two": 2}.items(), start=1):
             host = cluster.add(name, cpus, card=subnet.format(number))
             if is_only:
-                host.run("ip link set eth0 down")
+                host.run("ip link set eth0 down && ip -6 route add default via fd07::ffff dev eth1")
         cluster.start_ray(*cluster.hosts)
         assert "trained: finished 2" in cluster.spawn("head", SCRIPT).finish()
         ranks = [json.loads((network.shared / f"rank-{rank}").read_text()) for rank in range(4)]
