@@ -12,7 +12,9 @@ from pathlib import Path
 from benchmarks import figures
 from benchmarks.machine import describe_machine
 
-BENCHMARKS = ("small_step", "large_step", "data_fetch", "start", "checkpoint", "recovery", "aggregate_ranks")
+BENCHMARKS = (
+    "small_step", "large_step", "data_fetch", "start", "checkpoint", "recovery", "sweep", "aggregate_ranks",
+)  # fmt: skip
 
 
 def main() -> int:

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from raylight.arguments import as_list, resolve
 from raylight.config import Checkpointing, Config
-from raylight.errors import InvalidArguments, RaylightError
+from raylight.errors import InvalidArguments, NotEnoughResources, RaylightError
 from raylight.seeding import isolate_rng
 from raylight.storage.filesystem import Storage
 from raylight.storage.location import locate
 from raylight.storage.remote_files import RemoteFiles
 from raylight.storage.retry import Backoff
 from raylight.trainer import find_available
-from raylight.tuning.recipe import SCALE_ARGUMENTS, Made, Recipe
+from raylight.tuning.recipe import SCALE_ARGUMENTS, Made, Recipe, Shape
 
 if TYPE_CHECKING:
     from ray.tune import ResultGrid, Tuner
@@ -65,7 +65,7 @@ def sweep(
     trial_class = trainable(
         module_or_function, data=data, metric=metric, mode=mode, space=plan.space, **trainer_arguments
     )
-    _check_first_trial(plan, trial_class)
+    shape = _check_first_trial(plan, trial_class)
     config, run = resolve(_without_scale(trainer_arguments), find_available({})), trial_class.run_storage
     with _tune_environment():
         watcher, tuner, folder = _make_tuner(plan, trial_class, config, run, resume)
@@ -74,7 +74,7 @@ def sweep(
         finally:
             watcher.close()
     _raise_if_all_failed(results)
-    _report(plan, results, watcher, run, folder)
+    _report(plan, shape, results, watcher, run, folder)
     return results
 
 
@@ -85,16 +85,15 @@ def trainable(
     """The same trials for a `ray.tune.Tuner` of your own: a class for it, with Tune's every scheduler and option.
 
     Give `TuneConfig(reuse_actors=True)`, so that workers are kept from one trial to the next. `metric` and `mode` say
-    which checkpoint of a trial is the best; `space` says whether trials may differ in `num_workers` and the like.
+    which checkpoint of a trial is the best. `space` is looked at where trials may differ in `num_workers` or the like.
+
+    Raises InvalidArguments, and NotEnoughResources where one of these trials could never run on this cluster.
     """
-    from raylight.launch import ray_cluster
-    from raylight.tuning.room import plan as plan_room
     from raylight.tuning.trial import Shipment, Trial
 
     recipe = Recipe(module_or_function, data, _complete(trainer_arguments, metric, mode))
     scale = {name: recipe.arguments[name] for name in SCALE_ARGUMENTS if name in recipe.arguments}
-    room = plan_room(scale, find_available(scale))
-    ray_cluster.connect(Config(num_workers=max(room.num_workers, 1), resources_per_worker=room.worker))
+    _connect(scale, (space or {}) if recipe.is_class else {})
     attributes = {
         "shipment": Shipment(recipe), "run_storage": _find_run(recipe.arguments), "scale": scale, "metric": metric,
         "session": uuid.uuid4().hex, "takes_scale_from_space": recipe.is_class, "__module__": __name__,
@@ -105,12 +104,22 @@ def trainable(
 # ---- before
 
 
-def _find_argument_mistakes(arguments: Mapping[str, Any]) -> list[str]:
-    try:
-        resolve(_without_scale(arguments), find_available({}))
-    except InvalidArguments as error:
-        return error.mistakes
-    return []
+def _find_argument_mistakes(arguments: dict[str, Any]) -> list[str]:
+    from raylight.tuning.room import plan as plan_room
+
+    mistakes: list[str] = []
+    checks: tuple[Callable[[], Any], ...] = (
+        lambda: resolve(_without_scale(arguments), find_available({})),
+        lambda: plan_room(arguments, find_available(arguments)),
+    )
+    for check in checks:
+        try:
+            check()
+        except InvalidArguments as error:
+            mistakes += error.mistakes
+        except NotEnoughResources:  # the cluster that this asks for is not there yet
+            continue
+    return mistakes
 
 
 def _without_scale(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,11 +143,24 @@ def _complete(arguments: Mapping[str, Any], metric: str | None, mode: str) -> di
     return completed
 
 
+def _connect(scale: dict[str, Any], space: Mapping[str, Any]) -> None:
+    """To a Ray that has room for each trial that the space may give, so that none of them waits for ever."""
+    from raylight.launch import ray_cluster
+    from raylight.tuning.room import listed_scales
+    from raylight.tuning.room import plan as plan_room
+
+    rooms = [plan_room(asked, find_available(asked)) for asked in (scale | listed for listed in listed_scales(space))]
+    largest = max(rooms, key=lambda room: room.num_workers)
+    cluster = ray_cluster.connect(Config(num_workers=max(largest.num_workers, 1), resources_per_worker=largest.worker))
+    for room in rooms:
+        ray_cluster.check_room(cluster, max(room.num_workers, 1), room.worker, room.strategy)
+
+
 def _find_run(arguments: Mapping[str, Any]) -> Storage:
     return Storage(arguments["storage_path"], arguments.get("storage_filesystem")).child(arguments["name"])
 
 
-def _check_first_trial(plan: Plan, trial_class: type[Trial]) -> None:
+def _check_first_trial(plan: Plan, trial_class: type[Trial]) -> Shape:
     """Makes the trial of one configuration as far as that goes without training it, and looks whether it has room."""
     from raylight.launch import ray_cluster
     from raylight.tuning.mistakes import find_metric_mistake, find_run_mistakes
@@ -148,7 +170,7 @@ def _check_first_trial(plan: Plan, trial_class: type[Trial]) -> None:
     cluster = ray_cluster.connect()
     ray_cluster.check_room(cluster, max(room.num_workers, 1), room.worker, room.strategy)
     if drawn is None:
-        return
+        return Shape()
     try:
         with isolate_rng():
             made: Made = trial_class.shipment.open().make(drawn)
@@ -156,17 +178,19 @@ def _check_first_trial(plan: Plan, trial_class: type[Trial]) -> None:
         raise
     except Exception as error:
         _say(f"the configuration {drawn} fails ({type(error).__name__}: {error}); the trials show whether others do")
-        return
+        return Shape()
     mistakes = find_run_mistakes(plan, made, find_available({}))
     if mistakes:
         raise InvalidArguments(mistakes)
     try:
         mistake = find_metric_mistake(plan.metric, made)
     except Exception as error:
-        _say(f"one batch could not be tried here ({type(error).__name__}: {error}); the trials show what is wrong")
-        return
+        cause = getattr(error, "cause", None) or error
+        _say(f"one batch could not be tried here ({type(cause).__name__}: {cause}); the trials show what is wrong")
+        return made.shape
     if mistake is not None:
         raise InvalidArguments(mistake)
+    return made.shape
 
 
 def _say(text: str) -> None:
@@ -203,6 +227,7 @@ def _make_tuner(
     from ray import tune
     from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
     from ray.tune.schedulers import ResourceChangingScheduler
+    from ray.tune.search import BasicVariantGenerator
 
     from raylight.tuning.watcher import Watcher
 
@@ -220,6 +245,9 @@ def _make_tuner(
             return next(one for one in unpickled if isinstance(one, Watcher)), tuner, folder
         _say(f"resume=True: run {config.name!r} in {config.storage_path} has no sweep yet, so that it starts anew")
     folder = _claim_folder(run)
+    search_alg, seed = plan.search_alg, plan.recipe.arguments.get("seed")
+    if search_alg is None and seed is not None:  # so that the same call draws the same configurations
+        search_alg = BasicVariantGenerator(max_concurrent=plan.max_concurrent_trials or 0, random_state=seed)
     watcher = Watcher(plan.metric, plan.mode, plan.num_samples, plan.recipe.arguments.get("enable_progress_bar", True))
     tuner = tune.Tuner(
         trial_class,
@@ -229,8 +257,8 @@ def _make_tuner(
             mode=plan.mode,
             num_samples=plan.num_samples,
             scheduler=plan.scheduler,
-            search_alg=plan.search_alg,
-            max_concurrent_trials=plan.max_concurrent_trials,
+            search_alg=search_alg,
+            max_concurrent_trials=None if search_alg is not plan.search_alg else plan.max_concurrent_trials,
             # Which Tune does not allow where actors change their size.
             reuse_actors=not isinstance(plan.scheduler, ResourceChangingScheduler),
             trial_dirname_creator=str,
@@ -274,19 +302,17 @@ def _raise_if_all_failed(results: ResultGrid) -> None:
         raise say_all_failed(causes)
 
 
-def _report(plan: Plan, results: ResultGrid, watcher: Watcher, run: Storage, folder: str) -> None:
+def _report(plan: Plan, shape: Shape, results: ResultGrid, watcher: Watcher, run: Storage, folder: str) -> None:
     """Writes the picture, and prints what a person wants to know at the end."""
     from raylight.report.sweep_page import make_page
-    from raylight.tuning.ending import summarize, write_code
+    from raylight.tuning.ending import find_best, summarize, write_code
 
     state = watcher.state
     if state is None:
         return
     run.child(folder).write(PAGE, [make_page(state, f"{run.name}, {folder}").encode()])
-    best = None
-    if any(plan.metric in (results[index].metrics or {}) for index in range(len(results))):
-        best = results.get_best_result(plan.metric, plan.mode, filter_nan_and_inf=True)
-    code = write_code(plan.recipe, best.config or {}, plan.recipe.arguments) if best is not None else ""
+    best = find_best(results, plan.metric, plan.mode)
+    code = write_code(plan.recipe, best.config or {}, plan.recipe.arguments, shape) if best is not None else ""
     metrics = best.metrics if best is not None else None
     print("\n" + summarize(state, metrics, code, run.uri, run.uri_of(f"{folder}/{PAGE}")), flush=True)
 

@@ -98,6 +98,24 @@ def test_resnet_trains_in_bfloat16_on_fake_data(tmp_path: Path) -> None:
     assert re.search(r"Validation accuracy [\d.]+%, stored in .*cifar/version_0", done.stdout)
 
 
+@pytest.mark.slow
+def test_sweep_digits_finds_a_good_network_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    arguments = ["--num-samples", "3", "--num-workers", "0", "--max-epochs", "3"]
+    done = run_example("sweep_digits.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    accuracy = re.search(r"Validation accuracy: ([\d.]+)%", done.stdout)
+    assert accuracy is not None, done.stdout
+    assert float(accuracy[1]) > 90.0
+    run = tmp_path / "runs" / "sweep_digits"
+    assert re.search(rf"^picture +{run}/sweep_0/sweep.html$", done.stdout, re.MULTILINE)
+    assert (run / "sweep_0" / "sweep.html").exists()
+    assert sorted(read_status(version) for version in run.glob("version_*"))[0] == "finished"
+    again = run_example("sweep_digits.py", *arguments, "--resume", cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.endswith(done.stdout.splitlines()[-1] + "\n")
+    assert len(list(run.glob("version_*"))) == 3
+
+
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_at_most_80_lines(example: Path) -> None:
     assert len(example.read_text().splitlines()) <= 80

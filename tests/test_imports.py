@@ -19,9 +19,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "scale", "argument_rules", "arguments", "checks", "pickling"),
     ("worker", "storage", "callbacks"),
     ("driver", "launch", "report", "loading", "loggers"),
-    ("execution", "runs"),
+    ("execution", "replay", "runs"),
     ("trainer",),
-    ("sweep", "tuning", "cli", "doctor"),
+    ("sweep", "tuning", "cli", "doctor", "supervise"),
 )  # fmt: skip
 
 # Neighbours of one layer that must not know each other.
@@ -35,7 +35,7 @@ UPWARD_WHEN_CALLED = {("module", "loading"), ("module", "worker.data"), ("data_m
 THIRD_PARTY = {
     "worker": {"torch", "numpy"},
     "callbacks": {"torch"},
-    "storage": {"pyarrow"},
+    "storage": {"pyarrow", "xxhash"},
     "driver": {"pyarrow"},
     "report": {"rich", "tensorboard", "torch", "numpy", "pyarrow", "IPython"},
 }

@@ -168,7 +168,7 @@ def test_verification_finds_what_is_damaged(place: str) -> None:
     version.storage.write("checkpoints/step-00000040/model.pt", [b"never committed"])
     for path in (place, version.path):
         results = dict(verify_path(path))
-        assert results[damaged.uri] == ["model-00000-of-00002.pt has other bytes than were written (sha256 differs)"]
+        assert results[damaged.uri] == ["model-00000-of-00002.pt has other bytes than were written (xxh3_128 differs)"]
         assert "is damaged: it has no format number" in results[unreadable.uri][0]
         assert len(results) == 3
     assert dict(verify_path(version.path, digests=False))[damaged.uri] == []

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylight
+from raylight.cli import main
 from raylight.errors import InvalidArguments, NotEnoughResources
 from raylight.runs import list_summaries
+from tests.faults_storage import uri_at
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # also for the fixtures that many tests share
-# Not yet in CI: the suite has not been through a quiet machine. `make soak` runs it.
-pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 NUM_SAMPLES = 192
+VARIABLE = "SET_AFTER_RAY_STARTED"
 TARGET = torch.tensor([1.0, -2.0, 0.5, 3.0])
 
 
@@ -59,7 +62,7 @@ class Line(raylight.Module):
         self.log("val_loss", F.mse_loss(inputs @ self.weight, targets))
 
     def on_train_epoch_start(self) -> None:
-        self.print(f"pid {os.getpid()}")
+        self.print(f"pid {os.getpid()} sees {os.environ.get(VARIABLE)}")
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=self.hparams.momentum)
@@ -74,6 +77,13 @@ def versions_of(results: Any) -> list[dict[str, Any]]:
     return [read_run(results[index].metrics["version"]) for index in range(len(results))]
 
 
+def best_loss(result: Any) -> float:
+    """In the best checkpoint."""
+    return min(
+        checkpoint.metrics["val_loss"] for checkpoint in raylight.open_run(result.metrics["version"]).checkpoints
+    )
+
+
 # ---- reserved together, stopped early, kept for the next
 
 
@@ -85,6 +95,7 @@ def asha(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[An
     folder = tmp_path_factory.mktemp("asha")
     printed = pytest.MonkeyPatch()
     lines: list[str] = []
+    printed.setenv(VARIABLE, "what the caller has set")
     printed.setattr("builtins.print", lambda *texts, **options: lines.append(" ".join(map(str, texts))))
     results = raylight.sweep(
         Line, {"lr": tune.grid_search([0.2, 0.1, 1e-3, 1e-4, 0.15, 1e-5, 0.05, 1e-6])}, num_samples=1,
@@ -107,7 +118,7 @@ def test_workers_are_kept_from_one_trial_to_the_next(asha: Any) -> None:
     results, run, _ = asha
     drivers = {results[index].metrics["pid"] for index in range(8)}
     logs = [log.read_text() for log in run.glob("version_*/logs/rank-*.log")]
-    workers = {pid for log in logs for pid in re.findall(r"pid (\d+)", log)}
+    workers = {pid for log in logs for pid in re.findall(r"pid (\d+) sees what the caller has set", log)}
     assert len(drivers) == 2
     assert len(workers) == 2  # rank 0 of either group: others do not print
 
@@ -132,12 +143,12 @@ def test_each_trial_is_a_version_that_names_it(asha: Any) -> None:
         assert len(record["trial"]["result_steps"]) == results[index].metrics["training_iteration"]
 
 
-def test_a_result_is_what_one_process_would_have_measured(asha: Any) -> None:
+def test_a_result_is_what_one_process_would_have_measured(asha: Any, tmp_path: Path) -> None:
     results, _, _ = asha
     chosen = next(results[index] for index in range(8) if results[index].config["lr"] == 0.2)
     module = Line.load_from_checkpoint(Path(chosen.metrics["version"], "checkpoints", "step-00000024"))
     _, val = make_data()
-    [alone] = raylight.validate(module, val, num_workers=0, enable_progress_bar=False, storage_path=chosen.path)
+    [alone] = raylight.validate(module, val, num_workers=0, enable_progress_bar=False, storage_path=tmp_path)
     assert chosen.metrics["step"] == 24
     assert chosen.metrics["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-6)
 
@@ -153,21 +164,28 @@ def test_the_best_result_leads_to_a_checkpoint_that_is_not_copied(asha: Any) -> 
     assert not list(run.glob("sweep_0/**/*.pt"))
 
 
-def test_runs_are_listed_by_the_metric(asha: Any) -> None:
+def test_runs_are_listed_by_the_metric(asha: Any, capsys: pytest.CaptureFixture) -> None:
     results, run, _ = asha
     listed = list_summaries(run, "val_loss", "min")
     assert listed[0].path == results.get_best_result().metrics["version"]
     assert len(listed) == 8
+    assert main(["runs", str(run), "--metric", "val_loss"]) == 0
+    table = capsys.readouterr().out
+    places = [table.index(f"Line_{result.metrics['trial_id']}") for result in sorted(results, key=best_loss)]
+    assert places == sorted(places)
 
 
 def test_tensorboard_compares_the_trials(asha: Any) -> None:
-    _, run, _ = asha
+    results, run, _ = asha
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    for version in run.glob("version_*"):
-        events = EventAccumulator(str(version)).Reload()
-        assert "val_loss" in events.Tags()["scalars"]
-        assert "hparams" in events.summary_metadata["_hparams_/session_start_info"].plugin_data.plugin_name
+    for result in results:
+        events = EventAccumulator(result.metrics["version"]).Reload()
+        assert events.Scalars("val_loss")[-1].value == pytest.approx(result.metrics["val_loss"])
+        plugin = events.summary_metadata["_hparams_/session_start_info"].plugin_data
+        start = HParamsPluginData.FromString(plugin.content).session_start_info
+        assert start.hparams["lr"].number_value == result.config["lr"]
     assert not list(run.glob("sweep_0/**/events.out.tfevents*"))
 
 
@@ -265,6 +283,9 @@ def troubled(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> dict
 def test_one_bad_trial_does_not_end_the_sweep(troubled: dict[str, Any]) -> None:
     assert [name for name, result in troubled.items() if result.error] == ["raises"]
     assert "ZeroDivisionError: one bad trial" in str(troubled["raises"].error)
+    assert "Resume with: raylight.sweep(..., name='troubled', resume=True)" in str(troubled["raises"].error)
+    tries = Path(troubled["raises"].path, "error.txt").read_text()
+    assert tries.count("Failure #") == 2  # Tune makes one, before it can be told that none is worth while
     assert troubled["good"].metrics["epoch"] == 3
     assert math.isnan(troubled["nan"].metrics["val_loss"])
 
@@ -304,80 +325,115 @@ def test_resource_changing_scheduler_gives_a_trial_more_workers(tmp_path: Path) 
     assert results[0].metrics["epoch"] == 3
 
 
-def test_a_tuner_of_ones_own_has_all_of_tune(tmp_path: Path) -> None:
-    from ray.tune.search.optuna import OptunaSearch
+class Counts(Line):
+    def on_validation_epoch_end(self) -> None:
+        self.log("threads", float(torch.get_num_threads()))
+
+
+def test_a_tuner_of_ones_own_has_all_of_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    ended: list[str] = []
+
+    class Listener(tune.Callback):
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            ended.append(str(trial))
 
     trial_class = raylight.sweep.trainable(
-        lambda config: (Line(config["lr"]), make_data(), {"precision": "64-true"}), metric="val_loss", max_epochs=50,
-        storage_path=tmp_path / "runs", name="own",
+        lambda config: (Counts(config["lr"]), make_data(), {"precision": "64-true"}), metric="val_loss", max_epochs=50,
+        num_workers=1, resources_per_worker={"CPU": 3}, val_check_interval=0.5, storage_path=tmp_path / "runs",
+        name="own",
     )  # fmt: skip
     tuner = tune.Tuner(
         trial_class,
-        param_space={"lr": tune.loguniform(1e-2, 1e-1)},
-        tune_config=tune.TuneConfig(
-            metric="val_loss", mode="min", num_samples=2, search_alg=OptunaSearch(seed=0), reuse_actors=True
-        ),
+        param_space={"lr": tune.grid_search([0.05, 0.1])},
+        tune_config=tune.TuneConfig(metric="val_loss", mode="min", max_concurrent_trials=1, reuse_actors=True),
         run_config=tune.RunConfig(
             storage_path=str(tmp_path / "tune"), name="mine", stop={"training_iteration": 2}, verbose=0,
-            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1), callbacks=[Listener()],
         ),
     )  # fmt: skip
     results = tuner.fit()
     assert results.num_errors == 0
-    assert [results[index].metrics["training_iteration"] for index in range(2)] == [2, 2]
+    assert [result.metrics["training_iteration"] for result in results] == [2, 2]
+    assert [result.metrics["step"] for result in results] == [12, 12]  # the second validation of an epoch
+    assert [result.metrics["threads"] for result in results] == [3.0, 3.0]
+    assert len(ended) == 2
     assert {record["status"] for record in versions_of(results)} == {"stopped"}
     assert versions_of(results)[0]["arguments"]["precision"] == "64-true"
     assert Line.load_from_checkpoint(results[0].checkpoint).weight.abs().sum() > 0
+
+
+def test_optuna_searches_on_s3_and_what_is_printed_trains_the_best_again(
+    s3_port: int, capsys: pytest.CaptureFixture
+) -> None:
+    from ray.tune.search.optuna import OptunaSearch
+
+    results = raylight.sweep(
+        Line, {"lr": tune.loguniform(1e-3, 1e-1)}, num_samples=4, metric="val_loss", mode="min", data=make_data(),
+        max_epochs=4, seed=5, storage_path=uri_at(s3_port, "optuna"), name="searched",
+        search_alg=OptunaSearch(seed=0), scheduler=ASHAScheduler(grace_period=1, reduction_factor=2, max_t=4),
+        max_concurrent_trials=1,
+    )  # fmt: skip
+    printed = dict(re.findall(r"^(\w[\w ]*?)  +(.+)$", capsys.readouterr().out, re.MULTILINE))
+    assert results.num_errors == 0
+    assert len({result.config["lr"] for result in results}) == 4
+    best = results.get_best_result()
+    assert printed["best checkpoint"] == best.metrics["best_checkpoint"]
+    again = eval(printed["train it again"], {"raylight": raylight, "Line": Line, "data": make_data()})
+    assert again.metrics["val_loss"] == best.metrics["val_loss"]
+    kept = Line.load_from_checkpoint(best.metrics["best_checkpoint"])
+    assert torch.equal(kept.weight, Line.load_from_checkpoint(again.best_checkpoint).weight)
 
 
 # ---- killed and resumed
 
 
 SCRIPT = """
-import sys
-import torch
+import os, sys, time
 from ray import tune
 import raylight
-sys.path.insert(0, {tests!r})
-from test_sweep import Line, make_data
+from tests.test_sweep import Line, make_data
 
 class Slow(Line):
     def on_train_epoch_end(self):
-        marker = {folder!r} + "/go"
-        while self.hparams.lr < 0.05 and not __import__("os").path.exists(marker):
-            __import__("time").sleep(0.05)
+        while self.hparams.lr < 0.05 and not os.path.exists("{folder}/go"):
+            time.sleep(0.05)
 
 if __name__ == "__main__":
     results = raylight.sweep(
         Slow, {{"lr": tune.grid_search([0.1, 0.01])}}, num_samples=1, metric="val_loss", mode="min", data=make_data(),
-        max_epochs=2, storage_path={folder!r}, name="killed", resume=True,
+        max_epochs=2, storage_path="{folder}", name="killed", resume=True, max_concurrent_trials=1,
     )
     print("ended", len(results), results.num_errors, results.num_terminated)
 """
 
 
-@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    run = tmp_path / "killed"
-    with subprocess.Popen([sys.executable, script], env=environment, cwd=tmp_path, stdout=subprocess.PIPE) as first:
+    script, run = tmp_path / "script.py", tmp_path / "killed"
+    script.write_text(SCRIPT.format(folder=tmp_path))
+    here = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command: dict[str, Any] = {"args": [sys.executable, script], "env": os.environ | here, "cwd": tmp_path}
+    with subprocess.Popen(**command, stdout=subprocess.PIPE) as first:
         wait_until(lambda: any(is_noted(path) for path in run.glob("sweep_0/experiment_state-*.json")))
-        children = psutil.Process(first.pid).children(recursive=True)
         first.kill()
-    psutil.wait_procs(children, timeout=60)
     before = {record["trial"]["config"]["lr"]: record for record in map(read_run, run.glob("version_*"))}
     assert before[0.1]["status"] == "finished"
     assert before[0.01]["status"] == "running"
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids_of(run)))  # Ray ends what the sweep has left
     (tmp_path / "go").touch()
-    second = subprocess.run([sys.executable, script], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    second = subprocess.run(**command, capture_output=True, text=True)
     assert "ended 2 0 2" in second.stdout, second.stdout + second.stderr
     after = {record["trial"]["config"]["lr"]: record for record in map(read_run, run.glob("version_*"))}
     assert len(after) == len(list(run.glob("version_*"))) == 2
     assert after[0.1] == before[0.1]
     assert after[0.01]["status"] == "finished"
     assert len(after[0.01]["attempts"]) == 2
+
+
+def pids_of(run: Path) -> set[int]:
+    """The processes that trained: `Line` prints them."""
+    logs = [log.read_text() for log in run.glob("version_*/logs/rank-*.log")]
+    return {int(pid) for log in logs for pid in re.findall(r"pid (\d+)", log)}
 
 
 def is_noted(state: Path) -> bool:
@@ -390,8 +446,6 @@ def is_noted(state: Path) -> bool:
 
 
 def wait_until(holds: Any, timeout_s: float = 120.0) -> None:
-    import time
-
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, "it did not come to that"
@@ -401,11 +455,14 @@ def wait_until(holds: Any, timeout_s: float = 120.0) -> None:
 # ---- refused at once
 
 
-def test_a_trial_that_can_never_fit_is_refused_with_the_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_space", [False, True])
+def test_a_trial_that_can_never_fit_is_refused_with_the_numbers(tmp_path: Path, in_space: bool) -> None:
+    """Also where another trial would fit."""
+    space = {"lr": tune.uniform(0, 1)} | ({"num_workers": tune.choice([1, 9])} if in_space else {})
     with pytest.raises(NotEnoughResources, match=r"num_workers=9 asks for 9 CPUs, and the Ray cluster has 8 CPUs"):
         raylight.sweep(
-            Line, {"lr": tune.uniform(0, 1)}, num_samples=1, metric="val_loss", mode="min", data=make_data(),
-            num_workers=9, storage_path=tmp_path,
+            Line, space, num_samples=1, metric="val_loss", mode="min", data=make_data(), storage_path=tmp_path,
+            **({} if in_space else {"num_workers": 9}),
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
 
@@ -423,6 +480,6 @@ def test_where_no_trial_reports_the_metric_its_error_is_raised(tmp_path: Path, c
     with pytest.raises(InvalidArguments, match=r"'other_loss', which was never logged; logged were: some_loss"):
         raylight.sweep(
             Hides, {"lr": tune.uniform(0, 1)}, num_samples=1, metric="other_loss", mode="min", data=make_data(),
-            max_epochs=1, storage_path=tmp_path,
+            max_epochs=1, max_restarts=0, storage_path=tmp_path,
         )  # fmt: skip
     assert "one batch could not be tried here (RuntimeError: only in a trial)" in capsys.readouterr().out

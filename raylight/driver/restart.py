@@ -122,7 +122,8 @@ def make_error(failures: dict[int, Failed], run: Run, reason: str) -> WorkerFail
     if isinstance(cause, Failure) and cause.evidence is not None and run.version is not None:
         lines.append(f"Run that step again: raylight replay {run.version.path}/{cause.evidence}")
     if run.last is not None:
-        lines.append(f"Resume with: raylight.fit(..., name={run.config.name!r}, resume='last')")
+        call, resume = ("sweep", True) if run.record.get("trial") else ("fit", "last")
+        lines.append(f"Resume with: raylight.{call}(..., name={run.config.name!r}, resume={resume!r})")
     stacks = cause.stacks if isinstance(cause, Died) else None
     if stacks is not None:
         lines.append(stacks)

@@ -14,6 +14,7 @@ from raylight.config import Config
 from raylight.launch import ray_cluster
 from raylight.launch.ray_cluster import Cluster, connect, describe_cluster
 from raylight.launch.ray_group import Entry, RayGroup
+from raylight.launch.ray_local import session_name
 
 __all__ = ["Cluster", "RayGroup", "acquire_group", "connect", "describe_cluster", "release_all"]
 
@@ -57,7 +58,7 @@ def acquire_group(
     num_standby = 1 if config.num_standby is None else config.num_standby
     around = ray.util.get_current_placement_group()
     key = (
-        ray_cluster.session_name(), around.id if around is not None else None, asked, use_gpu, placement,
+        session_name(), around.id if around is not None else None, asked, use_gpu, placement,
         tuple(sorted(needs.items())), num_standby,
     )  # fmt: skip
     group = _take_kept(key)

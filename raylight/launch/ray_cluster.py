@@ -9,7 +9,6 @@ import math
 import os
 import re
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from ray._private import state as ray_state
 
 from raylight.config import Config
 from raylight.errors import ClusterError, InvalidArguments, NotEnoughResources
-from raylight.launch.lifeline import answers, hold_on_to
+from raylight.launch.lifeline import answers, end_process, hold_on_to
+from raylight.launch.ray_local import LocalRay, silence
 
 Resources = Mapping[str, float]
 
@@ -84,7 +84,7 @@ def _join(address: str) -> None:
         text = str(error).strip()
         advice = "install the same versions here" if text.startswith("Version mismatch") else "see `ray status` there"
         raise ClusterError(f"cannot connect to the Ray cluster at RAY_ADDRESS={address}: {text}\n({advice})") from error
-    _silence()
+    silence()
     hold_on_to_head()
 
 
@@ -179,84 +179,7 @@ def _cpus_wanted(config: Config) -> int:
     return math.ceil(most * config.resources_per_worker.get("CPU", 1.0))
 
 
-class _LocalRay:
-    """The Ray that raylight started on this machine, if it did."""
-
-    def __init__(self) -> None:
-        self._num_cpus = 0
-        self._session: str | None = None
-        self._thread: threading.Thread | None = None
-        self._ending = threading.Event()
-
-    @property
-    def is_running(self) -> bool:
-        return self._session is not None and ray.is_initialized() and session_name() == self._session
-
-    def is_too_small(self, num_cpus: int) -> bool:
-        return self.is_running and num_cpus > self._num_cpus
-
-    def start(self, num_cpus: int) -> None:
-        self._num_cpus = max(num_cpus, os.cpu_count() or 1)
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Else Ray warns on every start that it hides GPUs from workers that asked for none, and that this will change.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        if threading.current_thread() is threading.main_thread():
-            self._init()
-        else:
-            self._init_in_a_thread_that_stays()
-        _silence()
-        self._session = session_name()
-
-    def stop(self) -> None:
-        if not self.is_running:
-            return
-        self._session = None
-        if self._thread is None:
-            ray.shutdown()
-        else:
-            self._ending.set()
-            self._thread.join()
-            self._thread = None
-
-    def _init(self) -> None:
-        ray.init(
-            address="local",
-            num_cpus=self._num_cpus,
-            include_dashboard=False,  # costs 2 s of start-up
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-
-    def _init_in_a_thread_that_stays(self) -> None:
-        """Ray's daemons end with the thread that started them."""
-        started, errors = threading.Event(), list[BaseException]()
-        self._ending.clear()
-
-        def live() -> None:
-            try:
-                self._init()
-            except BaseException as error:
-                errors.append(error)
-                return
-            finally:
-                started.set()
-            self._ending.wait()
-            ray.shutdown()
-
-        self._thread = threading.Thread(target=live, name="raylight local Ray", daemon=True)
-        self._thread.start()
-        started.wait()
-        if errors:
-            self._thread = None
-            raise errors[0]
-
-
-def _silence() -> None:
-    """Ray prints a page for every process and node that dies, whatever log_to_driver says; raylight tells it itself."""
-    ray._private.worker._worker_logs_enabled = False
-
-
-_local = _LocalRay()
+_local = LocalRay()
 
 
 def disconnect() -> None:
@@ -271,13 +194,12 @@ def hold_on_to_head() -> None:
     """On a node other than the head: this process ends where the head is out of reach for long."""
     head = ray.get_runtime_context().gcs_address
     if head.rpartition(":")[0].strip("[]") != ray.util.get_node_ip_address():
-        hold_on_to(head)
+        hold_on_to(head, lambda text: end_process(text) if _is_connected_to(head) else None)
 
 
-def session_name() -> str:
-    """Tells one Ray from the next."""
-    node: Any = ray._private.worker.global_worker.node
-    return node.session_name
+def _is_connected_to(head: str) -> bool:
+    """A process that has left a cluster does not end with it."""
+    return ray.is_initialized() and ray.get_runtime_context().gcs_address == head
 
 
 # ---- environment variables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -49,6 +50,9 @@ class Console:
         self._began = time.monotonic()
         self._next_line: float | None = None
         self._drawing: Drawing | None = None
+        self._log = _LogHandler(self)
+        if not logging.getLogger().handlers:  # else the program has said where warnings go
+            logging.getLogger("raylight").addHandler(self._log)
 
     def handle(self, rank: int, message: Message) -> None:
         if isinstance(message, Output):
@@ -76,6 +80,7 @@ class Console:
 
     def close(self, result: Result | None = None, with_tensorboard: bool = True) -> None:
         """Put the terminal back as it was and, where there is a result, print its summary. May be called again."""
+        logging.getLogger("raylight").removeHandler(self._log)
         drawing, self._drawing = self._drawing, None
         if drawing is not None:
             drawing.stop()
@@ -122,6 +127,18 @@ class Console:
             encoding = self._stream.encoding or "ascii"
             stream.write(text.replace("─", "-").encode(encoding, "replace").decode(encoding))
         stream.flush()
+
+
+class _LogHandler(logging.Handler):
+    """What raylight logs in the driver's process, such as why storage is tried again: above the bars, not through
+    them."""
+
+    def __init__(self, console: Console):
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.handle(0, Notice(record.getMessage(), "warning"))
 
 
 def find_place(stream: TextIO) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,13 +13,15 @@ from raylight.report.sweep_table import SweepState, TrialRow, format_number, for
 
 WIDTH, HEIGHT, MARGIN = 1000, 380, 70
 PLOT_WIDTH, PLOT_HEIGHT = 300, 210
+MAX_TICKS = 4
 # From the best to the worst, also for those who tell red from green badly.
 _COLORS = ((35, 80, 190), (60, 170, 190), (225, 190, 90))
 
 _STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 2rem auto; max-width: 1040px; color: #222; }
 h1 { font-size: 1.3rem; } h2 { font-size: 1rem; margin-top: 2rem; }
-svg { overflow: visible; } svg text { font-size: 11px; fill: #444; } .axis { stroke: #999; }
+svg { overflow: visible; } svg text { font-size: 11px; fill: #444; stroke: #fff; stroke-width: 3px; paint-order: stroke;
+pointer-events: none; } .axis { stroke: #999; }
 polyline { fill: none; stroke-width: 1.5; opacity: .75; } polyline:hover { stroke-width: 4; opacity: 1; }
 circle { opacity: .85; } circle:hover { stroke: #000; } .plots { display: flex; flex-wrap: wrap; gap: 24px; }
 table { border-collapse: collapse; } th { border-bottom: 1px solid #999; }
@@ -65,22 +68,25 @@ def varied_names(rows: Sequence[TrialRow]) -> list[str]:
 
 
 def make_axis(name: str, values: Sequence[Any]) -> Axis:
-    """Numbers by size, on a logarithmic scale where they span more than a factor of 50; all else in order of names."""
+    """Numbers by size, all else in order of names. The scale is logarithmic where numbers span more than a factor of 50
+    and most are small: of a uniform draw the smallest may be tiny too."""
     numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)]
     if len(numbers) < len(values) or not numbers:
         labels = sorted({format_setting(value) for value in values})
         positions = {label: (index + 0.5) / len(labels) for index, label in enumerate(labels)}
         return Axis(name, lambda value: positions[format_setting(value)], list(positions.items()))
     low, high = min(numbers), max(numbers)
-    is_log = low > 0 and high / low > 50
+    is_log = low > 0 and high / low > 50 and statistics.median(numbers) < low + (high - low) / 4
     scale: Callable[[float], float] = math.log if is_log else float
     span = scale(high) - scale(low)
 
     def place(value: Any) -> float:
         return (scale(value) - scale(low)) / span if span else 0.5
 
-    inner = [(low * high) ** 0.5] if is_log else [(low + high) / 2]
-    ticks = [(format_number(value), place(value)) for value in ([low, *inner, high] if span else [low])]
+    middle = (low * high) ** 0.5 if is_log else (low + high) / 2
+    distinct = sorted(set(numbers))
+    shown = distinct if len(distinct) <= MAX_TICKS and not is_log else [low, middle, high]
+    ticks = [(format_number(value), place(value)) for value in shown]
     return Axis(name, place, ticks, is_log)
 
 
@@ -88,16 +94,16 @@ def _parallel_coordinates(rows: list[TrialRow], axes: list[Axis]) -> str:
     step = (WIDTH - 2 * MARGIN) / (len(axes) - 1)
     top, bottom = 30, HEIGHT - 30
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="100%">']
-    for index, axis in enumerate(axes):
-        x = MARGIN + index * step
-        parts += [_line(x, x, top, bottom), _text(x, 14, "middle", axis.title, is_bold=True)]
-        parts += [_text(x - 6, bottom - at * (bottom - top) + 4, "end", label) for label, at in axis.ticks]
     for index, row in reversed(list(enumerate(rows))):  # the best on top
         values = [*(row.config.get(axis.name) for axis in axes[:-1]), row.best]
         places = [axis.place(value) for axis, value in zip(axes, values, strict=True)]
         points = " ".join(f"{MARGIN + i * step:.1f},{bottom - at * (bottom - top):.1f}" for i, at in enumerate(places))
         line = f'<polyline points="{points}" stroke="{_color(index, len(rows))}">'
         parts.append(f"{line}{_hint(row, axes[-1].name)}</polyline>")
+    for index, axis in enumerate(axes):
+        x = MARGIN + index * step
+        parts += [_line(x, x, top, bottom), _text(x, 14, "middle", axis.title, is_bold=True)]
+        parts += [_text(x - 6, bottom - at * (bottom - top) + 4, "end", label) for label, at in axis.ticks]
     return "".join(parts) + "</svg>"
 
 

@@ -27,16 +27,21 @@ STATUS_STYLES = {
 
 
 def runs_table(summaries: Sequence[Summary]) -> Table:
+    """Trials are named where there are any."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for header, side in (
-        ("run", "left"), ("version", "right"), ("status", "left"), ("best", "left"), ("step", "right"),
-        ("started", "left"), ("duration", "right"), ("checkpoints", "right"), ("size", "right"),
-    ):  # fmt: skip
+    has_trials = any(it.trial for it in summaries)
+    columns = (
+        ("run", "left"), ("version", "right"), *([("trial", "left")] if has_trials else []), ("status", "left"),
+        ("best", "left"), ("step", "right"), ("started", "left"), ("duration", "right"), ("checkpoints", "right"),
+        ("size", "right"),
+    )  # fmt: skip
+    for header, side in columns:
         table.add_column(header, justify="right" if side == "right" else "left", no_wrap=True)
     for it in summaries:
         table.add_row(
             escape(it.name),
             str(it.number),
+            *([escape(it.trial or "-")] if has_trials else []),
             status_text(it),
             f"{escape(it.metric)} {number_text(it.value)}" if it.metric and it.value is not None else "-",
             "-" if it.step is None else str(it.step),

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from raylight.errors import InvalidArguments, StorageError
 from raylight.messages import SavedFile
-from raylight.storage.digests import Digest
+from raylight.storage.digests import format_digest, new_digest
 from raylight.storage.local_files import HIDDEN_PREFIX, Entry, LocalFiles, LocalSink
 from raylight.storage.location import locate
 from raylight.storage.remote_files import RemoteSink
@@ -219,7 +219,7 @@ class FileWriter:
         self.broke = False  # the storage failed in the middle of the file
 
     def __enter__(self) -> FileWriter:
-        self._digest = Digest()
+        self._digest = new_digest()
         with self._storage._explained("write", self._path):
             self._sink = self._storage._open_sink(self._path)
         return self
@@ -228,7 +228,8 @@ class FileWriter:
         view = memoryview(chunk)
         view = view if view.format == "B" and view.ndim == 1 else view.cast("B")
         with self._noting_failure():
-            self._digest.update_while(view, self._sink.write)
+            self._digest.update(view)
+            self._sink.write(view)
         self._size += view.nbytes
         return view.nbytes
 
@@ -242,9 +243,8 @@ class FileWriter:
             if error is None:
                 with self._noting_failure():
                     self._sink.finish()
-                self.saved = SavedFile(self._path, self._size, self._digest.finish())
+                self.saved = SavedFile(self._path, self._size, format_digest(self._digest))
         finally:
-            self._digest.close()
             if not hasattr(self, "saved"):
                 self._abort()
 

@@ -11,11 +11,11 @@ from typing import Any
 from raylight import __version__
 from raylight.errors import CheckpointCorrupt
 from raylight.messages import SavedFile
-from raylight.storage.digests import digest_of
+from raylight.storage.digests import ALGORITHM, digest_of
 from raylight.storage.json_text import plain
 
 FORMAT = 1
-_BLANK_DIGEST = "sha256:" + "0" * 64
+_BLANK_DIGEST = f"{ALGORITHM}:{'0' * 32}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,8 @@ class Summary:
     num_attempts: int
     size: int
     hyperparameters: dict[str, Any]
+    trial: str | None = None
+    """Of a sweep, whose version this is."""
 
 
 def summarize(version: Version, metric: str | None = None, mode: str | None = None) -> Summary:
@@ -69,6 +71,7 @@ def summarize(version: Version, metric: str | None = None, mode: str | None = No
         num_attempts=len(run.get("attempts") or []),
         size=sum(entry.size for entry in files),
         hyperparameters=run.get("hyperparameters") or {},
+        trial=(run.get("trial") or {}).get("name"),
     )
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import os
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any
 
 from raylight.report.summary import format_seconds
 from raylight.report.sweep_table import SweepState, format_number
-from raylight.tuning.recipe import Recipe, is_function_of_config
+from raylight.tuning.recipe import Recipe, Shape, is_function_of_config
+
+if TYPE_CHECKING:
+    from ray.tune import Result, ResultGrid
 
 
 def summarize(state: SweepState, best: Mapping[str, Any] | None, code: str, run_path: str, page_path: str) -> str:
@@ -17,10 +24,12 @@ def summarize(state: SweepState, best: Mapping[str, Any] | None, code: str, run_
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
     lines = [f"{len(state.rows)} trials in {format_seconds(state.elapsed_s)}: {told}"]
     facts: dict[str, Any] = {}
+    if len(state.rows) < state.total or counts["done"] + counts["failed"] < len(state.rows):
+        facts["go on"] = "the same call with resume=True"
     if best is not None:
         facts |= {
-            "best": f"{state.metric} {format_number(best[state.metric])} at epoch {best['epoch']}",
-            "train it again": code, "best checkpoint": best.get("best_checkpoint"),
+            "best": _describe(best, state.metric), "train it again": code,
+            "best checkpoint": best.get("best_checkpoint"),
         }  # fmt: skip
     facts["picture"] = page_path
     facts["list trials"] = f"raylight runs {run_path} --metric {state.metric} --mode {state.mode}"
@@ -28,37 +37,72 @@ def summarize(state: SweepState, best: Mapping[str, Any] | None, code: str, run_
     return "\n".join(lines + [f"{name:<16} {fact}" for name, fact in facts.items() if fact])
 
 
-def write_code(recipe: Recipe, config: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+def find_best(results: ResultGrid, metric: str, mode: str) -> Result | None:
+    """The trial whose last value is the best, as Tune sees it; None where none has a number."""
+    values = [(result.metrics or {}).get(metric) for result in map(results.__getitem__, range(len(results)))]
+    has_number = any(isinstance(value, numbers.Real) and math.isfinite(value) for value in values)
+    return results.get_best_result(metric, mode) if has_number else None
+
+
+def _describe(best: Mapping[str, Any], metric: str) -> str:
+    last, in_checkpoint = best[metric], best.get(f"best_{metric}", best[metric])
+    told = f"{metric} {format_number(last)} at epoch {best['epoch']}"
+    return told if in_checkpoint == last else f"{told}, {format_number(in_checkpoint)} in its best checkpoint"
+
+
+def write_code(recipe: Recipe, config: Mapping[str, Any], given: Mapping[str, Any], shape: Shape) -> str:
     """`given`: the trainer's arguments as the user wrote them."""
-    if not recipe.is_class:
-        call = f"{recipe.name}({_show(dict(config))})"
-        return f"module, data, arguments = {call}; raylight.fit(module, *data, {_arguments({**given})}**arguments)"
-    module = f"{recipe.name}({_arguments(recipe.module_arguments(config)).removesuffix(', ')})"
-    arguments = _arguments({**given, **recipe.trainer_arguments(config)}).removesuffix(", ")
-    parts = [module, _data(recipe, config), arguments]
-    return f"raylight.fit({', '.join(part for part in parts if part)})"
+    data, arguments = _data(recipe, config, shape), _arguments(given)
+    if recipe.is_class:
+        module = _call(recipe.name, recipe.module_arguments(config))
+        return _fit(module, data, _arguments({**given, **recipe.trainer_arguments(config)}))
+    returned, call = shape.returned, f"{_name(recipe.target)}({_show(dict(config))})"
+    if len(returned) < 2:
+        return _fit(call, data, arguments)
+    names = ("module", "data", "arguments")[: len(returned)]
+    if returned[1] is not NoneType:
+        data = "*data" if shape.is_several_loaders else "data"
+    if returned[2:] and returned[2] is not NoneType:
+        arguments.append("**arguments")
+    return f"{', '.join(names)} = {call}; {_fit('module', data, arguments)}"
 
 
-def _data(recipe: Recipe, config: Mapping[str, Any]) -> str:
-    data = recipe.data
+def _fit(module: str, data: str, arguments: list[str]) -> str:
+    return f"raylight.fit({', '.join(part for part in (module, data, *arguments) if part)})"
+
+
+def _data(recipe: Recipe, config: Mapping[str, Any], shape: Shape) -> str:
+    data, star = recipe.data, "*" if shape.is_several_loaders else ""
     if data is None:
         return ""
     if isinstance(data, type):
-        return f"datamodule={data.__name__}({_arguments(recipe.data_arguments(config)).removesuffix(', ')})"
-    if is_function_of_config(data):
-        name = getattr(data, "__name__", "data")
-        call = f"{name if name.isidentifier() else 'data'}({_show(dict(config))})"
-        return f"*{call}"
-    return "*data" if isinstance(data, (tuple, list)) else "data"
+        return f"datamodule={_call(data.__name__, recipe.data_arguments(config))}"
+    return f"{star}{_name(data)}({_show(dict(config))})" if is_function_of_config(data) else f"{star}data"
 
 
-def _arguments(values: Mapping[str, Any]) -> str:
-    return "".join(f"{name}={_show(value)}, " for name, value in values.items())
+def _call(name: str, arguments: Mapping[str, Any]) -> str:
+    return f"{name}({', '.join(_arguments(arguments))})"
+
+
+def _name(function: Any) -> str:
+    """A lambda has none."""
+    name = getattr(function, "__name__", "function")
+    return name if name.isidentifier() else "function"
+
+
+def _arguments(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={_show(value)}" for name, value in values.items()]
 
 
 def _show(value: Any) -> str:
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, os.PathLike):
+        return repr(os.fspath(value))
+    if value is None or isinstance(value, (bool, str)):
         return repr(value)
+    if isinstance(value, numbers.Integral):  # numpy's too, which show themselves as np.int64(3)
+        return repr(int(value))
+    if isinstance(value, numbers.Real):
+        return repr(float(value))
     if isinstance(value, (list, tuple)):
         inner = ", ".join(_show(item) for item in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"

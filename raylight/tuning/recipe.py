@@ -13,13 +13,27 @@ from raylight.errors import InvalidArguments
 from raylight.module import Module
 from raylight.task import Loaders
 
-SCALE_ARGUMENTS = ("num_workers", "use_gpu", "resources_per_worker", "strategy")
+LIGHTNINGS_SCALE = ("devices", "gpus", "num_nodes", "accelerator")
+SCALE_ARGUMENTS = ("num_workers", "use_gpu", "resources_per_worker", "strategy", *LIGHTNINGS_SCALE)
 """What says how much room a trial takes. Tune asks for it before anything of the trial exists."""
 PLACE_ARGUMENTS = ("storage_path", "default_root_dir", "storage_filesystem", "name")
 """What says which run it is, one for all trials."""
 TRAINER_KEYS = tuple(name for name in RULES if name not in PLACE_ARGUMENTS)
 
 Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The types of what a function of the configuration returned, and of the data, wherever they came from. Unknown,
+    they are what most have."""
+
+    returned: tuple[type, ...] = (Module, tuple, dict)
+    data: type = tuple
+
+    @property
+    def is_several_loaders(self) -> bool:
+        return issubclass(self.data, tuple | list)
 
 
 @dataclass(slots=True)
@@ -29,6 +43,7 @@ class Made:
     module: Any
     loaders: Loaders
     arguments: dict[str, Any]
+    shape: Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +66,13 @@ class Recipe:
     def make(self, config: Config) -> Made:
         if self.is_class:
             module, data = self.target(**self.module_arguments(config)), self._make_data(config)
-            return Made(module, as_loaders(data), self.arguments | self.trainer_arguments(config))
-        module, data, arguments = self._call(config)
-        return Made(module, as_loaders(data), self.arguments | arguments)
+            arguments = self.arguments | self.trainer_arguments(config)
+            return Made(module, as_loaders(data), arguments, Shape(data=type(data)))
+        returned = self._call(config)
+        module, data, arguments = (*returned, None, None)[:3]
+        data = data if data is not None else self._make_data(config)
+        shape = Shape(tuple(map(type, returned)), type(data))
+        return Made(module, as_loaders(data), self.arguments | (arguments or {}), shape)
 
     # ---- who takes which key
 
@@ -114,16 +133,15 @@ class Recipe:
             return self.data(**self.data_arguments(config))
         return self.data(dict(config)) if is_function_of_config(self.data) else self.data
 
-    def _call(self, config: Config) -> tuple[Any, Any, dict[str, Any]]:
+    def _call(self, config: Config) -> tuple[Any, ...]:
         returned = self.target(dict(config))
         parts = returned if isinstance(returned, tuple) else (returned,)
-        module, data, arguments = (*parts, None, None)[:3]
-        arguments = dict(arguments or {})
+        arguments = parts[2] if len(parts) == 3 and parts[2] is not None else {}
         misplaced = [name for name in arguments if name in SCALE_ARGUMENTS + PLACE_ARGUMENTS]
         if len(parts) > 3 or misplaced:
             what = f"{', '.join(misplaced)}: pass these to raylight.sweep" if misplaced else f"{len(parts)} values"
             raise InvalidArguments(f"{self.name} returned {what}; it returns (module, data, trainer arguments)")
-        return module, data if data is not None else self._make_data(config), arguments
+        return parts
 
 
 def is_function_of_config(data: Any) -> bool:

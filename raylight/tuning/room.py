@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ray.tune.search.sample import Categorical, Domain, Integer
+
 from raylight.arguments import resolve
 from raylight.errors import InvalidArguments
 from raylight.scale import Available
-from raylight.tuning.recipe import SCALE_ARGUMENTS
+from raylight.tuning.recipe import LIGHTNINGS_SCALE, SCALE_ARGUMENTS
 
 Bundle = dict[str, float]
 
@@ -40,8 +43,9 @@ class Room:
         return replace(self, num_workers=len(bundles), worker=bundles[0])
 
     def arguments(self) -> dict[str, Any]:
-        """As the trainer takes them."""
-        return {"num_workers": self.num_workers, "use_gpu": self.use_gpu, "resources_per_worker": dict(self.worker)}
+        """As the trainer takes them, in place of all that was said of it."""
+        own = {"num_workers": self.num_workers, "use_gpu": self.use_gpu, "resources_per_worker": dict(self.worker)}
+        return dict.fromkeys(LIGHTNINGS_SCALE) | own
 
 
 def plan(arguments: Mapping[str, Any], available: Available) -> Room:
@@ -56,11 +60,32 @@ def plan(arguments: Mapping[str, Any], available: Available) -> Room:
             "Tune's ResourceChangingScheduler changes it while trials run"
         )
     has_gpus = bool(available.gpus)
-    config = resolve({"num_workers": 0, **given}, available)
+    says_how_many = any(name in given for name in ("num_workers", "devices", "gpus"))
+    config = resolve(given if says_how_many else {**given, "num_workers": 0}, available)
     if config.num_workers == 0:
-        use_gpu = bool(given.get("use_gpu", has_gpus or available.num_gpus_here > 0))
+        is_for_cpus = given.get("accelerator") == "cpu" or given.get("gpus") == 0
+        use_gpu = bool(given.get("use_gpu", not is_for_cpus and (has_gpus or available.num_gpus_here > 0)))
         worker = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {}) | config.resources_per_worker
         return Room(0, use_gpu, worker)
-    assert isinstance(config.num_workers, int)
+    # "auto" is not known before someone has connected to the cluster; then it is what fits.
+    num_workers = config.num_workers if isinstance(config.num_workers, int) else 1
     worker = {name: amount for name, amount in config.resources_per_worker.items() if amount}
-    return Room(config.num_workers, bool(config.use_gpu), worker, config.strategy.placement)
+    return Room(num_workers, bool(config.use_gpu), worker, config.strategy.placement)
+
+
+def listed_scales(space: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the space may say of how much room a trial takes, in all combinations; of a range of numbers the largest.
+    What only Tune's draws show is left out."""
+    listed = {name: _listed(space[name]) for name in SCALE_ARGUMENTS if name in space}
+    known = {name: values for name, values in listed.items() if values}
+    return [dict(zip(known, values, strict=True)) for values in itertools.product(*known.values())]
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, Categorical):
+        return list(value.categories)
+    if isinstance(value, Integer):
+        return [value.upper - 1]
+    if isinstance(value, Mapping) and list(value) == ["grid_search"]:
+        return list(value["grid_search"])
+    return [] if isinstance(value, Domain) else [value]

@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 
 
 class Shipment:
-    """A recipe on its way to the trials: in the object store once, its large tensors not pickled."""
+    """A recipe on its way to the trials: in the object store once, its large tensors not pickled. With it go the
+    environment variables that the caller has set."""
 
     def __init__(self, recipe: Recipe):
         import numpy as np
 
-        from raylight.launch import handover
+        from raylight.launch import handover, ray_cluster
 
+        self._environment = ray_cluster.changed_environment()
+        self.num_threads = os.environ.get("OMP_NUM_THREADS")
         payload, buffers = handover.dump(recipe)
         self._payload: Any = ray.put(payload)
         self._buffers: Any = ray.put([np.frombuffer(buffer, dtype=np.uint8) for buffer in buffers])
@@ -39,6 +42,14 @@ class Shipment:
         from raylight.launch import handover
 
         return handover.load(ray.get(self._payload), ray.get(self._buffers))
+
+    def set_environment(self) -> None:
+        """Here, and in the workers that this process starts."""
+        from raylight.launch import ray_cluster
+
+        ray_cluster.connect()  # what changes from now on goes to workers
+        for name, value in self._environment.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
 class Trial(tune.Trainable):
@@ -76,6 +87,7 @@ class Trial(tune.Trainable):
     # ---- what Tune calls
 
     def setup(self, config: dict[str, Any]) -> None:
+        self.shipment.set_environment()
         self._values = config
         self._pointer: Pointer | None = None
         self._run: TrialRun | None = None
@@ -134,7 +146,10 @@ class Trial(tune.Trainable):
         resources = self.trial_resources
         if resources is None:
             raise InvalidArguments("a trial needs Ray Tune: pass raylight.sweep.trainable(...) to ray.tune.Tuner")
-        made.arguments |= self.plan_room(self._values).resized(resources.bundles).arguments()
+        room = self.plan_room(self._values).resized(resources.bundles)
+        made.arguments |= room.arguments()
+        # Ray has set it for this process, which has no CPU of its own.
+        os.environ["OMP_NUM_THREADS"] = self.shipment.num_threads or str(max(int(room.worker.get("CPU", 1)), 1))
         return TrialRun(made, self._values, self.trial_id, self.trial_name, notes, self.metric)
 
     def _end_run(self) -> None:

@@ -214,7 +214,10 @@ class TrialRun:
     def _where(self) -> dict[str, Any]:
         version, best = self.driver.version, self.driver.best
         assert version is not None
-        return {"version": version.path, "best_checkpoint": best.path if best is not None else None}
+        where: dict[str, Any] = {"version": version.path, "best_checkpoint": best.path if best is not None else None}
+        if best is not None and self.metric in best.metrics:
+            where[f"best_{self.metric}"] = best.metrics[self.metric]
+        return where
 
     # ---- what Tune asks for
 

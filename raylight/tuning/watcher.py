@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import cloudpickle
 from ray import tune
+from ray.exceptions import RayTaskError
 from ray.tune.experiment import Trial
 
-from raylight.errors import RaylightError
 from raylight.report.console import find_place
 from raylight.report.drawing import Drawing
 from raylight.report.summary import format_seconds
@@ -63,25 +64,26 @@ class Watcher(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial whose process was killed is worth another try; one that raised would do so again."""
-        error = trial.get_error()
-        if isinstance(getattr(error, "cause", error), RaylightError):
+        if isinstance(read_error(trial), RayTaskError):
             trial.max_failures = 0
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        error = trial.get_error()
+        error = read_error(trial)
         error = getattr(error, "cause", None) or error
         print(f"raylight: {trial} failed: {shorten(str(error))}", flush=True)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        self.state = self._look(trials)
         if not self.is_shown:
             return
-        self.state = self._look(trials)
         if self._place != "plain":
             self._draw()
         else:
             self._print_lines(trials, self.state)
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        if self.state is None:  # no step was made: a sweep is resumed that was over
+            self.state = self._look(trials)
         self.close()
 
     def close(self) -> None:
@@ -101,7 +103,8 @@ class Watcher(tune.Callback):
     def _row(self, trial: Trial) -> TrialRow:
         result = trial.last_result or {}
         value = result.get(self.metric)
-        best = self._best.get(trial.trial_id, value)  # of trials that an earlier process finished the last is known
+        # Of trials that an earlier process finished, the value of the best checkpoint.
+        best = self._best.get(trial.trial_id, result.get(f"best_{self.metric}", value))
         seconds = float(result.get("time_total_s", 0.0))
         return TrialRow(str(trial), _STATES[trial.status], trial.config, value, best, result.get("epoch"), seconds)
 
@@ -128,6 +131,14 @@ class Watcher(tune.Callback):
         if now > self._next_line:
             self._next_line = now + LINE_INTERVAL_S
             print(describe(state), flush=True)
+
+
+def read_error(trial: Trial) -> Any:
+    """What ended the trial just now. Tune's own way is to read it from storage, where it comes a while later."""
+    if trial.pickled_error_file is None:
+        return trial.get_error()
+    with open(trial.pickled_error_file, "rb") as file:
+        return cloudpickle.load(file)
 
 
 def shorten(text: str, most: int = 12) -> str:

@@ -145,7 +145,7 @@ class Loop:
                 yield from self.save()
             if schedule.stops_in_epoch():
                 break
-            if self.regroups:
+            if self.regroups and not gradients.window:
                 rank.barrier()  # nobody leaves while another is still in the step's collectives
                 raise Halted("the group is made anew", broken=True)
             waited = perf_counter()

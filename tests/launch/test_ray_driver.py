@@ -60,16 +60,18 @@ def entry(task, place, control):
 
 def main():
     group = ray_actors.acquire_group(CONFIG, entry=entry)
+    found, said = "", ""
     for rank, message in group.run(make_task(Net())):
         if isinstance(message, Output):
-            print(message.text, end="")
+            said += message.text
         elif rank == 0:
-            print(type(message.returned) is Net, message.returned.weight.tolist())
+            found = type(message.returned) is Net, message.returned.weight.tolist()
+    print(said, *found)
 
 if __name__ == "__main__":
     main()
 """)
-    assert script.finish() == "said by rank 0\nTrue [1.0, 1.0, 1.0]\n"
+    assert script.finish() == "said by rank 0\n True [1.0, 1.0, 1.0]\n"
     script.assert_nothing_is_left(within_s=20)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import subprocess
@@ -105,6 +106,22 @@ def test_prints_of_rank_0_alone_are_shown_and_what_several_ranks_say_is_said_onc
         "from rank 0\nraylight: the same of all\nraylight: only of rank 1\nraylight: the same of all\n"
         "layer  params\na      1\n"
     )
+
+
+def test_warnings_of_the_driver_go_where_the_bars_are_unless_the_program_has_a_place_for_them(monkeypatch, capfd):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    stream, log = io.StringIO(), logging.getLogger("raylight.storage")
+    console = Console(stream=stream)
+    log.warning("could not write s3://runs/a: SlowDown; trying again")
+    console.close()
+    assert stream.getvalue() == "raylight: warning: could not write s3://runs/a: SlowDown; trying again\n"
+    assert capfd.readouterr().err == ""
+
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.NullHandler()])
+    console = Console(stream=stream)
+    log.warning("again")
+    console.close()
+    assert len(stream.getvalue().splitlines()) == 1
 
 
 def test_tables_of_model_and_results():

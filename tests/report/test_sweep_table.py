@@ -113,6 +113,7 @@ def test_only_what_varies_has_an_axis() -> None:
     [
         ([1, 2, 3], [0.0, 0.5, 1.0], "x"),
         ([1e-4, 1e-2, 1.0], [0.0, 0.5, 1.0], "x (log)"),
+        ([0.001, 0.2, 0.3, 0.5], [0.0, 199 / 499, 299 / 499, 1.0], "x"),
         ([5, 5], [0.5, 0.5], "x"),
         (["b", "a"], [0.75, 0.25], "x"),
         ([True, False], [0.75, 0.25], "x"),
@@ -123,3 +124,9 @@ def test_an_axis_places_numbers_by_size_and_all_else_by_name(values: list, place
     axis = make_axis("x", values)
     assert [axis.place(value) for value in values] == pytest.approx(places)
     assert axis.title == title
+
+
+def test_few_numbers_are_all_named_at_the_axis() -> None:
+    assert [label for label, _ in make_axis("x", [32, 64, 128, 64]).ticks] == ["32", "64", "128"]
+    assert [label for label, _ in make_axis("x", [1, 2, 3, 4, 5]).ticks] == ["1", "3", "5"]
+    assert [label for label, _ in make_axis("x", [1e-4, 1e-2, 1.0]).ticks] == ["0.0001", "0.01", "1"]

@@ -16,7 +16,7 @@ from raylight.errors import CheckpointCorrupt, MissingFile, StorageError
 from raylight.messages import SavedFile
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Checkpoint, Manifest
-from raylight.storage.digests import digest_of
+from raylight.storage.digests import ALGORITHM, digest_of
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version
 
@@ -187,11 +187,14 @@ def test_every_single_bit_of_a_manifest_counts() -> None:
             Manifest.from_bytes(bytes(damaged))
 
 
+BLANK = f"{ALGORITHM}:{'0' * 32}"
+
+
 def forge(**changes: object) -> bytes:
     """A manifest whose digest is right and whose content is not: what an attacker would write."""
     content = json.loads(Manifest(step=1, epoch=0, files=(SavedFile("m.pt", 1, digest_of(b"1")),)).to_bytes())
-    blank = json.dumps({**content, **changes, "digest": "sha256:" + "0" * 64}).encode()
-    return blank.replace(b"sha256:" + b"0" * 64, digest_of(blank).encode())
+    blank = json.dumps({**content, **changes, "digest": BLANK}).encode()
+    return blank.replace(BLANK.encode(), digest_of(blank).encode())
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import raylight
+from raylight.arguments import resolve
 from raylight.errors import InvalidArguments
 from raylight.scale import Available
 from raylight.tuning.mistakes import Plan, find_metric_mistake, find_mistakes, find_run_mistakes
 from raylight.tuning.recipe import Recipe
+from raylight.tuning.room import listed_scales
 from raylight.tuning.room import plan as plan_room
 
 LOADER = DataLoader([torch.ones(2)], batch_size=1)
@@ -111,13 +113,15 @@ from ray import tune
 class Net(raylight.Module):
     pass
 try:
-    raylight.sweep(Net, {"x": tune.choice([1])}, num_samples=0, metric="val_loss", mode="mini", max_epoch=3)
+    raylight.sweep(Net, {"x": tune.choice([1])}, num_samples=0, metric="val_loss", mode="mini", max_epoch=3,
+        num_workers=-1)
 except raylight.InvalidArguments as error:
     print(ray.is_initialized(), len(error.mistakes), error)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for text in ("False 4", "mode must be", "num_samples must be", "nothing takes 'x'", "did you mean max_epochs"):
+    texts = ("mode must be", "num_samples must be", "nothing takes 'x'", "did you mean max_epochs", "num_workers must")
+    for text in ("False 5", *texts):
         assert text in done.stdout
 
 
@@ -169,10 +173,25 @@ def test_the_room_of_a_trial() -> None:
     two = plan_room({"num_workers": 2, "resources_per_worker": {"CPU": 2}, "use_gpu": False}, cluster)
     assert two.bundles() == [{}, {"CPU": 2.0}, {"CPU": 2.0}]
     assert two.resized([{"CPU": 2.0}] * 3).arguments()["num_workers"] == 3
+    assert plan_room({"devices": 2, "accelerator": "cpu"}, cluster).bundles() == [{}, {"CPU": 1.0}, {"CPU": 1.0}]
+    assert plan_room({"accelerator": "cpu"}, cluster).bundles() == [{"CPU": 1.0}]
+    assert plan_room({"num_workers": "auto"}, Available(0, "10.0.0.1:6379")).num_workers == 1
+    asked = {"devices": 2, "accelerator": "cpu"}
+    assert resolve(asked | two.arguments(), cluster).num_workers == 2
     with pytest.raises(InvalidArguments, match="one of the same size for each worker"):
         two.resized([{"CPU": 1.0}, {"CPU": 2.0}])
     with pytest.raises(InvalidArguments, match="say one number"):
         plan_room({"num_workers": (1, 2)}, cluster)
+
+
+def test_all_rooms_that_a_space_may_ask_for_are_known_beforehand() -> None:
+    assert listed_scales({"lr": tune.uniform(0, 1)}) == [{}]
+    assert listed_scales({"num_workers": tune.choice([1, 4])}) == [{"num_workers": 1}, {"num_workers": 4}]
+    assert listed_scales({"num_workers": tune.randint(1, 4)}) == [{"num_workers": 3}]
+    grid, drawn = tune.grid_search([1, 2]), tune.sample_from(lambda spec: {"CPU": 2})
+    assert listed_scales({"num_workers": grid, "use_gpu": False, "resources_per_worker": drawn}) == [
+        {"num_workers": 1, "use_gpu": False}, {"num_workers": 2, "use_gpu": False},
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("first", ["import raylight", "import raylight.sweep", "from raylight.sweep import trainable"])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
 import raylight
 from raylight.errors import InvalidArguments
 from raylight.tuning.ending import write_code
-from raylight.tuning.recipe import Recipe, as_loaders
+from raylight.tuning.recipe import Recipe, Shape, as_loaders
 
 
 class Net(raylight.Module):
@@ -104,12 +106,39 @@ def test_data_as_fit_takes_it() -> None:
     ("data", "shown"),
     [
         (Digits, "datamodule=Digits(batch_size=4), "),
+        (lambda config: Digits(), "function({'lr': 0.1, 'precision': '64-true', 'batch_size': 4}), "),
         (make_loaders, "*make_loaders({'lr': 0.1, 'precision': '64-true', 'batch_size': 4}), "),
         ((DataLoader([1.0]),), "*data, "),
         (None, ""),
     ],
 )
 def test_the_line_that_trains_it_again(data: Any, shown: str) -> None:
-    code = write_code(Recipe(Net, data), CONFIG, {"max_epochs": 3, "callbacks": [object()]})
+    recipe = Recipe(Net, data)
+    code = write_code(recipe, CONFIG, {"max_epochs": 3, "callbacks": [object()]}, recipe.make(CONFIG).shape)
     assert code == f"raylight.fit(Net(lr=0.1), {shown}max_epochs=3, callbacks=[...], precision='64-true')"
     compile(code, "<code>", "eval")
+
+
+@pytest.mark.parametrize(
+    ("returned", "shown"),
+    [
+        ((0, (1,), {}), "module, data, arguments = make({'lr': 0.1}); fit(module, *data, seed=3, **arguments)"),
+        ((0, Digits(), None), "module, data, arguments = make({'lr': 0.1}); fit(module, data, seed=3)"),
+        ((0, [1]), "module, data = make({'lr': 0.1}); fit(module, *data, seed=3)"),
+        ((0, None, {}), "module, data, arguments = make({'lr': 0.1}); fit(module, *data, seed=3, **arguments)"),
+        (0, "fit(make({'lr': 0.1}), *data, seed=3)"),
+    ],
+)  # fmt: skip
+def test_the_line_calls_a_function_as_it_returns(returned: Any, shown: str) -> None:
+    def make(config: dict[str, Any]) -> Any:
+        return returned
+
+    recipe = Recipe(make, (1, 2))
+    code = write_code(recipe, {"lr": 0.1}, {"seed": 3}, recipe.make({"lr": 0.1}).shape)
+    assert code == shown.replace("fit(", "raylight.fit(")
+
+
+def test_the_line_shows_numbers_of_numpy_and_paths_as_a_person_writes_them(tmp_path: Path) -> None:
+    given = {"storage_path": tmp_path, "seed": np.int64(3)}
+    code = write_code(Recipe(Net), {"lr": np.float64(0.1), "hidden": np.int32(4)}, given, Shape())
+    assert code == f"raylight.fit(Net(lr=0.1, hidden=4), storage_path={str(tmp_path)!r}, seed=3)"
