@@ -20,6 +20,7 @@ from ray._private import state as ray_state
 
 from raylight.config import Config
 from raylight.errors import ClusterError, InvalidArguments, NotEnoughResources
+from raylight.launch.lifeline import answers, end_process, hold_on_to
 from raylight.launch.ray_local import LocalRay, silence
 
 Resources = Mapping[str, float]
@@ -84,6 +85,7 @@ def _join(address: str) -> None:
         advice = "install the same versions here" if text.startswith("Version mismatch") else "see `ray status` there"
         raise ClusterError(f"cannot connect to the Ray cluster at RAY_ADDRESS={address}: {text}\n({advice})") from error
     silence()
+    hold_on_to_head()
 
 
 def _find_no_way(address: str) -> str:
@@ -158,7 +160,10 @@ def is_node_alive(node_id: str) -> bool:
 
 
 def draining_nodes() -> set[str]:
-    """Ids of the nodes that will be taken away soon (preemption, scaling down) and should not be relied on."""
+    """Ids of the nodes that will be taken away soon (preemption, scaling down) and should not be relied on. None while
+    the head does not answer: Ray's own question would then wait, and with it the driver, for many minutes."""
+    if not answers(ray.get_runtime_context().gcs_address, timeout_s=1.0):
+        return set()
     return set(ray_state.state.get_draining_nodes())
 
 
@@ -183,6 +188,18 @@ def disconnect() -> None:
 
 
 atexit.register(disconnect)
+
+
+def hold_on_to_head() -> None:
+    """On a node other than the head: this process ends where the head is out of reach for long."""
+    head = ray.get_runtime_context().gcs_address
+    if head.rpartition(":")[0].strip("[]") != ray.util.get_node_ip_address():
+        hold_on_to(head, lambda text: end_process(text) if _is_connected_to(head) else None)
+
+
+def _is_connected_to(head: str) -> bool:
+    """A process that has left a cluster does not end with it."""
+    return ray.is_initialized() and ray.get_runtime_context().gcs_address == head
 
 
 # ---- environment variables

@@ -16,8 +16,7 @@ from typing import Any
 import ray
 
 from raylight.errors import NotEnoughResources
-from raylight.launch import node_checks
-from raylight.launch.lifeline import hold_on_to
+from raylight.launch import node_checks, ray_cluster
 from raylight.launch.shared_memory import Segment, SegmentAddress, map_segment, memory_domain
 from raylight.launch.worker_logs import WorkerLog
 from raylight.launch.worker_reset import WorkerReset, free_memory
@@ -84,9 +83,7 @@ class RankWorker:
         self._began = threading.Condition()
         self._imports = threading.Thread(target=_import_torch, args=(is_standby,), name="raylight imports", daemon=True)
         self._imports.start()
-        head = ray.get_runtime_context().gcs_address
-        if head.rpartition(":")[0].strip("[]") != ray.util.get_node_ip_address():
-            hold_on_to(head)
+        ray_cluster.hold_on_to_head()
 
     # ---- the rank itself
 

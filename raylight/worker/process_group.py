@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import os
 import re
 import socket
@@ -82,7 +83,7 @@ def join(place: Place, backend: str | None = None, timeout_s: float = 1800.0) ->
     environment = _set_environment(place, backend)
     listeners = set(_listeners())
     store = _connect_store(place)
-    endpoints = {(socket.gethostbyname(place.store_host), place.store_port)}
+    endpoints = {(_resolve(place.store_host)[1][0], place.store_port)}
     _membership = _Membership(backend, timeout_s, store, listeners, endpoints, environment)
     if place.generation <= _aborted_generation:
         leave()
@@ -193,17 +194,36 @@ def _set_environment(place: Place, backend: str) -> dict[str, str | None]:
 
 
 def find_interface(host: str) -> str | None:
-    """The network interface of this machine that leads to `host`, an IPv4 address or a name; None where unknown."""
+    """The network interface of this machine that leads to `host`, an address or a name; None where unknown."""
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # chooses a route, sends nothing
-            address = probe.getsockname()[0]
+        family, address = _resolve(host)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # chooses a route, sends nothing
+            mine = probe.getsockname()[0]
+            if family == socket.AF_INET6:
+                return _interfaces_of_ipv6().get(ipaddress.ip_address(mine))
             for _, name in socket.if_nameindex():
-                if _interface_address(probe, name) == address:
+                if _interface_address(probe, name) == mine:
                     return name
     except OSError:
         return None
     return None
+
+
+def _resolve(host: str) -> tuple[socket.AddressFamily, tuple]:
+    """The family and address of a host, with a port that nobody connects to."""
+    found = socket.getaddrinfo(host, 9, type=socket.SOCK_STREAM)[0]
+    return found[0], found[4]
+
+
+def _interfaces_of_ipv6() -> dict[ipaddress.IPv4Address | ipaddress.IPv6Address, str]:
+    """Linux alone tells; elsewhere gloo chooses by itself."""
+    try:
+        with open("/proc/net/if_inet6") as file:
+            fields = [line.split() for line in file]
+    except FileNotFoundError:
+        return {}
+    return {ipaddress.ip_address(bytes.fromhex(field[0])): field[5] for field in fields}
 
 
 def _interface_address(any_socket: socket.socket, name: str) -> str | None:

@@ -28,7 +28,7 @@ RAY_OPTIONS = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # how long a node looks for a head that is gone
-    "RAY_raylet_start_wait_time_s": "120",
+    "RAY_raylet_start_wait_time_s": "300",
     "RAY_DISABLE_IMPORT_WARNING": "1",
 }
 BIN = f"{sys.prefix}/bin"

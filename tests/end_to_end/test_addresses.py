@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -53,14 +54,30 @@ print("trained:", result.status, result.num_steps)
 """
 
 
-def test_ranks_of_two_nodes_with_two_networks_and_a_head_without_workers(tmp_path: Path) -> None:
+def has_ipv6() -> bool:
+    return os.path.exists("/proc/net/if_inet6")
+
+
+@pytest.mark.parametrize(
+    ("subnet", "is_only"),
+    [
+        pytest.param("10.214.7.{}/24", False, id="two networks"),
+        pytest.param("fd07::{}/64", True, id="IPv6 alone", marks=pytest.mark.soak),
+    ],
+)
+def test_ranks_of_two_nodes_and_a_head_without_workers(subnet: str, is_only: bool, tmp_path: Path) -> None:
+    """Ray uses the second network; the first one is there too, or down."""
     missing = find_missing()
     if missing is not None:
         pytest.skip(missing)
+    if ":" in subnet and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
     with Network(tmp_path / "network") as network:
         cluster = RayHosts(network)
         for number, (name, cpus) in enumerate({"head": 0, "one": 2, "two": 2}.items(), start=1):
-            cluster.add(name, cpus, card=f"10.214.7.{number}/24")
+            host = cluster.add(name, cpus, card=subnet.format(number))
+            if is_only:
+                host.run("ip link set eth0 down && ip -6 route add default via fd07::ffff dev eth1")
         cluster.start_ray(*cluster.hosts)
         assert "trained: finished 2" in cluster.spawn("head", SCRIPT).finish()
         ranks = [json.loads((network.shared / f"rank-{rank}").read_text()) for rank in range(4)]
@@ -70,8 +87,7 @@ def test_ranks_of_two_nodes_with_two_networks_and_a_head_without_workers(tmp_pat
     assert all((rank["world_size"], rank["num_nodes"]) == (4, 2) for rank in ranks)
     assert [rank["environment"] for rank in ranks] == [[str(i), str(i % 2), str(i // 2), "2"] for i in range(4)]
     assert sorted(prepared) == ["one", "two"]  # once a node
-    # The first network is there too, and nobody of raylight's uses it.
     assert {rank["interface"] for rank in ranks} == {"eth1"}
     listens = {host for rank in ranks for host in rank["listens"]}
-    assert {host for host in listens if host.startswith("10.214.7.")}
+    assert {host for host in listens if host.startswith(subnet.partition("{")[0])}
     assert not [host for host in listens if host.startswith("10.213.")]

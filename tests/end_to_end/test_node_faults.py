@@ -29,6 +29,7 @@ import raylight as pl
 
 name, rank, step, resume = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 folder = Path("/mnt", name)
+is_elastic = "ELASTIC" in os.environ
 
 
 class HoldAt(pl.Callback):
@@ -42,6 +43,10 @@ class HoldAt(pl.Callback):
         os.write(held, socket.gethostname().encode() + b"\\n")
         while not (folder / "go").exists():
             time.sleep(0.05)
+
+    def on_train_epoch_end(self, trainer, module):
+        if is_elastic and trainer.world_size == 2 and trainer.broadcast((folder / "shrunk").exists()):
+            trainer.should_stop = True  # it has grown again
 
 
 class Net(pl.Module):
@@ -70,10 +75,11 @@ data = TensorDataset(torch.randn({NUM_SAMPLES}, 4, generator=generator), torch.a
 folder.mkdir(exist_ok=True)
 module = Net()
 result = pl.fit(
-    module, DataLoader(data, batch_size=4, shuffle=True), num_workers=2, use_gpu=False, seed=5, name=name,
+    module, DataLoader(data, batch_size=4, shuffle=True), num_workers=(1, 2) if is_elastic else 2, use_gpu=False,
+    seed=5, name=name, max_epochs=1_000_000 if is_elastic else {NUM_EPOCHS}, log_every_n_steps=1,
     storage_path="/mnt/runs", enable_progress_bar=False, enable_model_summary=False, callbacks=[HoldAt()],
-    max_epochs={NUM_EPOCHS}, log_every_n_steps=1, checkpoint=pl.Checkpointing(every_n_steps=2, keep_last=-1),
-    resume=resume or None, replacement_timeout_s=300,
+    checkpoint=False if is_elastic else pl.Checkpointing(every_n_steps=2, keep_last=-1), resume=resume or None,
+    replacement_timeout_s=1 if is_elastic else 300, num_standby=0,
 )
 torch.save(module.state_dict(), folder / "weights.pt")
 print("ended:", result.status, result.num_steps, result.num_restarts)
@@ -92,8 +98,10 @@ class Faults:
         self.shared = network.shared
         (self.shared / "runs").mkdir()
 
-    def start(self, name: str, rank: int = -1, step: int = 0, resume: str = "", on: str = "head") -> Driver:
-        return self.cluster.spawn(on, SCRIPT, name, str(rank), str(step), resume)
+    def start(
+        self, name: str, rank: int = -1, step: int = 0, resume: str = "", on: str = "head", **variables: str
+    ) -> Driver:
+        return self.cluster.spawn(on, SCRIPT, name, str(rank), str(step), resume, **variables)
 
     def wait_until_held(self, name: str) -> str:
         """The host of the rank that stands still."""
@@ -157,6 +165,7 @@ def test_a_host_is_lost_and_the_spare_one_takes_its_place(faults: Faults, undist
     faults.boot(victim)
 
 
+@pytest.mark.soak
 def test_a_host_is_lost_and_comes_back_where_there_is_no_spare_one(faults: Faults, undisturbed) -> None:
     # One after the other: while Ray has not noticed that a node is gone, it waits for that node's answer for minutes.
     faults.cluster.hosts["three"].kill()
@@ -168,6 +177,21 @@ def test_a_host_is_lost_and_comes_back_where_there_is_no_spare_one(faults: Fault
     faults.boot(victim)
     assert "ended: finished 18 1" in driver.finish()
     assert_as_undisturbed(faults, "back", undisturbed)
+    faults.boot("three")
+
+
+@pytest.mark.soak
+def test_a_host_that_comes_back_makes_an_elastic_run_grow(faults: Faults) -> None:
+    faults.cluster.wait_for_nodes(4)
+    faults.cluster.hosts["three"].kill()
+    faults.cluster.wait_for_nodes(3)
+    driver = faults.start("elastic", rank=1, step=7, ELASTIC="1")
+    victim = faults.wait_until_held("elastic")
+    faults.cluster.hosts[victim].kill()
+    wait_until(lambda: "training goes on with 1, and takes on more" in driver.read(), 120, "the run shrinks")
+    (faults.shared / "elastic" / "shrunk").touch()
+    faults.boot(victim)
+    assert "training goes on with 2 workers: 1 joined" in driver.finish()
     faults.boot("three")
 
 
@@ -199,12 +223,14 @@ def test_a_driver_that_was_cut_off_commits_nothing_once_the_run_was_taken_up_els
     assert "ended: finished 18 0" in successor.finish()
     record = (faults.version("taken") / "run.json").read_text()
     faults.release("taken")
-    assert "attempt 1 has taken over" in stale.finish(status=1)
+    wait_until(lambda: "attempt 1 has taken over" in stale.read(), 120, "the driver that was cut off notices")
     assert (faults.version("taken") / "run.json").read_text() == record
     assert_as_undisturbed(faults, "taken", undisturbed)
+    stale.kill()
     island.kill()
 
 
+@pytest.mark.soak
 def test_the_head_is_restarted_and_the_run_goes_on_where_it_was(faults: Faults, undisturbed) -> None:
     driver = faults.start("head", rank=0, step=9)
     faults.wait_until_held("head")

@@ -145,6 +145,15 @@ def test_interface_is_the_one_that_leads_to_the_host():
     assert process_group.find_interface("no.such.host.invalid") is None
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/net/if_inet6"), reason="this machine has no IPv6")
+def test_addresses_may_be_of_ipv6():
+    assert process_group.find_interface("::1") == "lo"
+    store, port = process_group.open_store("::1")
+    other = dist.TCPStore("::1", port, is_master=False, wait_for_workers=False)
+    other.set("key", "value")
+    assert store.get("key") == b"value"
+
+
 def test_each_store_has_a_port_of_its_own_and_closes_the_one_before():
     first = process_group.open_store("127.0.0.1")[1]
     store, second = process_group.open_store("127.0.0.1")
