@@ -314,6 +314,7 @@ def give_two_workers(controller: Any, trial: Any, result: dict[str, Any], schedu
     return tune.PlacementGroupFactory([{}, {"CPU": 1}, {"CPU": 1}]) if result["training_iteration"] >= 1 else None
 
 
+@pytest.mark.soak
 def test_resource_changing_scheduler_gives_a_trial_more_workers(tmp_path: Path) -> None:
     results = raylight.sweep(
         Line, {"lr": tune.uniform(0.05, 0.1)}, num_samples=1, metric="val_loss", mode="min", data=make_data(8),

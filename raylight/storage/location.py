@@ -147,7 +147,8 @@ def _locate_uri(text: str, scheme: str, backoff: Backoff) -> Location:
         raise InvalidArguments(f"storage_path={mask_uri(text)!r} names no bucket: write {scheme}://bucket/folder.")
     opened = partial(_open_uri, urlunsplit((scheme, parts.netloc, "", parts.query, "")))
     # What names an hdfs user or an abfs container is no secret; a password is, and so are some options.
-    authority = f"{user.partition(':')[0]}@{host}" if user and scheme not in ("gs", "gcs") else host
+    is_shown = user and (scheme not in ("gs", "gcs") or user == "anonymous")
+    authority = f"{user.partition(':')[0]}@{host}" if is_shown else host
     files = RemoteFiles(opened, backoff, f"{scheme}://" + (authority if root.startswith("/") else ""))
     shown = f"{scheme}://{authority}/{quote(path)}".rstrip("/")
     query = mask_uri(f"{scheme}://?{parts.query}").partition("?")[2]

@@ -58,6 +58,8 @@ def open_store(host: str) -> tuple[dist.TCPStore, int]:
     """
     with _listen(host) as listener:
         port, fd = listener.getsockname()[1], os.dup(listener.fileno())
+        if _membership is not None:  # an abort of the group that is left is not to cut the next one's store
+            _membership.listeners_before.add(_endpoint(listener.getsockname()))
     store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
     _opened.clear()
     _opened[store.port] = store

@@ -61,7 +61,7 @@ def has_ipv6() -> bool:
 @pytest.mark.parametrize(
     ("subnet", "is_only"),
     [
-        pytest.param("10.214.7.{}/24", False, id="two networks"),
+        pytest.param("10.214.7.{}/24", False, id="two networks", marks=pytest.mark.soak),
         pytest.param("fd07::{}/64", True, id="IPv6 alone", marks=pytest.mark.soak),
     ],
 )

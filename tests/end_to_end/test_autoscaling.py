@@ -75,7 +75,10 @@ except pl.NotEnoughResources as error:
 
 
 @pytest.fixture(
-    params=[pytest.param("1", id="second"), pytest.param("0", id="first", marks=pytest.mark.soak)],
+    params=[
+        pytest.param("1", id="second", marks=pytest.mark.soak),
+        pytest.param("0", id="first", marks=pytest.mark.soak),
+    ],
 )
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHosts]:
     """With each of the two kinds of autoscaler that Ray has."""

@@ -110,6 +110,7 @@ def run(tmp_path: Path) -> Iterator[Any]:
         yield finish
 
 
+@pytest.mark.soak
 def test_a_lost_node_shrinks_an_elastic_run_and_a_new_one_lets_it_grow(run):
     found = run("""
 def change():

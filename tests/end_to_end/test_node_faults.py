@@ -195,6 +195,7 @@ def test_a_host_that_comes_back_makes_an_elastic_run_grow(faults: Faults) -> Non
     faults.boot("three")
 
 
+@pytest.mark.soak
 def test_a_host_is_cut_off_and_its_worker_stops_by_itself(faults: Faults, undisturbed) -> None:
     faults.cluster.wait_for_nodes(4)
     driver = faults.start("cut", rank=1, step=7)
@@ -209,6 +210,7 @@ def test_a_host_is_cut_off_and_its_worker_stops_by_itself(faults: Faults, undist
     faults.boot(victim)
 
 
+@pytest.mark.soak
 def test_a_driver_that_was_cut_off_commits_nothing_once_the_run_was_taken_up_elsewhere(
     faults: Faults, undisturbed
 ) -> None:

@@ -12,7 +12,7 @@ from tests.end_to_end.soak import draw_plan, soak
 
 @pytest.mark.slow
 def test_a_run_survives_what_a_seed_draws(tmp_path):
-    report = soak(tmp_path, seed=11, num_steps=40, num_faults=6)
+    report = soak(tmp_path, seed=11, num_steps=24, num_faults=3)
     print(report)
     assert "1 of the driver" in report
 

@@ -149,6 +149,7 @@ if __name__ == "__main__":
     script.assert_nothing_is_left(within_s=20)
 
 
+@pytest.mark.soak
 def test_ranks_go_by_node_and_a_lost_node_is_told_from_a_lost_process(start_script):
     """Three nodes on this machine. The last is taken away, and another comes."""
     script = start_script("""
