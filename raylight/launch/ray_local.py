@@ -40,6 +40,10 @@ class LocalRay:
         os.environ.setdefault("RAY_worker_niceness", "0")
         # Else Ray warns on every start that it hides GPUs from workers that asked for none, and that this will change.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if 2 * num_cpus >= self._num_cpus:
+            # The processes that Ray starts with itself, one for each CPU, import torch before there is an actor for
+            # them: a second less. Where there are many more CPUs than workers, that would be for nothing.
+            os.environ.setdefault("RAY_preload_python_modules", "torch")
         if threading.current_thread() is threading.main_thread():
             self._init()
         else:
