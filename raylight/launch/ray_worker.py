@@ -264,15 +264,16 @@ _OPTIONS: dict[str, Any] = {
 RankActor: Any = ray.remote(**_OPTIONS)(RankWorker)
 
 
-def _import_torch(at_low_priority: bool) -> None:
+def _import_torch(is_standby: bool) -> None:
     """What every first step would import. A standby does it in the time that running workers leave."""
-    if at_low_priority and sys.platform == "linux":
+    if is_standby and sys.platform == "linux":
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + 10))
     # c10d writes a stack trace into the log for each peer that it loses; raylight reports that itself.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     importlib.import_module("torch")
-    importlib.import_module("torch._dynamo")
+    if is_standby:
+        importlib.import_module("torch._dynamo")  # which others load in their first step
     importlib.import_module("raylight.launch.handover")
     importlib.import_module("raylight.worker.entry")
     # What is imported stays; the garbage collector need not look through it again, in training or between runs.

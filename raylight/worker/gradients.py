@@ -13,6 +13,7 @@ from raylight.checks import check_loss
 from raylight.errors import DataError
 from raylight.worker.collectives import average_gradients, broadcast_tensors
 from raylight.worker.data import TrainBatch
+from raylight.worker.dynamo import default_compiler_settings
 from raylight.worker.optimization import SteppingOptimizer
 from raylight.worker.rank import Rank, bind_step
 
@@ -216,12 +217,13 @@ class Gradients:
             given["bucket_cap_mb"] = options.bucket_cap_mb
         if not options.broadcast_buffers:
             given["broadcast_buffers"] = False
-        self.step = self.ddp = nn.parallel.DistributedDataParallel(
-            StepModule(module, self.step),
-            device_ids=[rank.device] if rank.device.type == "cuda" else None,
-            find_unused_parameters=options.find_unused_parameters,
-            static_graph=options.static_graph,
-            gradient_as_bucket_view=options.gradient_as_bucket_view,
-            init_sync=is_first,  # later they are equal already, and a snapshot may be copying them
-            **given,
-        )
+        with default_compiler_settings():
+            self.step = self.ddp = nn.parallel.DistributedDataParallel(
+                StepModule(module, self.step),
+                device_ids=[rank.device] if rank.device.type == "cuda" else None,
+                find_unused_parameters=options.find_unused_parameters,
+                static_graph=options.static_graph,
+                gradient_as_bucket_view=options.gradient_as_bucket_view,
+                init_sync=is_first,  # later they are equal already, and a snapshot may be copying them
+                **given,
+            )

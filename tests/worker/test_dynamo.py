@@ -25,6 +25,39 @@ optimizer.step()
 """
 
 
+DDP_CODE = """
+import sys, torch
+from torch.nn.parallel import DistributedDataParallel
+from raylight.worker.dynamo import default_compiler_settings, postpone_dynamo
+postpone_dynamo()
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+with default_compiler_settings():
+    net = DistributedDataParallel(torch.nn.Linear(2, 2))
+assert "_dynamo" not in vars(torch)
+net(torch.ones(1, 2)).sum().backward()
+assert "torch._dynamo" not in sys.modules
+import torch._dynamo
+assert net._use_python_reducer == (torch._dynamo.utils.get_optimize_ddp_mode() == "python_reducer")
+with default_compiler_settings():
+    assert torch._dynamo is sys.modules["torch._dynamo"]
+net(torch.ones(1, 2)).sum().backward()
+method = DistributedDataParallel._inside_ddp_forward.__wrapped__.__wrapped__
+shield = getattr(method, "__dynamo_disable")
+assert shield._torchdynamo_disable and shield._torchdynamo_orig_callable is method
+compiled = torch.compile(net, backend="eager")
+assert torch.equal(compiled(torch.ones(1, 2)), net(torch.ones(1, 2)))
+torch.distributed.destroy_process_group()
+"""
+
+
 def test_making_an_optimizer_does_not_load_the_compiler():
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120)
+    run(CODE)
+
+
+def test_making_a_ddp_and_its_forward_do_not_load_the_compiler():
+    run(DDP_CODE)
+
+
+def run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
