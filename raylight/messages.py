@@ -40,7 +40,8 @@ class StageFinished:
 class Progress:
     """Sent a few times a second at most. `num_samples` counts this rank's samples since the stage began,
     `batch` its finished batches; `values` are the newest that were logged with `prog_bar=True`; `data_wait_s` are the
-    seconds of training in which this rank has waited for batches."""
+    seconds of training in which this rank has waited for batches; `share` is what it has logged so far in the epoch of
+    training, for the rank that takes over should it die (see worker/epoch_shares.py)."""
 
     stage: str
     epoch: int
@@ -49,6 +50,7 @@ class Progress:
     num_samples: int
     values: Values = field(default_factory=dict)
     data_wait_s: float = 0.0
+    share: dict[str, Any] = field(default_factory=dict)
 
 
 # A thousand ranks send tens of thousands of these a second; a tuple is unpickled in a third of a dataclass's time.

@@ -25,6 +25,8 @@ class Recovery:
     def __init__(self, config: Config, group: Any, driver: Run, task: Task, watch: Watch):
         self.config, self.group, self.driver, self.task, self.watch = config, group, driver, task, watch
         self.history = History()
+        self.carried: list[tuple[int, dict[str, Any]]] = []
+        """Epoch and what was logged in it, of ranks that are gone."""
         self.most = max(watch.most, group.world_size)
 
     def go_on(self, failures: dict[int, Any]) -> Messages:
@@ -52,6 +54,7 @@ class Recovery:
     def _replace(self, dead: list[int]) -> None:
         """Other processes for the ranks that are lost; an elastic group goes on without those that find no room."""
         group, config = self.group, self.config
+        self._note_shares(dead)
         deadline = time.monotonic() + config.replacement_timeout_s
         missing = [rank for rank in dead if group.replace(rank, max(0.0, deadline - time.monotonic())) is None]
         if not missing:
@@ -81,6 +84,7 @@ class Recovery:
         if is_all_new:
             self._rescue([])
         if leaving:
+            self._note_shares(leaving)
             group.drop(leaving)
         joined = group.adopt(self.most)
         parts = [f"{joined} joined"] + ([f"{len(leaving)} left with their nodes"] if leaving else [])
@@ -99,8 +103,14 @@ class Recovery:
             driver.redo_from(checkpoint.step if checkpoint is not None else 0)
             task = replace(task, checkpoint=checkpoint or task.checkpoint, weights_only=False)
         self.watch.begin()
-        messages: Messages = group.rejoin(replace(task, options={**task.options, "rejoin": True}))
+        carried = [] if from_checkpoint else self.carried  # a checkpoint holds what all ranks had logged
+        self.carried = []
+        options = {**task.options, "rejoin": True, "carried": carried}
+        messages: Messages = group.rejoin(replace(task, options=options))
         return messages
+
+    def _note_shares(self, gone: list[int]) -> None:
+        self.carried += [self.driver.shares[rank] for rank in gone if rank in self.driver.shares]
 
     def _rescue(self, dead: list[int]) -> None:
         """Before the run is given up, the ranks that are left save the last whole step."""

@@ -93,6 +93,7 @@ def _run_loader(
         if index >= max_batches:
             break
         rank.control.beat = (stage if finished else f"first batch of {stage}", rank.global_step, monotonic())
+        metrics.end_step()
         metrics.begin_batch(_size_finder(batch))
         batch = rank.transfer(batch, loader_index)
         for hook in on_start:

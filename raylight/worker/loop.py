@@ -132,6 +132,8 @@ class Loop:
                 logged = rank.global_step
                 if logged % self.config.log_every_n_steps == 0:
                     rank.metrics.record(logged, epoch)
+            if not gradients.window:
+                rank.metrics.end_step()
             if monotonic() >= self.next_report:
                 yield from self.report(batch.index)
             action = control.tick(rank.num_batches_seen)
@@ -146,6 +148,7 @@ class Loop:
             if schedule.stops_in_epoch():
                 break
             if self.regroups and not gradients.window:
+                yield from self.report(batch.index)
                 rank.barrier()  # nobody leaves while another is still in the step's collectives
                 raise Halted("the group is made anew", broken=True)
             waited = perf_counter()
@@ -161,7 +164,7 @@ class Loop:
             seed_step(rank.seed, rank.global_rank, rank.num_batches_seen)
         else:
             rank.torch_rng = torch.default_generator.get_state()
-        rank.metrics.begin_batch(batch.size, mark=self.several and not self.gradients.window)
+        rank.metrics.begin_batch(batch.size)
         self.num_samples += batch.size
         if batch.size:
             if self.transfers:
@@ -204,8 +207,13 @@ class Loop:
         """What is told a few times a second; the only place of the loop that waits for the device."""
         rank = self.rank
         yield from self._drain()
-        shown, waited_s = rank.metrics.shown(), rank.seconds["data"]
-        yield Progress("train", rank.current_epoch, rank.global_step, index + 1, self.num_samples, shown, waited_s)
+        shown, waited_s, share = rank.metrics.shown(), rank.seconds["data"], {}
+        if self.several and not self.gradients.window:
+            # a callable needs all values, which would be more with each message
+            share = {name: its for name, its in rank.metrics.epoch_share().items() if its[0][0] != "callable"}
+        yield Progress(
+            "train", rank.current_epoch, rank.global_step, index + 1, self.num_samples, shown, waited_s, share
+        )
         if rank.snapshots is not None:
             yield from rank.snapshots.poll()
         self.next_report = monotonic() + REPORT_EVERY_S
@@ -241,6 +249,7 @@ class Loop:
             hook, outputs = rank.module.training_epoch_end, gather_outputs(rank, rank.outputs)
             hook(outputs) if takes_outputs(hook) else hook()
             rank.outputs = []
+        share = rank.metrics.epoch_share()
         values = [rank.metrics.finish_epoch("train", rank.current_epoch, rank.global_step)]
         if rank.hooks("on_train_epoch_end"):
             rank.call("on_train_epoch_end")
@@ -251,6 +260,8 @@ class Loop:
             step_schedulers(rank, "epoch", rank.current_epoch + 1, plateau=True)
             rank.current_epoch += 1
             rank.batch_idx = rank.position = 0
+        else:
+            rank.metrics.carried = share  # for the checkpoint: a run that is resumed from it finishes the epoch
         yield StageFinished("train", rank.current_epoch, rank.global_step)
         yield from rank.take_outbox()
         if whole and self.schedule.saves_after_epoch():

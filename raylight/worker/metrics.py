@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from raylight.errors import InvalidArguments
 from raylight.messages import EpochMetrics, StepMetrics, StepRow, StepValue
 from raylight.worker.collectives import gather_objects
+from raylight.worker.epoch_shares import Flags, Pairs, Reduce, Share, fold, make_pairs, merge, reduce_pairs
 
 REDUCTIONS = ("mean", "sum", "min", "max")
 KEEP = 512  # batches whose values are kept before they are folded into one; bounds memory in long epochs
@@ -22,16 +23,17 @@ KEEP = 512  # batches whose values are kept before they are folded into one; bou
 class Series:
     """Everything logged under one name in the current epoch."""
 
+    stage: str
     name: str
     on_step: bool
     on_epoch: bool
-    reduce: str | Callable[[Tensor], Any]
+    reduce: Reduce
     prog_bar: bool
     logger: bool
     metric: Any = None  # a torchmetrics object, which reduces itself
     values: list[Any] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
-    folded: list[tuple[float, float]] = field(default_factory=list)  # (value, weight)
+    folded: Pairs = field(default_factory=list)
     fresh: bool = False  # logged since the last row
     touched: bool = False  # the metric was logged since its last reset
     both: bool = False  # asked for per step and per epoch, so that the names carry a suffix
@@ -40,14 +42,23 @@ class Series:
     def step_reduce(self) -> str:
         return self.reduce if isinstance(self.reduce, str) else "mean"
 
-    def fold(self) -> None:
+    @property
+    def flags(self) -> Flags:
+        reduce = "metric" if self.metric is not None else self.reduce if isinstance(self.reduce, str) else "callable"
+        return reduce, self.both, self.on_epoch, self.prog_bar, self.logger
+
+    def fold(self) -> Pairs:
         """Replaces the values by their reduction so far; a callable needs them all, so they only leave the device."""
-        if not self.values:
-            return
-        numbers = read(self.values)
-        pairs = self.folded + list(zip(numbers, self.weights, strict=True))
-        self.folded = pairs if callable(self.reduce) else [combine(self.reduce, pairs)]
-        self.values, self.weights = [], []
+        if self.values:
+            self.folded = fold(self.reduce, self.folded + make_pairs(self.reduce, read(self.values), self.weights))
+            self.values, self.weights = [], []
+        return self.folded
+
+    def begin_anew(self) -> None:
+        self.values, self.weights, self.folded, self.fresh = [], [], [], False
+        if self.touched:
+            self.metric.reset()
+            self.touched = False
 
 
 class Metrics:
@@ -65,9 +76,9 @@ class Metrics:
         self.epoch_values: dict[str, float] = {}
         self.logged_values: dict[str, float] = {}
         self.shown_values: dict[str, float] = {}
-        self._mark: dict[tuple[str, str, int], int] = {}
+        self.carried: Share = {}  # logged in this epoch of training by ranks that are gone, or before a resume
+        self._whole: dict[tuple[str, str, int], int] = {}
         self._num_batches = 0
-        self._num_rows = 0
 
     # ---- hot path
 
@@ -101,23 +112,31 @@ class Metrics:
         series.weights.append(batch_size)
         series.fresh = True
 
-    def begin_batch(self, batch_size: int | Callable[[], int | None], mark: bool = False) -> None:
-        """`mark`: `rollback` may take back what is logged from here on."""
+    def begin_batch(self, batch_size: int | Callable[[], int | None]) -> None:
         self.batch_size = batch_size
         self._num_batches += 1
-        if self._num_batches % KEEP == 0:
+
+    def end_step(self) -> None:
+        """What was logged so far counts: its step is whole, or it is of an evaluation."""
+        if self._num_batches >= KEEP:
+            self._num_batches = 0
             for series in self.series.values():
-                series.fold() if series.on_epoch else _keep_newest(series)
-        if mark:
-            self._mark = {key: len(series.values) for key, series in self.series.items()}
-            self._num_rows = len(self.rows)
+                if series.stage == self.stage:
+                    series.fold() if series.on_epoch else _keep_newest(series)
+        if self.world_size > 1 and self.stage == "train":
+            self._whole = {key: len(series.values) for key, series in self.series.items()}
 
     def rollback(self) -> None:
-        """Forgets what a step has logged that did not count. A torchmetrics object keeps it."""
-        del self.rows[self._num_rows :]
+        """Forgets what a step, or an evaluation, has logged that did not come to its end.
+
+        A torchmetrics object of a training step keeps it.
+        """
         for key, series in self.series.items():
-            count = self._mark.get(key, 0)
-            del series.values[count:], series.weights[count:]
+            if series.stage == "train":
+                count = self._whole.get(key, 0)
+                del series.values[count:], series.weights[count:]
+            else:
+                series.begin_anew()
 
     def record(self, step: int, epoch: int) -> None:
         """Notes the newest step values as the row of this step; nothing is read from the device yet."""
@@ -178,23 +197,28 @@ class Metrics:
 
         Every rank gets the same values: those that one process would have computed from all batches.
         """
-        mine = [s for (of, _, _), s in self.series.items() if of == stage and (s.values or s.folded or s.touched)]
-        shares = {series.name: _share(series) for series in mine}
+        mine = [s for s in self.series.values() if s.stage == stage and (s.values or s.folded or s.touched)]
+        share: Share = {s.name: (s.flags, s.fold()) for s in mine}
+        if stage == "train":
+            share, self.carried = merge(share, self.carried), {}
         attributes = {series.name: self._attribute_of(series) for series in mine if series.metric is not None}
-        gathered = gather_objects((shares, attributes, self._flags(mine)), self.world_size)
-        names: dict[str, tuple[str, bool, bool, bool, bool]] = {}
-        for _, _, flags in gathered:
-            names |= {name: flag for name, flag in flags.items() if name not in names}
+        gathered = gather_objects((share, attributes), self.world_size)
+        names: dict[str, Flags] = {}
+        for its, _ in gathered:
+            names |= {name: flags for name, (flags, _) in its.items() if name not in names}
         values: dict[str, float] = {}
         logged, shown = set(), set()
         for name, (reduce, both, on_epoch, prog_bar, logger) in names.items():
-            pairs = [pair for share, _, _ in gathered for pair in share.get(name, ())]
+            pairs = [pair for its, _ in gathered if name in its for pair in its[name][1]]
+            number: float | None
             if reduce == "metric":
                 number = self._compute(name, gathered)
             elif reduce == "callable":
                 number = self._call_reduction(name, pairs, mine)
+                if number is None:
+                    continue
             else:
-                number = combine(reduce, pairs)[0]
+                number = reduce_pairs(reduce, pairs)
             values[name] = number
             if on_epoch:
                 label = f"{name}_epoch" if both else name
@@ -203,10 +227,21 @@ class Metrics:
                 shown |= {label} if prog_bar else set()
         for series in mine:
             series.values, series.weights, series.folded, series.fresh = [], [], [], False
+        self._whole = {}
         self.epoch_values |= values
         self.logged_values |= {name: values[name] for name in logged}
         self.shown_values |= {name: values[name] for name in shown}
         return EpochMetrics(stage, epoch, step, time.time(), values, frozenset(logged), frozenset(shown))
+
+    def epoch_share(self) -> Share:
+        """What this rank has logged so far in the running epoch of training; torchmetrics objects left out.
+
+        Call it where the last step is whole.
+        """
+        mine = [s for s in self.series.values() if s.stage == "train" and s.metric is None and s.on_epoch]
+        share: Share = {s.name: (s.flags, s.fold()) for s in mine if s.values or s.folded}
+        self._whole = {}
+        return merge(share, self.carried)
 
     def forget(self) -> None:
         """Drops all reduced values, as after sanity validation."""
@@ -243,7 +278,8 @@ class Metrics:
         on_step = in_step and on_step is not False
         if self.dataloader_idx is not None and add_dataloader_idx:
             name = f"{name}/dataloader_idx_{self.dataloader_idx}"
-        series = Series(name, on_step, on_epoch, reduce, prog_bar, logger is not False, value if is_metric else None)
+        metric = value if is_metric else None
+        series = Series(stage, name, on_step, on_epoch, reduce, prog_bar, logger is not False, metric)
         series.both = both or (on_step and on_epoch)
         self.series[key] = series
         return series
@@ -256,27 +292,19 @@ class Metrics:
     def _step_name(self, series: Series) -> str:
         return f"{series.name}_step" if series.both else series.name
 
-    def _flags(self, mine: Iterable[Series]) -> dict[str, tuple[str, bool, bool, bool, bool]]:
-        return {
-            s.name: (
-                "metric" if s.metric is not None else s.reduce if isinstance(s.reduce, str) else "callable",
-                s.both, s.on_epoch, s.prog_bar, s.logger,
-            )
-            for s in mine
-        }  # fmt: skip
-
     def _attribute_of(self, series: Series) -> str | None:
         """Where the metric lies in the module, so that a rank that never saw a batch takes part in its reduction."""
         return next((path for path, found in self.module.named_modules() if found is series.metric), None)
 
-    def _call_reduction(self, name: str, pairs: list[tuple[float, float]], mine: list[Series]) -> float:
-        """A rank that logged nothing does not have the function, so that those that do tell it the value."""
+    def _call_reduction(self, name: str, pairs: Pairs, mine: list[Series]) -> float | None:
+        """A rank that logged nothing does not have the function, so that those that do tell it the value. None where
+        no rank has logged the name since it took over what others had."""
         function = next((s.reduce for s in mine if s.name == name and callable(s.reduce)), None)
-        number = None if function is None else combine(function, pairs)[0]
-        return next(found for found in gather_objects(number, self.world_size) if found is not None)
+        number = None if function is None else reduce_pairs(function, pairs)
+        return next((found for found in gather_objects(number, self.world_size) if found is not None), None)
 
-    def _compute(self, name: str, gathered: list[tuple[Any, dict[str, str | None], Any]]) -> float:
-        path = next(attributes[name] for _, attributes, _ in gathered if name in attributes)
+    def _compute(self, name: str, gathered: list[tuple[Share, dict[str, str | None]]]) -> float:
+        path = next(attributes[name] for _, attributes in gathered if name in attributes)
         own = next((s.metric for s in self.series.values() if s.name == name and s.metric is not None), None)
         metric: Any = own if own is not None else self.module.get_submodule(path) if path is not None else None
         if metric is None:
@@ -297,27 +325,6 @@ def read(values: list[Any]) -> list[float]:
     stacked = torch.stack([t.reshape(()).to(device=device, dtype=torch.float64) for t in tensors])
     numbers = iter(stacked.tolist())
     return [next(numbers) if isinstance(value, Tensor) else float(value) for value in values]
-
-
-def combine(reduce: str | Callable[[Tensor], Any], pairs: list[tuple[float, float]]) -> tuple[float, float]:
-    """(value, weight) pairs as one pair."""
-    if not pairs:
-        return float("nan"), 0.0
-    weight = sum(pair[1] for pair in pairs)
-    if reduce == "mean":
-        return (sum(value * w for value, w in pairs) / weight if weight else float("nan")), weight
-    values = [value for value, _ in pairs]
-    if reduce == "sum":
-        return sum(values), weight
-    if callable(reduce):
-        return float(reduce(torch.tensor(values))), weight
-    # torch's reductions carry a NaN through, Python's lose it
-    return getattr(torch.tensor(values, dtype=torch.float64), reduce)().item(), weight
-
-
-def _share(series: Series) -> list[tuple[float, float]]:
-    series.fold()
-    return series.folded
 
 
 def _keep_newest(series: Series) -> None:

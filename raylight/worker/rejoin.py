@@ -19,6 +19,7 @@ from raylight.task import Place, Task
 from raylight.worker import state
 from raylight.worker.collectives import broadcast_object, gather_objects
 from raylight.worker.control import Control
+from raylight.worker.epoch_shares import merge
 from raylight.worker.plain import copy_plain
 from raylight.worker.rank import Rank
 from raylight.worker.snapshot import Snapshots, State
@@ -58,7 +59,8 @@ def move(rank: Rank, task: Task, place: Place, control: Control) -> None:
 
 
 def meet(rank: Rank) -> None:
-    """Gives every rank the state of the one that is furthest; a replacement has none of its own."""
+    """Gives every rank the state of the one that is furthest; a replacement has none of its own. What those that are
+    gone have logged in this epoch goes to rank 0."""
     standings = gather_objects(rank.num_batches_seen if rank.has_trained else -1, rank.world_size)
     furthest = max(standings)
     if furthest < 0:
@@ -75,6 +77,10 @@ def meet(rank: Rank) -> None:
     if rank.batch_idx:
         rank.task.options["train_position"] = received.own["data"]
         rank.position = received.own["data"]["position"]
+    if rank.is_global_zero:
+        for epoch, share in rank.task.options["carried"]:
+            if epoch == rank.current_epoch:
+                rank.metrics.carried = merge(rank.metrics.carried, share)
 
 
 def rescue(rank: Rank | None, task: Task, place: Place, control: Control) -> Iterator[Message]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from raylight.errors import CheckpointMismatch
 from raylight.seeding import rng_state, set_rng_state
 from raylight.worker import hyperparameters
+from raylight.worker.epoch_shares import merge, pack, unpack
 from raylight.worker.rank import Rank
 from raylight.worker.restore import apply_weights
 from raylight.worker.snapshot import State, check_plain
@@ -69,7 +70,7 @@ def collect(rank: Rank) -> State:
             "metrics": dict(rank.metrics.epoch_values),
             "data_module": data_module,
         },
-        own={"rng": rng_state(), "data": data},
+        own={"rng": rng_state(), "data": data, "logged": pack(rank.metrics.epoch_share())},
         module={
             "hyper_parameters": checkpoint["hyper_parameters"],
             "extra": {key: value for key, value in checkpoint.items() if key not in LIGHTNING_KEYS},
@@ -146,6 +147,9 @@ def restore_training(rank: Rank, state: State) -> None:
     own = state.own or (state.others[0] if state.others else {})
     if rank.batch_idx and own.get("data"):
         rank.task.options["train_position"] = own["data"]
+    mine = [state.own] if state.own else state.others[rank.global_rank :: rank.world_size]
+    if rank.batch_idx and any("logged" in its for its in mine):
+        rank.metrics.carried = merge(*(unpack(its["logged"]) for its in mine))
     if "rng" in state.own:  # with another number of workers there is no RNG stream that would be the right one
         set_rng_state(state.own["rng"])
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylight as pl
+from raylight.worker import loop
 from tests.faults import FailAt
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -95,6 +96,34 @@ def test_a_killed_worker_costs_no_step(rank, step, point, undisturbed, tmp_path)
     assert sorted(steps) == list(range(1, whole.num_steps + 1))
     survivor = [name for name in os.listdir(tmp_path) if name.startswith(f"pid-{1 - rank}-")]
     assert len(survivor) == 1
+
+
+class CountingNet(Net):
+    """Tells the driver after every step what it has logged in the epoch, not only four times a second."""
+
+    def setup(self, stage):
+        self.usual, loop.REPORT_EVERY_S = loop.REPORT_EVERY_S, 0.0
+
+    def teardown(self, stage):
+        loop.REPORT_EVERY_S = self.usual
+
+    def training_step(self, batch, batch_idx):
+        self.log("seen", batch[1].sum(), on_step=False, on_epoch=True, reduce_fx="sum")
+        self.log("mean", batch[1].float().mean(), on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [[(1, 4, "data")], [(0, 4, "forward")], [(1, 4, "validation")], [(1, 3, "data"), (0, 4, "data")]],
+    ids=lambda faults: "-".join(f"{rank}_{point}" for rank, _, point in faults),
+)
+def test_the_epoch_values_hold_what_a_killed_worker_had_logged(faults, tmp_path):
+    kills = [FailAt(*fault, "kill", tmp_path) for fault in faults]
+    _, result = fit(tmp_path, faults=kills, kind=CountingNet, max_epochs=2, val_check_interval=2)
+    rows = result.history().to_pylist()
+    assert [row["value"] for row in rows if row["name"] == "seen"] == [sum(range(NUM_SAMPLES))] * 2
+    assert [row["value"] for row in rows if row["name"] == "mean"] == [pytest.approx((NUM_SAMPLES - 1) / 2)] * 2
 
 
 @pytest.mark.parametrize("kind", ["exit", "exception", "memory"])

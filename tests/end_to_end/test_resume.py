@@ -31,6 +31,8 @@ class Net(pl.Module):
             line = f"{self.current_epoch} {' '.join(str(int(i)) for i in batch[1])}\n"
             with Path(self.seen, f"{self.trainer.attempt}-{self.global_rank}.txt").open("a") as file:
                 file.write(line)
+        self.log("seen", batch[1].sum(), on_step=False, on_epoch=True, reduce_fx="sum")
+        self.log("mean", batch[1].float().mean(), on_step=False, on_epoch=True)
         return (self.net(batch[0]) + noise).pow(2).mean()
 
     def configure_optimizers(self):
@@ -52,12 +54,19 @@ def fit(module: Net, num_workers: int, path: Path, batch_size: int = 4, **argume
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.ray)])
 def test_stopped_in_the_middle_of_an_epoch(num_workers, stop, tmp_path):
     whole, again = Net(), Net()
-    fit(whole, num_workers, tmp_path / "whole", max_steps=20)
+    never_stopped = fit(whole, num_workers, tmp_path / "whole", max_steps=20)
     fit(Net(), num_workers, tmp_path / "parts", max_steps=stop)
     result = fit(again, num_workers, tmp_path / "parts", max_steps=20, resume="last")
     assert result.num_steps == 20
     for name, tensor in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+    values = epoch_values(result)
+    assert all(values[key] == pytest.approx(value, rel=1e-6) for key, value in epoch_values(never_stopped).items())
+
+
+def epoch_values(result: pl.Result) -> dict[tuple[str, int], float]:
+    """By name and step."""
+    return {(row["name"], row["step"]): row["value"] for row in result.history().to_pylist()}
 
 
 @pytest.mark.ray
@@ -67,6 +76,8 @@ def test_each_sample_once_with_4_2_3_1_workers(tmp_path):
     steps = 0
     for num_workers, more in ((4, 1), (2, 2), (3, 1), (0, None)):
         steps = -1 if more is None else steps + more
-        fit(Net(str(seen)), num_workers, tmp_path, batch_size=2, max_epochs=1, max_steps=steps, resume="last")
+        result = fit(Net(str(seen)), num_workers, tmp_path, batch_size=2, max_epochs=1, max_steps=steps, resume="last")
     ids = [int(word) for file in seen.iterdir() for line in file.read_text().splitlines() for word in line.split()[1:]]
     assert sorted(ids) == list(range(NUM_SAMPLES))
+    assert epoch_values(result)["seen", result.num_steps] == sum(range(NUM_SAMPLES))
+    assert epoch_values(result)["mean", result.num_steps] == pytest.approx((NUM_SAMPLES - 1) / 2)

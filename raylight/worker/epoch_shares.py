@@ -1,0 +1,70 @@
+"""What a rank has logged in an epoch, folded to little: what ranks reduce at the epoch's end, checkpoints hold, and a
+rank that takes over from another goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Reduce = str | Callable[[Tensor], Any]
+Pairs = list[tuple[float, float]]
+"""(value, weight); of what is reduced by its mean, (value times weight, weight). Then a sum has the same digits in
+whatever portions it is made."""
+Flags = tuple[str, bool, bool, bool, bool]
+"""The reduction, "callable" or "metric"; whether logged per step and per epoch, per epoch, on the bar, to loggers."""
+Share = dict[str, tuple[Flags, Pairs]]
+"""By name."""
+
+
+def make_pairs(reduce: Reduce, values: list[float], weights: list[float]) -> Pairs:
+    pairs = zip(values, weights, strict=True)
+    return [(value * weight, weight) for value, weight in pairs] if reduce == "mean" else list(pairs)
+
+
+def fold(reduce: Reduce, pairs: Pairs) -> Pairs:
+    """As one pair; a callable needs them all."""
+    if len(pairs) < 2 or reduce not in ("mean", "sum", "min", "max"):
+        return pairs
+    total, weight = pairs[0]
+    for value, its_weight in pairs[1:]:
+        total += value
+        weight += its_weight
+    if reduce in ("min", "max"):
+        # torch's reductions carry a NaN through, Python's lose it
+        total = getattr(torch.tensor([value for value, _ in pairs], dtype=torch.float64), str(reduce))().item()
+    return [(total, weight)]
+
+
+def reduce_pairs(reduce: Reduce, pairs: Pairs) -> float:
+    if callable(reduce):
+        return float(reduce(torch.tensor([value for value, _ in pairs])))
+    ((total, weight),) = fold(reduce, pairs)
+    if reduce == "mean":
+        return total / weight if weight else float("nan")
+    return total
+
+
+def merge(*shares: Share) -> Share:
+    """As if one rank had logged all of it."""
+    merged: Share = {}
+    for share in shares:
+        for name, (flags, pairs) in share.items():
+            held = merged[name][1] if name in merged else []
+            merged[name] = flags, fold(flags[0], [*held, *pairs])
+    return merged
+
+
+def pack(share: Share) -> dict[str, Any]:
+    """As a checkpoint can hold it."""
+    return {name: {"flags": list(flags), "pairs": np.array(pairs)} for name, (flags, pairs) in share.items()}
+
+
+def unpack(packed: dict[str, Any]) -> Share:
+    return {
+        name: (tuple(it["flags"]), [(value, weight) for value, weight in it["pairs"].tolist()])
+        for name, it in packed.items()
+    }
