@@ -16,6 +16,7 @@ from urllib.parse import quote
 from raylight.errors import InvalidArguments, StorageError
 from raylight.messages import SavedFile
 from raylight.storage.digests import format_digest, new_digest
+from raylight.storage.local_directory import LocalDirectory
 from raylight.storage.local_files import HIDDEN_PREFIX, Entry, LocalFiles, LocalSink
 from raylight.storage.location import locate
 from raylight.storage.remote_files import RemoteSink
@@ -110,6 +111,10 @@ class Storage:
     def local_path(self, path: str = "") -> str | None:
         """Where the bytes lie on this machine; None where they do not."""
         return self._absolute(path) if self.is_local else None
+
+    def local_directory(self) -> LocalDirectory:
+        """A directory of this machine for files that grow, which come to the root."""
+        return LocalDirectory(self)
 
     def list(self, path: str = "") -> builtins.list[Entry]:
         """What a folder holds, sorted by name; empty where there is no such folder."""

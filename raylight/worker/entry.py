@@ -58,6 +58,9 @@ def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
             rank.call("teardown", task.stage)
             if rank.datamodule is not None:
                 rank.datamodule.teardown(task.stage)
+            if rank.logger is not None:
+                rank.logger.close()
+            yield from rank.take_outbox()
         yield _finish(rank)
     except Exception as error:
         rank = rank or control.kept.get("rank")
@@ -165,8 +168,6 @@ def _finish(rank: Rank) -> Finished:
         returned = state.share_module(rank) if rank.task.options.get("share_module") else None
     elif rank.is_global_zero:
         returned = split_by_loader(rank.evaluation_results[0], len(rank.evaluation_batches))
-    if rank.logger is not None:
-        rank.logger.close()
     return Finished(rank.status, rank.global_step, rank.current_epoch, dict(rank.seconds), returned)
 
 
@@ -178,6 +179,8 @@ def _fail(rank: Rank | None, error: Exception) -> Iterator[Message]:
     if rank is not None and not lost_peer:
         for hook in rank.hooks("on_exception"):
             hook(error)
+        if rank.logger is not None:
+            rank.logger.close()
     failure = describe_failure(error, step, stage)
     if rank is not None and not lost_peer:
         evidence = keep_evidence(rank, failure.kind, failure.text) if stage == "train" else None

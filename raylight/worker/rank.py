@@ -6,7 +6,6 @@ import inspect
 import itertools
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +15,12 @@ from torch import Tensor
 
 from raylight.callbacks.callback import Callback
 from raylight.errors import DataError
-from raylight.messages import EpochMetrics, Hyperparameters, Message, Notice
+from raylight.messages import Message, Notice
 from raylight.module import Module
 from raylight.task import Place, Task
 from raylight.worker.collectives import all_gather, broadcast_object
 from raylight.worker.control import Control
+from raylight.worker.logger_proxy import LoggerProxy
 from raylight.worker.metrics import Metrics
 from raylight.worker.optimization import SchedulerConfig
 from raylight.worker.precision import make_precision
@@ -314,63 +314,6 @@ class Rank:
         names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
         hooked = any(self._transfer_owner(name) is not None for name in names)
         return hooked or self.device.type != "cpu" or not self.precision.is_plain
-
-
-class LoggerProxy:
-    """`trainer.logger` on a worker: sends values to the driver, which owns the real loggers."""
-
-    def __init__(self, rank: Rank):
-        self._rank = rank
-        self._experiment: Any = None
-
-    @property
-    def log_dir(self) -> str:
-        return self._rank.log_dir
-
-    save_dir = log_dir
-
-    @property
-    def name(self) -> str:
-        return self._rank.config.name
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Rank 0's values alone are kept; `step` counts optimizer steps and defaults to the present one."""
-        rank = self._rank
-        if not rank.is_global_zero:
-            return
-        step = rank.global_step if step is None else step
-        values = {name: float(value) for name, value in metrics.items()}
-        logged = frozenset(values)
-        rank.outbox.append(EpochMetrics(rank.stage, rank.current_epoch, step, time.time(), values, logged, frozenset()))
-
-    def log_hyperparams(self, params: Any) -> None:
-        """Adds to the hyperparameters that the run records."""
-        if self._rank.is_global_zero:
-            self._rank.outbox.append(Hyperparameters(dict(params)))
-
-    @property
-    def experiment(self) -> Any:
-        """A torch SummaryWriter on rank 0 for images, histograms and text; on other ranks it swallows every call."""
-        if self._experiment is None:
-            local = self._rank.task.files.local_path("") if self._rank.task.files is not None else None
-            if self._rank.is_global_zero and local is not None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._experiment = SummaryWriter(local)
-            else:
-                self._experiment = _Silent()
-        return self._experiment
-
-    def close(self) -> None:
-        if self._experiment is not None:
-            self._experiment.close()
-
-
-class _Silent:
-    """Accepts every method call of a SummaryWriter."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *arguments, **keywords: None
 
 
 def bind_step(function: Callable[..., Any], several: bool = False) -> Callable[[Any, int, int], Any]:

@@ -1,0 +1,76 @@
+"""What a module gives to `self.logger.experiment` lies with the other events of its version, wherever that is."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, TensorDataset
+
+import raylight as pl
+from raylight.storage.filesystem import Storage
+from tests.faults_storage import uri_at
+
+
+class Net(pl.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        self.logger.experiment.add_text(f"rank {self.global_rank}", f"batch {batch_idx}", self.global_step)
+        self.logger.log_metrics({"by_hand": float(batch_idx)})
+        return self.net(batch[0]).square().mean()
+
+    def on_train_end(self):
+        self.logger.experiment.add_histogram("weights", self.net.weight, self.global_step)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "s3":
+        return uri_at(request.getfixturevalue("s3_port"), uuid.uuid4().hex)
+    return str(tmp_path)
+
+
+def read_events(uri: str, folder: Path) -> EventAccumulator:
+    storage = Storage(uri)
+    for entry in storage.list():
+        if "tfevents" in entry.name:
+            (folder / entry.name).write_bytes(storage.read_bytes(entry.name))
+    events = EventAccumulator(str(folder))
+    return events.Reload()
+
+
+@pytest.mark.parametrize("place", ["local", "s3"], indirect=True)
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.ray)])
+def test_texts_and_histograms_are_stored(place, num_workers, tmp_path, request):
+    if num_workers:
+        request.getfixturevalue("ray_cluster")
+    loader = DataLoader(TensorDataset(torch.randn(16, 2)), batch_size=2)
+    result = pl.fit(Net(), loader, num_workers=num_workers, use_gpu=False, max_epochs=1, storage_path=place)
+    folder = tmp_path / "fetched"
+    folder.mkdir()
+    events = read_events(result.path, folder)
+    assert [tag for tag in events.Tags()["tensors"] if tag.startswith("rank")] == ["rank 0/text_summary"]
+    assert len(events.Tensors("rank 0/text_summary")) == 16 // 2 // max(1, num_workers)
+    assert events.Tags()["histograms"] == ["weights"]
+    assert "by_hand" in {row["name"] for row in result.history().to_pylist()}
+
+
+def test_a_run_that_fails_has_stored_them_too(s3_port, tmp_path):
+    class Failing(Net):
+        def on_train_end(self):
+            raise ValueError("at the end")
+
+    place = uri_at(s3_port, uuid.uuid4().hex)
+    loader = DataLoader(TensorDataset(torch.randn(4, 2)), batch_size=2)
+    with pytest.raises(pl.WorkerFailed):
+        pl.fit(Failing(), loader, num_workers=0, max_epochs=1, storage_path=place, name="failing")
+    assert len(read_events(pl.open_run(place).path, tmp_path).Tensors("rank 0/text_summary")) == 2
