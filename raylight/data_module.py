@@ -70,6 +70,17 @@ class DataModule:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
     @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, **overrides: Any) -> Self:
+        """Rebuilds the data module of a run with the hyperparameters that it saved, `overrides` on top.
+
+        `checkpoint_path` is as for `Module.load_from_checkpoint`. Raises CheckpointCorrupt where it is damaged and
+        CheckpointMismatch where `__init__` needs what is not in it.
+        """
+        from raylight.loading import load_data_module
+
+        return load_data_module(cls, checkpoint_path, overrides)
+
+    @classmethod
     def from_datasets(
         cls,
         train_dataset: Dataset | Iterable[Dataset] | None = None,

@@ -97,6 +97,14 @@ def load_module(owner: type, path: Any, map_location: Any, strict: bool | None, 
     return module
 
 
+def load_data_module(owner: type, path: Any, overrides: dict[str, Any]) -> Any:
+    """`DataModule.load_from_checkpoint`."""
+    from raylight.worker.restore import load_any
+
+    hparams = {**load_any(_to_saved(path)).module.get("datamodule_hyper_parameters", {}), **overrides}
+    return owner(**_accepted(owner, hparams, overrides))
+
+
 def _to_saved(path: Any) -> Any:
     """A Lightning file stays a path; all else becomes a Checkpoint. One of Ray Tune leads to that of its trial."""
     if hasattr(path, "as_directory"):

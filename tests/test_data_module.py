@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
+from raylight import fit
 from raylight.data_module import DataModule
+from raylight.errors import CheckpointMismatch
+from raylight.module import Module
 
 
 class Digits(DataModule):
@@ -79,3 +82,24 @@ def test_from_datasets_gives_init_what_it_takes():
     assert data.val_dataloader().batch_size == 7
     with pytest.raises(TypeError, match="folder"):
         Digits.from_datasets()
+
+
+class Line(Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch):
+        return self.net(batch[0].float()[:, None]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+
+def test_it_is_rebuilt_from_a_checkpoint(tmp_path):
+    result = fit(Line(), Digits("/data", 5, augment=True), num_workers=0, max_epochs=1, storage_path=str(tmp_path))
+    path = result.last_checkpoint.path
+    again = Digits.load_from_checkpoint(path, folder="/other", batch_size=2)
+    assert (again.folder, again.hparams) == ("/other", {"batch_size": 2, "augment": True})
+    with pytest.raises(CheckpointMismatch, match="needs 'folder'"):
+        Digits.load_from_checkpoint(path)

@@ -29,7 +29,9 @@ STRANGERS = {("worker", "storage"), ("storage", "worker"), ("storage", "callback
 
 # `load_from_checkpoint` and `transfer_batch_to_device`, which users call on a `Module` or `DataModule`, need what lies
 # above and import it when they are called.
-UPWARD_WHEN_CALLED = {("module", "loading"), ("module", "worker.data"), ("data_module", "worker.data")}
+UPWARD_WHEN_CALLED = {
+    ("module", "loading"), ("module", "worker.data"), ("data_module", "loading"), ("data_module", "worker.data"),
+}  # fmt: skip
 
 # What a package may import besides the standard library and raylight; everything where it is not listed here.
 THIRD_PARTY = {

@@ -146,10 +146,12 @@ def load_lightning(path: str, map_location: Any = "cpu") -> State:
         content = _read(path, path, map_location)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointCorrupt(f"{path} is no Lightning checkpoint: it has no state_dict.")
-    hyper_parameters = content.get("hyper_parameters", {})
-    if isinstance(hyper_parameters, argparse.Namespace):
-        hyper_parameters = vars(hyper_parameters)
-    return State(model=content["state_dict"], module={"hyper_parameters": dict(hyper_parameters)})
+    module: dict[str, Any] = {"hyper_parameters": {}}
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        if key in content:
+            values = content[key]
+            module[key] = dict(vars(values) if isinstance(values, argparse.Namespace) else values)
+    return State(model=content["state_dict"], module=module)
 
 
 def _find_world_size(saved: SavedState) -> int:

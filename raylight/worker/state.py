@@ -52,7 +52,7 @@ def collect(rank: Rank) -> State:
             state_key(callback): held for callback in rank.callbacks if (held := callback.state_dict())
         },
         "loops": {name: getattr(rank, name) for name in LOOP_COUNTERS},
-        "hyper_parameters": plain_hyperparameters(rank),
+        "hyper_parameters": plain_hyperparameters(rank, rank.module),
     }  # fmt: skip
     rank.call("on_save_checkpoint", checkpoint)
     finished = rank.batch_idx - 1 if rank.batch_idx else None
@@ -73,6 +73,7 @@ def collect(rank: Rank) -> State:
         own={"rng": rng_state(), "data": data, "logged": pack(rank.metrics.epoch_share())},
         module={
             "hyper_parameters": checkpoint["hyper_parameters"],
+            "datamodule_hyper_parameters": plain_hyperparameters(rank, rank.datamodule),
             "extra": {key: value for key, value in checkpoint.items() if key not in LIGHTNING_KEYS},
         },
     )
@@ -82,10 +83,10 @@ def state_key(callback: Any) -> str:
     return callback.state_key
 
 
-def plain_hyperparameters(rank: Rank) -> dict[str, Any]:
-    """Those hyperparameters that a checkpoint can hold; the others are named once."""
+def plain_hyperparameters(rank: Rank, owner: Any) -> dict[str, Any]:
+    """Those of a module or data module that a checkpoint can hold; the others are named once."""
     kept = {}
-    for name, value in rank.module.hparams.items():
+    for name, value in getattr(owner, "hparams", {}).items():
         try:
             check_plain(value, name)
         except (TypeError, ValueError):
