@@ -12,6 +12,7 @@ import pytest
 
 from raylight import cli
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys

@@ -54,7 +54,7 @@ class Recovery:
     def _replace(self, dead: list[int]) -> None:
         """Other processes for the ranks that are lost; an elastic group goes on without those that find no room."""
         group, config = self.group, self.config
-        self._note_shares(dead)
+        self._take_shares(dead)
         deadline = time.monotonic() + config.replacement_timeout_s
         missing = [rank for rank in dead if group.replace(rank, max(0.0, deadline - time.monotonic())) is None]
         if not missing:
@@ -70,7 +70,7 @@ class Recovery:
                 "are left. num_workers=(min, max) goes on with fewer. "
                 f"Resume with: raylight.fit(..., name={config.name!r}, resume='last')"
             )
-        group.drop(missing)
+        self._drop(missing)
         self.driver.tell(
             f"no room for another worker within replacement_timeout_s={config.replacement_timeout_s:g}: training goes "
             f"on with {left}, and takes on more when there is room", "warning",
@@ -84,8 +84,8 @@ class Recovery:
         if is_all_new:
             self._rescue([])
         if leaving:
-            self._note_shares(leaving)
-            group.drop(leaving)
+            self._take_shares(leaving)
+            self._drop(leaving)
         joined = group.adopt(self.most)
         parts = [f"{joined} joined"] + ([f"{len(leaving)} left with their nodes"] if leaving else [])
         driver.tell(f"training goes on with {group.world_size} workers: {', '.join(parts)}")
@@ -103,14 +103,25 @@ class Recovery:
             driver.redo_from(checkpoint.step if checkpoint is not None else 0)
             task = replace(task, checkpoint=checkpoint or task.checkpoint, weights_only=False)
         self.watch.begin()
-        carried = [] if from_checkpoint else self.carried  # a checkpoint holds what all ranks had logged
-        self.carried = []
+        carried, self.carried = self.carried, []
+        if from_checkpoint:  # which holds what all ranks had logged
+            carried = []
+            driver.shares.clear()
+        elif carried:
+            driver.shares[0] = driver.shares.get(0, []) + carried
         options = {**task.options, "rejoin": True, "carried": carried}
         messages: Messages = group.rejoin(replace(task, options=options))
         return messages
 
-    def _note_shares(self, gone: list[int]) -> None:
-        self.carried += [self.driver.shares[rank] for rank in gone if rank in self.driver.shares]
+    def _take_shares(self, gone: list[int]) -> None:
+        for rank in gone:
+            self.carried += self.driver.shares.pop(rank, [])
+
+    def _drop(self, ranks: list[int]) -> None:
+        left = [rank for rank in range(self.group.world_size) if rank not in ranks]
+        self.group.drop(ranks)
+        shares = self.driver.shares
+        self.driver.shares = {new: shares[old] for new, old in enumerate(left) if old in shares}
 
     def _rescue(self, dead: list[int]) -> None:
         """Before the run is given up, the ranks that are left save the last whole step."""

@@ -70,7 +70,8 @@ class Run:
         self.logged_metrics: dict[str, float] = {}
         self.step, self.epoch = 0, 0
         self.saved: dict[str, dict[int, m.Saved]] = {}
-        self.shares: dict[int, tuple[int, dict[str, Any]]] = {}  # by rank: the epoch, and what it has logged in it
+        self.shares: dict[int, list[tuple[int, dict[str, Any]]]] = {}
+        """By rank: the epoch, and what it has logged in it."""
         self.checkpoints: list[Checkpoint] = store.list_checkpoints(version.storage) if version is not None else []
         # Never deleted: the checkpoint that this run was resumed from, and those that others were told of.
         self.protected: set[str] = {protected} if protected else set()
@@ -132,7 +133,7 @@ class Run:
     def _on_progress(self, rank: int, message: m.Progress) -> None:
         if message.stage == "train":
             self.step, self.epoch = max(self.step, message.step), message.epoch
-            self.shares[rank] = message.epoch, message.share
+            self.shares[rank] = [(message.epoch, message.share)]
 
     def _on_step_metrics(self, rank: int, message: m.StepMetrics) -> None:
         for step, epoch, moment, values in self.aggregator.add(rank, message):
@@ -269,7 +270,6 @@ class Run:
         self.world_size = world_size
         self.wait_for_storage()
         self.saved.clear()
-        self.shares.clear()  # all ranks tell it anew after their first step
         self.outcome.finished.clear()
         for row in self.aggregator.resize(self.world_size):
             self._write_values(*row)

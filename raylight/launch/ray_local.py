@@ -44,6 +44,8 @@ class LocalRay:
             # The processes that Ray starts with itself, one for each CPU, import torch before there is an actor for
             # them: a second less. Where there are many more CPUs than workers, that would be for nothing.
             os.environ.setdefault("RAY_preload_python_modules", "torch")
+            # c10d writes a stack trace into a log for each peer that is lost, and reads this when torch is imported.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         if threading.current_thread() is threading.main_thread():
             self._init()
         else:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import raylight as pl
 
 WORKERS = [0, pytest.param(2, marks=pytest.mark.ray), pytest.param(3, marks=pytest.mark.ray)]
-pytestmark = pytest.mark.usefixtures("ray_if_marked")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_if_marked")]
 
 
 def make_data(num_samples: int = 37, num_features: int = 5) -> TensorDataset:

@@ -41,7 +41,7 @@ from raylight.task import Loaders, Place, Task
 from raylight.worker import process_group
 from raylight.worker.control import Control, Halted
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 CONFIG = Config(name="test", num_standby=0)
 Entry = Callable[[Task, Place, Control], Iterator[Message]]
