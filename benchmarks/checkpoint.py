@@ -29,9 +29,9 @@ from raylight.messages import Saved
 from raylight.storage.checkpoints import Manifest, commit, find_checkpoint
 from raylight.storage.filesystem import Storage
 from raylight.worker.restore import apply_weights, load_state
-from raylight.worker.snapshot import Snapshots
+from raylight.worker.snapshot import Snapshots, State
 
-NUM_ROUNDS, NUM_STEPS = 7, 20
+NUM_ROUNDS, NUM_STEPS, NUM_CAPPED_ROUNDS = 7, 20, 2
 RIVALS = {
     "raylight": savers.Raylight,
     "torch.save": savers.TorchSave,
@@ -282,6 +282,47 @@ def load_ours(run: Run, path: Path, digests: bool) -> None:
     run.optimizer.load_state_dict(state.replicated["optimizers"][0])
 
 
+# ---- object storage
+
+
+def measure_capped_storage() -> list[Figure]:
+    """One rank, and two that write a half each, to an S3 server that gives every connection 2 MB/s. A rank uploads
+    several parts of a file at once, by pyarrow's threads, of which each process has as many."""
+    import pyarrow
+
+    from tests.faults_storage import FaultProxy, s3_server
+
+    state = State(model={f"layer{index}": torch.randn(1 << 20) for index in range(96)})
+    num_threads = pyarrow.io_thread_count()
+    times: dict[int, list[float]] = {1: [], 2: []}
+    with s3_server() as port:
+        proxy = FaultProxy(port, bytes_per_s=2e6)
+        for index in range(NUM_CAPPED_ROUNDS):
+            for world_size, its in times.items():
+                print(f"checkpoint: capped storage, {index + 1} of {NUM_CAPPED_ROUNDS}, {world_size} ranks", flush=True)
+                pyarrow.set_io_thread_count(num_threads * world_size)  # both ranks are in this process
+                storage = Storage(proxy.uri(f"{index}-{world_size}"))
+                its.append(save_on([Snapshots(storage, rank, world_size) for rank in range(world_size)], state))
+        proxy.close()
+    megabytes = sum(tensor.nbytes for tensor in state.model.values()) / 1e6
+    one, two = (megabytes / statistics.median(its) for its in times.values())
+    return [
+        Figure("one rank", one, "MB/s"),
+        Figure("two ranks", two, "MB/s"),
+        Figure("two ranks over one", two / one, "times", at_least=1.6),
+    ]
+
+
+def save_on(ranks: list[Snapshots], state: State) -> float:
+    started = perf_counter()
+    for snapshots in ranks:
+        snapshots.take("step", 1, 0, state, {}, True, [], wait=True)
+    for snapshots in ranks:
+        (saved,) = snapshots.close()
+        assert isinstance(saved, Saved), saved
+    return perf_counter() - started
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__)
     parser.add_argument("--memory-of", choices=RIVALS, help="measure the memory of one saver and print it")
@@ -296,6 +337,7 @@ def main() -> None:
         ("Checkpoint of 604 MB: inside a Ray Train worker", lambda folder: figures_of(compare_ray_train(folder))),
         ("Checkpoint of 604 MB: memory", lambda folder: measure_all_memory()),
         ("Checkpoint of 604 MB: throughput on a local disk", measure_throughput),
+        ("Checkpoint of 403 MB: S3 at 2 MB/s a connection", lambda folder: measure_capped_storage()),
     ]
     for title, measure in parts:
         if ("Ray Train" in title and options.without_ray) or (options.only or "") not in title:
