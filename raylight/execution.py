@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -67,8 +68,15 @@ class Execution:
 
     def start(self, ckpt_path: Any, facts: dict[str, Any] | None = None) -> None:
         """The workers and, on storage, the version; nothing is trained yet. `facts` go to run.json."""
-        self.group = self._start_group()
-        self.task, self.console = self._prepare(self.group, ckpt_path, facts or {})
+        storage = Storage(self.config.storage_path, self.config.storage_filesystem)
+        resume = find_resume(ckpt_path, storage, self.config.name, self.previous)
+        choose = cache(lambda: self._choose_version(storage, resume))  # done when it is asked for first
+        self.group = self._start_group(lambda: _make_label(self.config, choose()[0]))
+        try:
+            self.task, self.console = self._prepare(self.group, resume, *choose(), facts or {})
+        except BaseException:
+            self.group.halt()  # else it would stay in use
+            raise
 
     def abandon(self, status: str) -> None:
         """Ends a run whose messages nobody wants any more, and leaves the workers ready for another."""
@@ -87,12 +95,11 @@ class Execution:
         if self.module.device.type != "cpu":
             self.module.cpu()
 
-    def _prepare(self, group: Any, ckpt_path: Any, facts: dict[str, Any]) -> tuple[Task, Console]:
-        """Version, run.json, loggers and console; and the task for the workers."""
+    def _prepare(
+        self, group: Any, resume: Resume, version: Version | None, attempt: int, facts: dict[str, Any]
+    ) -> tuple[Task, Console]:
+        """run.json, loggers and console; and the task for the workers."""
         config = self.config
-        storage = Storage(config.storage_path, config.storage_filesystem)
-        resume = find_resume(ckpt_path, storage, config.name, self.previous)
-        version, attempt = self._choose_version(storage, resume)
         if attempt and version is not None:
             raise_fence(version.storage, attempt)
             sweep_leftovers(version.storage)
@@ -132,6 +139,7 @@ class Execution:
             attempt=attempt,
             options={
                 "stamp": driver.record.get("started_at"),
+                "label": _make_label(config, version),
                 "share_module": not isinstance(group, InProcessGroup),
                 "takes_new_hyperparameters": resume.takes_new_hyperparameters,
                 "trained": self._find_trained(resume),
@@ -161,12 +169,12 @@ class Execution:
 
     # ---- before
 
-    def _start_group(self) -> Any:
+    def _start_group(self, label: Callable[[], str]) -> Any:
         if self.config.num_workers == 0:
             return InProcessGroup(self.config)
         from raylight.launch.ray_actors import acquire_group
 
-        return acquire_group(self.config, tell=print)
+        return acquire_group(self.config, label=label, tell=print)
 
     def _choose_version(self, storage: Storage, resume: Resume) -> tuple[Version | None, int]:
         """A fit claims a version of its own, or is the next attempt of the one it continues; what follows a fit of
@@ -235,6 +243,11 @@ class Execution:
         if verbose:
             console.show_results(self.stage, returned)
         return returned
+
+
+def _make_label(config: Config, version: Version | None) -> str:
+    """What the run's actors are called in Ray's dashboard."""
+    return f"{config.name}:v{version.number}" if version is not None else config.name
 
 
 def _make_gauges(driver: Run) -> Gauges:

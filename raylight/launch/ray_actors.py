@@ -28,7 +28,7 @@ def acquire_group(
     use_gpu: bool | None = None,
     resources_per_worker: dict[str, float] | None = None,
     placement: str | None = None,
-    name: str | None = None,
+    label: Callable[[], str] | None = None,
     num_standby: int | None = None,
     entry: Entry = "raylight.worker.entry:run",
     tell: Callable[[str], Any] | None = None,
@@ -37,7 +37,8 @@ def acquire_group(
     members replaced, or a new one.
 
     It can be had again once its run has ended or was halted. Groups that lie idle give way to one of another shape
-    where there is no room for both. `tell` hears what is waited for, if anything. Connects to Ray, or starts it. Raises
+    where there is no room for both. `label` says what new actors are called, None: the run's name; it is asked once
+    there is room for them. `tell` hears what is waited for, if anything. Connects to Ray, or starts it. Raises
     NotEnoughResources before any actor is made.
     """
     changes: dict[str, Any] = {
@@ -45,7 +46,6 @@ def acquire_group(
         "use_gpu": use_gpu,
         "resources_per_worker": resources_per_worker,
         "num_standby": num_standby,
-        "name": name,
     }
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
     _restart_outgrown_ray(config)
@@ -66,7 +66,7 @@ def acquire_group(
         if not ray_cluster.has_room_now(num_workers, needs):
             _release_idle()
         group = RayGroup.start(
-            config, num_workers, use_gpu, needs, placement, config.name, num_standby, tell, make_room=_release_idle
+            config, num_workers, use_gpu, needs, placement, label, num_standby, tell, make_room=_release_idle
         )
         with _lock:
             _kept.append((key, group))

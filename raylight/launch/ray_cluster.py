@@ -27,6 +27,7 @@ Resources = Mapping[str, float]
 
 CONNECT_TIMEOUT_S = 5.0
 NODE_GROUP = "ray.io/node-group"
+TELL_AFTER_S = 5.0
 GROWTH_PATIENCE_S = 30.0
 """The autoscaler looks every five seconds, and may have to give up one node that failed before it asks for another."""
 
@@ -325,8 +326,8 @@ def _describe(resources: Resources, of: Resources) -> str:
 
 
 def wait_for(is_ready: Callable[[float], bool], describe: Callable[[], str], tell: Callable[[str], Any] | None) -> None:
-    """Until `is_ready(timeout_s)`. Says what it waits for after 5 s, and once a minute."""
-    tell_at = time.monotonic() + 5.0
+    """Until `is_ready(timeout_s)`. Says what it waits for, after a while and then once a minute."""
+    tell_at = time.monotonic() + TELL_AFTER_S
     while not is_ready(1.0):
         if tell is not None and time.monotonic() >= tell_at:
             tell(describe())

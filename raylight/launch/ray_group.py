@@ -65,13 +65,14 @@ class RayGroup:
         use_gpu: bool = False,
         resources_per_worker: dict[str, float] | None = None,
         placement: str = "PACK",
-        name: str | None = None,
+        label: Callable[[], str] | None = None,
         num_standby: int | None = None,
         tell: Callable[[str], Any] | None = None,
         make_room: Callable[[], Any] = lambda: None,
     ) -> RayGroup:
         """Reserves room for the workers and lets them begin to import torch; does not wait for that.
 
+        `label` says what the actors are called, None: the run's name; it is asked once there is room for them.
         `num_standby` is for each node that holds workers; None: one. `tell` hears what is waited for, if anything, and
         `make_room` is called meanwhile.
         Raises NotEnoughResources, before any actor is made, where the cluster has no room for them.
@@ -81,9 +82,12 @@ class RayGroup:
         room = Placement(needs, placement)
         if not room.is_given:
             ray_cluster.check_room(cluster, num_workers, needs, placement)
-        roster = Roster(room, f"raylight:{name or config.name}", use_gpu, 1 if num_standby is None else num_standby)
+        roster = Roster(room, config.name, use_gpu, 1 if num_standby is None else num_standby)
         try:
-            roster.fill(room.reserve(num_workers, tell, make_room))
+            slots = room.reserve(num_workers, tell, make_room)
+            if label is not None:
+                roster.label = label()
+            roster.fill(slots)
         except BaseException:
             roster.shutdown()
             raise
@@ -117,6 +121,7 @@ class RayGroup:
         self.forget()
         self.in_use = True
         self._log_files = log_files if log_files is not None else task.files
+        self._roster.label = task.options.get("label", self._roster.label)  # of those that join; no actor is renamed
         stamp = task.options.get("stamp")
         self._record = Record(task.files, task.version_path, stamp) if task.files is not None and stamp else None
         self._delivery = Delivery((self.entry, task))

@@ -78,9 +78,11 @@ class Member:
 class Roster:
     """`members` in the order of their ranks."""
 
-    def __init__(self, placement: Placement, name: str, use_gpu: bool, num_standby: int):
+    def __init__(self, placement: Placement, label: str, use_gpu: bool, num_standby: int):
+        self.label = label
+        """What actors that are made from now on are called."""
         self.members: list[Member] = []
-        self._placement, self._name, self._use_gpu, self._num_standby = placement, name, use_gpu, num_standby
+        self._placement, self._use_gpu, self._num_standby = placement, use_gpu, num_standby
         self._standbys: list[Member] = []
         self._recruits: list[Member] = []
         self.has_shrunk = False
@@ -189,7 +191,7 @@ class Roster:
         return recruit
 
     def _create(self, role: str, slot: Slot | None, options: dict[str, Any], is_standby: bool = False) -> Member:
-        name = f"{self._name}:{role}"
+        name = f"raylight:{self.label}:{role}"
         try:
             actor = RankActor.options(name=name, **options).remote(is_standby)
         except ValueError:  # the name is taken: by the one that this replaces, or by another driver's run
