@@ -76,6 +76,8 @@ class Execution:
             self.task, self.console = self._prepare(self.group, resume, *choose(), facts or {})
         except BaseException:
             self.group.halt()  # else it would stay in use
+            if self.driver is not None and self.driver.record:
+                self.driver.close("failed")
             raise
 
     def abandon(self, status: str) -> None:

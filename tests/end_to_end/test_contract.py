@@ -64,6 +64,17 @@ def fit(module: pl.Module, num_workers: int, path: Path, batch_size: int = 4, sh
     return result
 
 
+def test_a_run_that_fails_before_its_first_step_is_recorded_as_failed(tmp_path):
+    class Broken(Net):
+        def named_children(self):
+            raise RuntimeError("no summary of this one")
+
+    with pytest.raises(RuntimeError, match="no summary"):
+        fit(Broken(), 0, tmp_path, enable_model_summary=True)
+    record = json.loads((tmp_path / "default" / "version_0" / "run.json").read_text())
+    assert record["status"] == "failed"
+
+
 @pytest.mark.parametrize("num_workers", WORKERS)
 def test_files_and_result(num_workers, tmp_path):
     module = Net()
