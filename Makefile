@@ -23,8 +23,8 @@ demo: $(call STAMP,examples)
 	$(VENV)/bin/python examples/digits.py $(ARGS)
 
 test: $(call STAMP,dev)
-	@echo "==> running the tests, three at a time, for many of them wait"
-	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@echo "==> running the tests, two at a time, the long ones first"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(call STAMP,dev)
 	@echo "==> ruff: style and likely mistakes"

@@ -60,7 +60,8 @@ def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run(folder, "train.py", *arguments)
 
 
-@pytest.mark.parametrize(("num_workers", "width"), [(0, 8), (2, 1_200_000)])  # the batch is kept, or read again
+# The batch is kept, or read again.
+@pytest.mark.parametrize(("num_workers", "width"), [(0, 8), pytest.param(2, 1_200_000, marks=pytest.mark.soak)])
 def test_an_exception_comes_again(num_workers, width, tmp_path):
     failed = train(tmp_path, str(num_workers), "raise", str(width))
     assert failed.returncode == 1

@@ -331,6 +331,7 @@ class Counts(Line):
         self.log("threads", float(torch.get_num_threads()))
 
 
+@pytest.mark.soak
 def test_a_tuner_of_ones_own_has_all_of_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     ended: list[str] = []

@@ -127,6 +127,7 @@ fit(num_workers=(1, 2), replacement_timeout_s=1.0)
     assert found["last"] == found["num_steps"]
 
 
+@pytest.mark.soak
 def test_workers_move_off_a_node_before_it_is_taken_away(run):
     found = run("""
 def change():

@@ -156,6 +156,7 @@ def assert_as_undisturbed(faults: Faults, name: str, undisturbed: dict[str, torc
         verify(checkpoint)
 
 
+@pytest.mark.soak
 def test_a_host_is_lost_and_the_spare_one_takes_its_place(faults: Faults, undisturbed) -> None:
     driver = faults.start("lost", rank=1, step=7)
     victim = faults.wait_until_held("lost")

@@ -82,8 +82,10 @@ def assert_same(module: Net, expected: Net) -> None:
 @pytest.mark.parametrize(
     ("rank", "step", "point"),
     [
-        (1, 0, "forward"), (1, 4, "data"), (0, 5, "forward"), (1, 5, "collective"), (0, 7, "backward"),
-        (1, 7, "optimizer"), (0, 8, "after_step"), (1, 6, "validation"), (0, 6, "snapshot"), (1, 12, "epoch_end"),
+        (1, 4, "data"), (0, 5, "forward"), (1, 5, "collective"), (0, 7, "backward"), (1, 7, "optimizer"),
+        (1, 6, "validation"), (0, 6, "snapshot"), pytest.param(1, 0, "forward", marks=pytest.mark.soak),
+        pytest.param(0, 8, "after_step", marks=pytest.mark.soak),
+        pytest.param(1, 12, "epoch_end", marks=pytest.mark.soak),
     ],
 )  # fmt: skip
 def test_a_killed_worker_costs_no_step(rank, step, point, undisturbed, tmp_path):
@@ -116,7 +118,12 @@ class CountingNet(Net):
 
 @pytest.mark.parametrize(
     "faults",
-    [[(1, 4, "data")], [(0, 4, "forward")], [(1, 4, "validation")], [(1, 3, "data"), (0, 4, "data")]],
+    [
+        pytest.param([(1, 4, "data")], marks=pytest.mark.soak),
+        pytest.param([(0, 4, "forward")], marks=pytest.mark.soak),
+        [(1, 4, "validation")],
+        [(1, 3, "data"), (0, 4, "data")],
+    ],
     ids=lambda faults: "-".join(f"{rank}_{point}" for rank, _, point in faults),
 )
 def test_the_epoch_values_hold_what_a_killed_worker_had_logged(faults, tmp_path):
@@ -172,7 +179,7 @@ def test_the_same_exception_twice_ends_the_run(tmp_path):
     assert pl.open_run(str(tmp_path)).last.step == 5
 
 
-@pytest.mark.parametrize("point", ["forward", "validation"])
+@pytest.mark.parametrize("point", ["forward", pytest.param("validation", marks=pytest.mark.soak)])
 def test_a_rank_that_hangs_is_found_and_replaced(point, undisturbed, tmp_path, capsys):
     expected, whole = undisturbed
     module, result = fit(tmp_path, faults=[FailAt(1, 6, point, "hang", tmp_path)], hang_timeout_s=1.0)
@@ -237,6 +244,7 @@ def test_where_no_replacement_finds_room_the_last_step_is_saved(tmp_path):
     assert pl.open_run(str(tmp_path)).last.step == 5
 
 
+@pytest.mark.soak
 def test_three_workers_lose_two(tmp_path):
     faults = [FailAt(rank, 3, "data", "kill", tmp_path) for rank in (0, 2)]
     _, result = fit(tmp_path, num_workers=3, faults=faults)

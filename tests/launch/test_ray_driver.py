@@ -107,6 +107,7 @@ if __name__ == "__main__":
     script.assert_nothing_is_left(within_s=120)  # Ray's own agents look for their raylet only now and then
 
 
+@pytest.mark.soak
 def test_a_ray_that_a_helper_thread_started_outlives_it(start_script):
     script = start_script("""
 def entry(task, place, control):
@@ -132,6 +133,7 @@ if __name__ == "__main__":
     script.assert_nothing_is_left(within_s=20)
 
 
+@pytest.mark.soak
 def test_a_second_fit_that_asks_for_more_gets_a_larger_ray(start_script):
     script = start_script("""
 def entry(task, place, control):
