@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,8 +123,10 @@ def test_ray_up_starts_a_node_on_each_machine(cluster: OnPrem) -> None:
     (cluster.desk.home / "wait.py").write_text(WAIT_FOR_NODES)
     cluster.at_desk("ray rsync-up on-prem.yaml ~/wait.py ~/wait.py")
     assert "nodes: head one two" in cluster.at_desk("ray exec on-prem.yaml 'python wait.py 3'")
-    status = cluster.at_desk("ray exec on-prem.yaml 'ray status'")
-    assert "0.0/3.0 CPU" in status
+    # What `ray status` prints is a report that is made every few seconds.
+    deadline = time.monotonic() + 60
+    while "0.0/3.0 CPU" not in (status := cluster.at_desk("ray exec on-prem.yaml 'ray status'")):
+        assert time.monotonic() < deadline, status
 
 
 def test_dashboard_and_client_are_closed_to_the_network(cluster: OnPrem) -> None:
