@@ -133,7 +133,8 @@ class Run:
     def _on_progress(self, rank: int, message: m.Progress) -> None:
         if message.stage == "train":
             self.step, self.epoch = max(self.step, message.step), message.epoch
-            self.shares[rank] = [(message.epoch, message.share)]
+            if message.share:  # none in the middle of a step that accumulates
+                self.shares[rank] = [(message.epoch, message.share)]
 
     def _on_step_metrics(self, rank: int, message: m.StepMetrics) -> None:
         for step, epoch, moment, values in self.aggregator.add(rank, message):

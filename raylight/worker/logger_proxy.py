@@ -83,8 +83,7 @@ class LoggerProxy:
 
     def _keep_copying(self) -> None:
         while not self._closing.wait(FLUSH_EVERY_S):
-            self._experiment.flush()
-            if not self._try(self._directory.copy):
+            if not (self._try(self._experiment.flush) and self._try(self._directory.copy)):
                 return  # the last copy, at the end, is of all there is
 
     def _try(self, copy: Callable[[], None]) -> bool:

@@ -10,7 +10,7 @@ from raylight.config import Config
 from raylight.driver.journal import read_metrics
 from raylight.driver.run import Run
 from raylight.errors import StorageError
-from raylight.messages import EpochMetrics, Message, Notice, Saved
+from raylight.messages import EpochMetrics, Message, Notice, Progress, Saved
 from raylight.storage.checkpoints import list_checkpoints, raise_fence
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
@@ -66,3 +66,11 @@ def test_a_driver_that_made_no_checkpoint_since_leaves_the_record_alone_too(vers
     assert version.read_run()["status"] == "running"
     successor.close("finished")
     assert version.read_run()["status"] == "finished"
+
+
+def test_what_a_rank_logged_is_kept_while_it_accumulates(version: Version) -> None:
+    run = begin(version, 0)
+    share = {"loss": (("mean", False, True, False, True), [(3.0, 2.0)])}
+    run.handle(1, Progress("train", 0, 4, 8, 16, share=share))
+    run.handle(1, Progress("train", 0, 4, 9, 18))  # in the middle of a step nothing new counts
+    assert run.shares[1] == [(0, share)]
