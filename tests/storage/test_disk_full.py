@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import subprocess
 from collections.abc import Iterator
@@ -44,6 +45,16 @@ def test_a_full_disk_costs_no_earlier_checkpoint(small_disk: Path) -> None:
     store.delete(store.list_checkpoints(version)[0])
     crash_sequence.save(version, 30, 0, SIZE)
     assert store.newest_whole(version).step == 30
+
+
+def test_a_disk_that_fills_in_a_direct_write(small_disk: Path) -> None:
+    version = Storage(small_disk)
+    crash_sequence.save(version, 10, 0, SIZE)
+    tensor = memoryview(mmap.mmap(-1, 2 * DISK_SIZE))
+    with pytest.raises(StorageError, match="No space left on device"):
+        version.write("checkpoints/step-00000020/model.pt", [tensor])
+    assert os.listdir(small_disk / "checkpoints/step-00000020") == []
+    assert store.newest_whole(version).step == 10
 
 
 def test_a_disk_that_fills_at_any_write(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

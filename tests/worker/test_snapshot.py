@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import os
+import mmap
 import random
-import sys
 import threading
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -382,6 +382,29 @@ def test_torch_save_of_the_users_own_keeps_its_checksums(storage):
     assert torch.serialization.get_crc32_options()
 
 
+def file_of(storage, tensors: dict[str, torch.Tensor]) -> Path:
+    snapshots = Snapshots(storage, 0, 1)
+    snapshots.take(DIRECTORY, 1, 0, State(model=tensors), {}, True, [])
+    finish(snapshots)
+    return Path(storage.local_path(f"{DIRECTORY}/model-00000-of-00001.pt"))
+
+
+def test_large_tensors_lie_on_pages(storage):
+    """So that the disk fetches them from memory by itself."""
+    tensors = {f"layer{index}": torch.randn(1 << 18) for index in range(3)}
+    content = file_of(storage, tensors).read_bytes()
+    for tensor in tensors.values():
+        assert content.index(tensor.numpy().tobytes()) % mmap.PAGESIZE == 0
+
+
+def test_many_small_tensors_do_not_swell_the_file(storage):
+    """Each costs some 200 bytes in torch's archive, and would cost a page."""
+    tensors = {f"layer{index}": torch.randn(300) for index in range(1000)}
+    path = file_of(storage, tensors)
+    torch.save(tensors, path.with_name("torch.pt"))
+    assert path.stat().st_size < 1.05 * path.with_name("torch.pt").stat().st_size
+
+
 # ---- copies that are put off
 
 
@@ -612,20 +635,3 @@ def test_close_gives_up_a_write_that_does_not_end(storage, tmp_path):
     thread.join(30)
     assert not thread.is_alive()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="niceness belongs to the process there")
-def test_the_writer_gives_way_to_training_and_training_keeps_its_priority(storage):
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    niceness = []
-
-    class Files:
-        def open_write(self, path: str):
-            niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-            return storage.open_write(path)
-
-    snapshots = Snapshots(Files(), 0, 1)
-    Training().take(snapshots)
-    finish(snapshots)
-    assert os.getpriority(os.PRIO_PROCESS, 0) == before
-    assert min(niceness) == min(19, before + 10)
