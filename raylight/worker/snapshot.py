@@ -7,7 +7,6 @@ it, is copied while the next batch goes forward and backward; `Snapshots.wait` i
 from __future__ import annotations
 
 import ctypes
-import mmap
 import threading
 import time
 from collections.abc import Collection
@@ -29,6 +28,7 @@ __all__ = ["Snapshots", "State", "check_plain", "share"]
 
 _CHUNK_BYTES = 64 << 20
 _MOST_PADDING = 1 / 64  # of a file
+_PAGE_BYTES = 4096  # also where pages are larger: the padding of torch's archive has a length of 16 bits
 
 
 class Snapshots:
@@ -294,6 +294,6 @@ def _options(content: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"save.compute_crc32": False}
     tensors = [leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
     num_bytes = sum(tensor.nbytes for tensor in tensors)
-    if len(tensors) * mmap.PAGESIZE <= num_bytes * _MOST_PADDING and hasattr(serialization.save, "storage_alignment"):
-        options["save.storage_alignment"] = mmap.PAGESIZE
+    if len(tensors) * _PAGE_BYTES <= num_bytes * _MOST_PADDING and hasattr(serialization.save, "storage_alignment"):
+        options["save.storage_alignment"] = _PAGE_BYTES
     return options
