@@ -49,6 +49,8 @@ def check_run(stage: str, module: Any, loaders: Loaders, config: Config, callbac
         mistakes += (missing | misspelt).values()
     else:
         mistakes.append(_say_no_module(module))
+    if stage == "fit" and isinstance(module, Module) and not module.automatic_optimization:
+        mistakes += _find_manual_mistakes(config)
     return mistakes + _find_data_mistakes(stage, module, loaders)
 
 
@@ -75,6 +77,22 @@ def _say_no_module(module: Any) -> str:
             f"configure_optimizers"
         )
     return f"model is {name}: a raylight.Module is needed"
+
+
+def _find_manual_mistakes(config: Config) -> list[str]:
+    """What the loop cannot do where training_step steps the optimizers."""
+    manual, mistakes = "the module optimizes manually (automatic_optimization = False)", []
+    if config.gradient_clip_val:
+        mistakes.append(
+            f"gradient_clip_val={config.gradient_clip_val}: {manual}; call self.clip_gradients(optimizer, "
+            f"gradient_clip_val={config.gradient_clip_val}) before optimizer.step()"
+        )
+    if config.accumulate_grad_batches != 1:
+        mistakes.append(
+            f"accumulate_grad_batches={config.accumulate_grad_batches}: {manual}; step the optimizer in every "
+            f"{config.accumulate_grad_batches}th call of training_step"
+        )
+    return mistakes
 
 
 def _find_missing_hooks(stage: str, module: Any, loaders: Loaders, config: Config) -> dict[str, str]:

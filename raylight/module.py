@@ -339,7 +339,8 @@ class Module(nn.Module):
             print(*args, **kwargs)
 
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
-        """Tensors of all workers stacked along a new first dimension of size world_size; nested containers too.
+        """Tensors of all workers stacked along a new first dimension of size world_size; nested containers too. With
+        one worker, as in Lightning, no dimension is added.
 
         Every worker must call it with equal shapes. With `sync_grads` gradients flow back to where they came from.
         """

@@ -20,6 +20,9 @@ class Callback:
     attributes. `state_dict` goes into every checkpoint and must hold plain values and tensors only.
     """
 
+    judges_values = False
+    """Whether `on_train_epoch_end` comes after the module's own, which may log what is judged there."""
+
     @property
     def state_key(self) -> str:
         """The key of this callback's state in a checkpoint."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from raylight.callbacks.callback import Callback
-from raylight.callbacks.log_step import is_log_step
+from raylight.callbacks.log_step import find_log_step
 from raylight.callbacks.mistake_list import Mistakes
 from raylight.errors import InvalidArguments
 
@@ -40,6 +40,8 @@ class LearningRateMonitor(Callback):
         self.last_momentum_values: dict[str, float] = {}
         self.last_weight_decay_values: dict[str, float] = {}
         self._logged_step = 0
+        self._last_step: int | None = None  # done before the batch before
+        self._steps_a_batch = 1
 
     def find_mistakes(self, config: Config) -> list[str]:
         if config.logger is not False or config.fast_dev_run:
@@ -48,7 +50,7 @@ class LearningRateMonitor(Callback):
 
     def setup(self, trainer: Rank, module: Module, stage: str) -> None:
         if stage == "fit":
-            self._logged_step = 0
+            self._logged_step, self._last_step, self._steps_a_batch = 0, None, 1
             self.lrs = {}
 
     def on_train_start(self, trainer: Rank, module: Module) -> None:
@@ -57,9 +59,13 @@ class LearningRateMonitor(Callback):
                 self.lrs.setdefault(name, [])
 
     def on_train_batch_start(self, trainer: Rank, module: Module, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step + 1
-        # with accumulation several batches belong to one step
-        if self.logging_interval != "epoch" and step != self._logged_step and is_log_step(trainer, step):
+        done = trainer.global_step
+        # with accumulation several batches belong to one step, with several optimizers several steps to one batch
+        if self._last_step is not None and done > self._last_step:
+            self._steps_a_batch = done - self._last_step
+        self._last_step = done
+        step = find_log_step(trainer, done + 1, done + self._steps_a_batch)
+        if self.logging_interval != "epoch" and step is not None and step != self._logged_step:
             self._logged_step = step
             self._log(trainer, "step", step)
 

@@ -258,7 +258,7 @@ def _merge(trainer: Rank, layers: list[_BatchNorm]) -> None:
     count = layers[0].num_batches_tracked
     assert count is not None
     flat = torch.cat([count.double().reshape(1), *(value.double().reshape(-1) for value in values)])
-    shares = trainer.all_gather(flat)
+    shares = trainer.all_gather(flat).view(trainer.world_size, -1)
     counts = shares[:, :1]
     mean = (shares[:, 1:] * counts).sum(0) / counts.sum().clamp(min=1)
     for value, piece in zip(values, mean.split([value.numel() for value in values]), strict=True):

@@ -89,10 +89,11 @@ def broadcast_tensors(tensors: Iterable[Tensor], world_size: int, src: int = 0) 
 
 
 def all_gather(data: Any, world_size: int, group: Any = None, sync_grads: bool = False) -> Any:
-    """Tensors (in nested containers too) stacked along a new first dimension of size world_size."""
+    """Tensors (in nested containers too) stacked along a new first dimension of size world_size; of one worker as they
+    are, as Lightning has it."""
     if isinstance(data, Tensor):
         if world_size == 1:
-            return data.unsqueeze(0)
+            return data
         if sync_grads:
             from torch.distributed.nn.functional import all_gather as gather_with_gradient
 

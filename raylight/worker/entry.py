@@ -128,7 +128,9 @@ def prepare(rank: Rank) -> Iterator[Message]:
 def prepare_fit(rank: Rank) -> None:
     """Optimizers, snapshots, and the state of the checkpoint that the run goes on from."""
     task, config = rank.task, rank.config
-    rank.optimizers, rank.lr_scheduler_configs = make_optimizers(rank.module.configure_optimizers())
+    rank.optimizers, rank.lr_scheduler_configs = make_optimizers(
+        rank.module.configure_optimizers(), rank.module.automatic_optimization
+    )
     mistakes = check_schedulers(rank.optimizers, rank.lr_scheduler_configs)
     if rank.module.automatic_optimization and len(rank.optimizers) > 1:
         mistakes.append(

@@ -133,6 +133,7 @@ def _finish(rank: Rank, stage: str, prefix: str, outputs: list[list[tuple[int, A
         rank.evaluation_outputs = outputs
     yield StageFinished(stage, rank.current_epoch, rank.global_step)
     rank.call(f"on_{prefix}_end")
+    rank.metrics.end_epoch()
     yield from rank.take_outbox()
 
 

@@ -103,11 +103,11 @@ class Gradients:
             return None
         outputs = self.forward(data, batch.index)
         loss = outputs["loss"] if isinstance(outputs, dict) and "loss" in outputs else outputs
-        if not self.loss_is_checked:
+        if loss is None or not self.loss_is_checked:
             self._check(loss)
+        self._zero(batch.index)
         if loss is None:
             return None
-        self._zero(batch.index)
         for hook in self.on_before_backward:
             hook(loss)
         scaled = loss if scale == 1.0 else loss * scale

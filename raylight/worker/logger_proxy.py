@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +47,12 @@ class LoggerProxy:
         logged = frozenset(values)
         rank.outbox.append(EpochMetrics(rank.stage, rank.current_epoch, step, time.time(), values, logged, frozenset()))
 
-    def log_hyperparams(self, params: Any) -> None:
-        """Adds to the hyperparameters that the run records."""
+    def log_hyperparams(self, params: Any, metrics: dict[str, Any] | None = None) -> None:
+        """Adds to the hyperparameters that the run records; `params` is a dict or a namespace. `metrics` are logged."""
         if self._rank.is_global_zero:
-            self._rank.outbox.append(Hyperparameters(dict(params)))
+            self._rank.outbox.append(Hyperparameters(dict(vars(params) if isinstance(params, Namespace) else params)))
+        if metrics:
+            self.log_metrics(metrics)
 
     @property
     def experiment(self) -> Any:

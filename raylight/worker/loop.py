@@ -107,6 +107,7 @@ class Loop:
         self.keeps_outputs = rank.overrides("training_epoch_end")
         self.wants_outputs = self.keeps_outputs or bool(self.on_batch_end)
         self.steps_schedulers = any(c.interval == "step" for c in rank.lr_scheduler_configs)
+        self.log_every = self.config.log_every_n_steps
         self.beat_stage = "first training batch"
         self.num_samples = 0
         self.next_report = 0.0
@@ -129,8 +130,8 @@ class Loop:
             rank.num_batches_seen += 1
             self.beat_stage = "train"
             if rank.global_step != logged:
-                logged = rank.global_step
-                if logged % self.config.log_every_n_steps == 0:
+                before, logged = logged, rank.global_step
+                if logged // self.log_every != before // self.log_every:
                     rank.metrics.record(logged, epoch)
             if not gradients.window:
                 rank.metrics.end_step()
@@ -251,9 +252,11 @@ class Loop:
             rank.outputs = []
         share = rank.metrics.epoch_share()
         values = [rank.metrics.finish_epoch("train", rank.current_epoch, rank.global_step)]
-        if rank.hooks("on_train_epoch_end"):
-            rank.call("on_train_epoch_end")
+        for hooks in rank.hooks_at_epoch_end():
+            for hook in hooks:
+                hook()
             values.append(rank.metrics.finish_epoch("train", rank.current_epoch, rank.global_step))
+        rank.metrics.end_epoch()
         if rank.is_global_zero:
             yield from (part for part in values if part.values)
         if whole:

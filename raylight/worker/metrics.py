@@ -16,6 +16,8 @@ from raylight.worker.collectives import gather_objects
 from raylight.worker.epoch_shares import Flags, Pairs, Reduce, Share, fold, make_pairs, merge, reduce_pairs
 
 REDUCTIONS = ("mean", "sum", "min", "max")
+# Of a value: stage, name, loader where there are several, and whether a step logged it or a hook around the steps.
+Key = tuple[str, str, int | None, bool]
 KEEP = 512  # batches whose values are kept before they are folded into one; bounds memory in long epochs
 
 
@@ -67,7 +69,7 @@ class Metrics:
     def __init__(self, module: torch.nn.Module, world_size: int):
         self.module = module
         self.world_size = world_size
-        self.series: dict[tuple[str, str, int], Series] = {}
+        self.series: dict[Key, Series] = {}
         self.stage = "train"
         self.hook_is_step = True  # step hooks log per step by default in training; all others per epoch
         self.dataloader_idx: int | None = None  # set where there are several loaders
@@ -77,7 +79,8 @@ class Metrics:
         self.logged_values: dict[str, float] = {}
         self.shown_values: dict[str, float] = {}
         self.carried: Share = {}  # logged in this epoch of training by ranks that are gone, or before a resume
-        self._whole: dict[tuple[str, str, int], int] = {}
+        self._whole: dict[Key, int] = {}
+        self._computed: list[Any] = []  # torchmetrics objects whose epoch is over, and whose hooks may still read them
         self._num_batches = 0
 
     # ---- hot path
@@ -95,7 +98,7 @@ class Metrics:
         batch_size: int | None,
         metric_attribute: str | None,
     ) -> None:
-        key = (self.stage, name, self.dataloader_idx or 0)
+        key = (self.stage, name, self.dataloader_idx, self.hook_is_step)
         series = self.series.get(key)
         if series is None:
             series = self._begin(key, value, prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx)
@@ -131,6 +134,7 @@ class Metrics:
 
         A torchmetrics object of a training step keeps it.
         """
+        self.end_epoch()
         for key, series in self.series.items():
             if series.stage == "train":
                 count = self._whole.get(key, 0)
@@ -195,7 +199,8 @@ class Metrics:
     def finish_epoch(self, stage: str, epoch: int, step: int) -> EpochMetrics:
         """Reduces what this stage logged over all ranks, in one collective, and begins anew.
 
-        Every rank gets the same values: those that one process would have computed from all batches.
+        Every rank gets the same values: those that one process would have computed from all batches. torchmetrics
+        objects keep theirs for the hooks that follow, until `end_epoch`.
         """
         mine = [s for s in self.series.values() if s.stage == stage and (s.values or s.folded or s.touched)]
         share: Share = {s.name: (s.flags, s.fold()) for s in mine}
@@ -226,12 +231,19 @@ class Metrics:
                 logged |= {label} if logger else set()
                 shown |= {label} if prog_bar else set()
         for series in mine:
-            series.values, series.weights, series.folded, series.fresh = [], [], [], False
+            series.values, series.weights, series.folded = [], [], []
+            series.fresh = series.touched = False
         self._whole = {}
         self.epoch_values |= values
         self.logged_values |= {name: values[name] for name in logged}
         self.shown_values |= {name: values[name] for name in shown}
         return EpochMetrics(stage, epoch, step, time.time(), values, frozenset(logged), frozenset(shown))
+
+    def end_epoch(self) -> None:
+        """The hooks of the epoch's end are done: torchmetrics objects begin anew."""
+        for metric in self._computed:
+            metric.reset()
+        self._computed = []
 
     def epoch_share(self) -> Share:
         """What this rank has logged so far in the running epoch of training; torchmetrics objects left out.
@@ -253,7 +265,7 @@ class Metrics:
         self, key: Any, value: Any, prog_bar: bool, logger: bool | None, on_step: bool | None, on_epoch: bool | None,
         reduce_fx: Any, add_dataloader_idx: bool,
     ) -> Series:  # fmt: skip
-        stage, name, _ = key
+        stage, name, *_ = key
         if not isinstance(name, str):
             raise InvalidArguments(f"log(name={name!r}): a name is a str, not {type(name).__name__}")
         is_metric = hasattr(value, "compute") and hasattr(value, "update") and hasattr(value, "reset")
@@ -309,11 +321,9 @@ class Metrics:
         metric: Any = own if own is not None else self.module.get_submodule(path) if path is not None else None
         if metric is None:
             raise InvalidArguments(f"log({name!r}): assign the metric to the module (self.x = Metric()) to log it")
-        value = float(metric.compute())
-        metric.reset()
-        if own is not None:
-            next(s for s in self.series.values() if s.metric is own).touched = False
-        return value
+        if all(metric is not found for found in self._computed):
+            self._computed.append(metric)
+        return float(metric.compute())
 
 
 def read(values: list[Any]) -> list[float]:

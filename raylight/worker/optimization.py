@@ -36,14 +36,15 @@ class SchedulerConfig:
     reduce_on_plateau: bool = False
 
 
-def make_optimizers(returned: Any) -> tuple[list[Optimizer], list[SchedulerConfig]]:
-    """What `configure_optimizers` returned, as lists; raises InvalidArguments for anything else."""
+def make_optimizers(returned: Any, automatic: bool = True) -> tuple[list[Optimizer], list[SchedulerConfig]]:
+    """What `configure_optimizers` returned, as lists; raises InvalidArguments for anything else. `automatic`: the loop
+    steps the schedulers, and must know what one on a plateau watches."""
     optimizers, schedulers = _split(returned)
     mistakes = [f"{_what(o)} is not an optimizer" for o in optimizers if not hasattr(o, "param_groups")]
     configs = []
     for given in schedulers:
         try:
-            configs.append(_scheduler_config(given))
+            configs.append(_scheduler_config(given, automatic))
         except InvalidArguments as error:
             mistakes += error.mistakes
     if mistakes:
@@ -83,7 +84,7 @@ def _split_dicts(dicts: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
     return [d["optimizer"] for d in dicts], schedulers
 
 
-def _scheduler_config(given: Any) -> SchedulerConfig:
+def _scheduler_config(given: Any, automatic: bool) -> SchedulerConfig:
     if not isinstance(given, dict):
         given = {"scheduler": given}
     unknown = sorted(set(given) - set(SCHEDULER_KEYS))
@@ -97,7 +98,7 @@ def _scheduler_config(given: Any) -> SchedulerConfig:
     if not isinstance(config.frequency, int) or config.frequency < 1:
         raise InvalidArguments(f"frequency={config.frequency!r} of a scheduler; an int of at least 1 is needed")
     config.reduce_on_plateau |= isinstance(config.scheduler, ReduceLROnPlateau)
-    if config.reduce_on_plateau and config.monitor is None:
+    if config.reduce_on_plateau and config.monitor is None and automatic:
         raise InvalidArguments(
             'ReduceLROnPlateau needs the metric it watches: {"scheduler": scheduler, "monitor": "val_loss"}'
         )
@@ -117,7 +118,9 @@ def check_schedulers(optimizers: list[Optimizer], configs: list[SchedulerConfig]
 
 def step_schedulers(rank: Rank, interval: str, count: int, plateau: bool = False) -> None:
     """Steps the schedulers of an interval; `count` steps or epochs are done. Those on a plateau need the values of
-    a validation and so have a turn of their own."""
+    a validation and so have a turn of their own. In manual optimization `training_step` steps them all."""
+    if not rank.module.automatic_optimization:
+        return
     for config in rank.lr_scheduler_configs:
         if config.interval != interval or config.reduce_on_plateau != plateau or count % config.frequency:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import itertools
 import os
@@ -28,6 +29,12 @@ from raylight.worker.profiler import make_profiler
 from raylight.worker.snapshot import Snapshots
 
 HOOK_PREFIX = {"sanity": "validation", "validate": "validation", "test": "test", "predict": "predict"}
+
+_INSTEAD = {  # what user code may ask Lightning's Trainer for, and does otherwise here
+    "save_checkpoint": "trainer.request_checkpoint() saves at the end of this step",
+    "state": "trainer.training, .validating, .testing, .predicting and .sanity_checking say what is running",
+    "fit_loop": "trainer.current_epoch, .batch_idx and .should_stop say where the run is",
+}
 
 
 class Rank:
@@ -106,8 +113,18 @@ class Rank:
             self._hooks[name] = found
         return found
 
-    def callback_hooks(self, name: str) -> tuple[Callable[..., Any], ...]:
-        return tuple(_bind(callback, name, self) for callback in self.callbacks if _overrides(callback, name, Callback))
+    def callback_hooks(self, name: str, callbacks: list[Any] | None = None) -> tuple[Callable[..., Any], ...]:
+        """Of these callbacks, or of all."""
+        callbacks = self.callbacks if callbacks is None else callbacks
+        return tuple(_bind(callback, name, self) for callback in callbacks if _overrides(callback, name, Callback))
+
+    def hooks_at_epoch_end(self) -> list[tuple[Callable[..., Any], ...]]:
+        """`on_train_epoch_end` in two turns: callbacks that judge values come after all that logs some."""
+        last = [callback for callback in self.callbacks if getattr(callback, "judges_values", False)]
+        first = [callback for callback in self.callbacks if callback not in last]
+        name = "on_train_epoch_end"
+        turns = ((*self.callback_hooks(name, first), *self.module_hook(name)), self.callback_hooks(name, last))
+        return [turn for turn in turns if turn]
 
     def module_hook(self, name: str) -> tuple[Callable[..., Any], ...]:
         return (getattr(self.module, name),) if self.overrides(name) else ()
@@ -187,6 +204,47 @@ class Rank:
         return self.config.max_steps
 
     @property
+    def log_every_n_steps(self) -> int:
+        return self.config.log_every_n_steps
+
+    @property
+    def fast_dev_run(self) -> bool | int:
+        return self.config.fast_dev_run
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether the batch in hand is the last of the epoch of training."""
+        return self.batch is not None and self.batch.last
+
+    @property
+    def strategy(self) -> Rank:
+        """For code that asks Lightning's strategy: `barrier`, `broadcast`, `all_gather`, `reduce` and the ranks."""
+        return self
+
+    @property
+    def root_device(self) -> torch.device:
+        return self.device
+
+    @property
+    def early_stopping_callback(self) -> Any:
+        return self._find_callback("EarlyStopping")
+
+    @property
+    def checkpoint_callback(self) -> Any:
+        return self._find_callback("ModelCheckpoint")
+
+    def _find_callback(self, kind: str) -> Any:
+        return next((c for c in self.callbacks if any(k.__name__ == kind for k in type(c).__mro__)), None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        known = [attribute for attribute in {*dir(type(self)), *self.__dict__} if not attribute.startswith("_")]
+        near = difflib.get_close_matches(name, known, 1)
+        hint = _INSTEAD.get(name) or (f"did you mean {near[0]!r}?" if near else "")
+        raise AttributeError(f"the trainer of a worker has no attribute {name!r}" + (f"; {hint}" if hint else ""))
+
+    @property
     def training(self) -> bool:
         return self.stage == "train"
 
@@ -261,6 +319,15 @@ class Rank:
 
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         return all_gather(data, self.world_size, group, sync_grads)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: str = "mean") -> Tensor:
+        """The mean over all ranks, or with "sum" the sum."""
+        tensor = torch.as_tensor(tensor, device=self.device)
+        if self.world_size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor, group=group)
+            tensor = tensor / self.world_size if reduce_op in ("mean", "avg") else tensor
+        return tensor
 
     def manual_backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:
         if self.backward_manually is None:
