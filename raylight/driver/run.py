@@ -157,7 +157,8 @@ class Run:
             log({**values, "epoch": float(epoch)}, step, moment)
 
     def redo_from(self, step: int) -> None:
-        """What was logged beyond `step` is taken back: the steps after it are made again."""
+        """What was logged beyond `step` is taken back: the steps after it are made again. Checkpoints beyond it are
+        damaged or of no use: they count for nothing, and stay on storage for a person to look at."""
         for row in self.aggregator.resize(self.world_size):
             self._write_values(*row)
         if self.journal is not None:
@@ -166,6 +167,7 @@ class Run:
             if hasattr(logger, "drop_after"):
                 logger.drop_after(step)
         self.saved.clear()
+        self.checkpoints = [checkpoint for checkpoint in self.checkpoints if checkpoint.step <= step]
 
     def _on_hyperparameters(self, rank: int, message: m.Hyperparameters) -> None:
         self.hyperparameters |= message.values
