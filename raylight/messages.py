@@ -111,6 +111,7 @@ class Saved:
     weights_only: bool
     stall_s: float  # how long training stood still for the snapshot
     write_s: float
+    world_size: int = 1  # of the group whose checkpoint it is, which may have changed since
 
 
 @dataclass(frozen=True, slots=True)

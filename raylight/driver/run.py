@@ -70,6 +70,7 @@ class Run:
         self.logged_metrics: dict[str, float] = {}
         self.step, self.epoch = 0, 0
         self.saved: dict[str, dict[int, m.Saved]] = {}
+        self._given_up = ""  # the directory of a checkpoint that a group which has shrunk since had begun
         self.shares: dict[int, list[tuple[int, dict[str, Any]]]] = {}
         """By rank: the epoch, and what it has logged in it."""
         self.checkpoints: list[Checkpoint] = store.list_checkpoints(version.storage) if version is not None else []
@@ -156,7 +157,8 @@ class Run:
             log({**values, "epoch": float(epoch)}, step, moment)
 
     def redo_from(self, step: int) -> None:
-        """What was logged beyond `step` is taken back: the steps after it are made again."""
+        """What was logged beyond `step` is taken back: the steps after it are made again. Checkpoints beyond it are
+        damaged or of no use: they count for nothing, and stay on storage for a person to look at."""
         for row in self.aggregator.resize(self.world_size):
             self._write_values(*row)
         if self.journal is not None:
@@ -165,6 +167,7 @@ class Run:
             if hasattr(logger, "drop_after"):
                 logger.drop_after(step)
         self.saved.clear()
+        self.checkpoints = [checkpoint for checkpoint in self.checkpoints if checkpoint.step <= step]
 
     def _on_hyperparameters(self, rank: int, message: m.Hyperparameters) -> None:
         self.hyperparameters |= message.values
@@ -176,20 +179,33 @@ class Run:
     # ---- checkpoints
 
     def _on_saved(self, rank: int, message: m.Saved) -> None:
+        if message.world_size > self.world_size:
+            self._give_up(message)
+            return
         shares = self.saved.setdefault(message.directory, {})
         shares[rank] = message
-        if len(shares) == self.world_size:
+        fitting = {rank: share for rank, share in shares.items() if share.world_size == message.world_size}
+        if len(fitting) == message.world_size:
             del self.saved[message.directory]
-            self._later(self._commit, message.directory, shares)
+            self._later(self._commit, message.directory, fitting)
+
+    def _give_up(self, share: m.Saved) -> None:
+        """The group has shrunk since: the share of a rank that is gone is missing for good. It is said once."""
+        if share.directory != self._given_up:
+            self._given_up = share.directory
+            self.tell(
+                f"the checkpoint of step {share.step} is lost: {share.world_size} workers had begun it, and "
+                f"{self.world_size} are left. Training goes on; earlier checkpoints are whole.", "warning",
+            )  # fmt: skip
 
     def _commit(self, directory: str, shares: dict[int, m.Saved]) -> None:
         assert self.version is not None
-        first = shares[0]
+        first = shares[min(shares)]
         manifest = Manifest(
             step=first.step,
             epoch=first.epoch,
             attempt=self.attempt,
-            world_size=self.world_size,
+            world_size=first.world_size,
             files=tuple(file for rank in sorted(shares) for file in shares[rank].files),
             metrics=first.metrics,
             weights_only=first.weights_only,

@@ -13,7 +13,7 @@ DEFAULT_MONITOR = "val_loss"
 
 
 def best(checkpoints: Sequence[Checkpoint], monitor: str | None = None, mode: str = "min") -> Checkpoint | None:
-    """The checkpoint with the best `monitor`, the newest of equals; None where none has a value that is a number.
+    """The checkpoint with the best `monitor`, the oldest of equals; None where none has a value that is a number.
 
     `monitor=None` takes the lowest "val_loss" if the newest checkpoint has one, else the newest checkpoint.
     """
@@ -22,14 +22,18 @@ def best(checkpoints: Sequence[Checkpoint], monitor: str | None = None, mode: st
 
 
 def rank(checkpoints: Sequence[Checkpoint], monitor: str | None = None, mode: str = "min") -> list[Checkpoint]:
-    """Those that can be compared, best first."""
+    """Those that can be compared, best first.
+
+    Of equals the oldest comes first: until the next validation, later checkpoints carry the value of the last one on,
+    which was not measured with their weights.
+    """
     newest_first = sorted(checkpoints, key=lambda checkpoint: checkpoint.age_key, reverse=True)
     if monitor is None:
         if not newest_first or DEFAULT_MONITOR not in newest_first[0].metrics:
             return newest_first
         monitor, mode = DEFAULT_MONITOR, "min"
     sign = -1.0 if mode == "max" else 1.0
-    comparable = [it for it in newest_first if not math.isnan(it.metrics.get(monitor, math.nan))]
+    comparable = [it for it in reversed(newest_first) if not math.isnan(it.metrics.get(monitor, math.nan))]
     return sorted(comparable, key=lambda checkpoint: sign * checkpoint.metrics[monitor])
 
 

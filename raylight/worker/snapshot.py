@@ -80,7 +80,7 @@ class Snapshots:
         if self._preparation is not None:
             self._preparation.join()
             self._preparation = None
-        snapshot = _Snapshot(directory, step, epoch, dict(metrics), weights_only)
+        snapshot = _Snapshot(directory, step, epoch, dict(metrics), weights_only, self.world_size)
         snapshot.contents, copies = self._stage(state, weights_only, optimizer_owned)
         self._buffers.prepare()
         snapshot.versions = [(tensor, tensor._version) for tensor in optimizer_owned]
@@ -167,6 +167,7 @@ class _Snapshot:
     epoch: int
     metrics: dict[str, float]
     weights_only: bool
+    world_size: int
     contents: dict[str, Any] = field(default_factory=dict)  # by file name; tensors are host buffers
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
     late: list[Copy] = field(default_factory=list)
@@ -252,7 +253,7 @@ class _Snapshot:
             return SaveFailed(self.directory, self.step, self.reason, self.is_torn)
         return Saved(
             self.directory, self.step, self.epoch, tuple(self.files), self.metrics, self.weights_only,
-            self.stall_s, self.write_s,
+            self.stall_s, self.write_s, self.world_size,
         )  # fmt: skip
 
 

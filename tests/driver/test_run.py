@@ -21,22 +21,37 @@ def version(tmp_path: Path) -> Version:
     return claim_version(Storage(str(tmp_path)), "run")
 
 
-def begin(version: Version, attempt: int) -> Run:
+class Listener:
+    """A sink that keeps what the driver itself has to say."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def handle(self, rank: int, message: Message) -> None:
+        if isinstance(message, Notice):
+            self.said.append(message.text)
+
+
+def begin(version: Version, attempt: int, world_size: int = 1) -> Run:
     if attempt:
         raise_fence(version.storage, attempt)
-    run = Run(version, Config(name="run"), 1, [], [], attempt)
+    run = Run(version, Config(name="run"), world_size, [Listener()], [], attempt)
     run.start({})
     return run
+
+
+def heard(run: Run) -> list[str]:
+    return run.sinks[0].said
 
 
 def log(run: Run, step: int, value: float) -> None:
     run.handle(0, EpochMetrics("train", 0, step, 0.0, {"loss": value}, frozenset({"loss"}), frozenset()))
 
 
-def save(run: Run, version: Version, step: int) -> Message:
+def save(run: Run, version: Version, step: int, rank: int = 0, world_size: int = 1) -> Message:
     directory = f"checkpoints/step-{step:08d}" + (f"-attempt-{run.attempt}" if run.attempt else "")
-    file = version.storage.write(f"{directory}/model.pt", [b"weights"])
-    return Saved(directory, step, 0, (file,), {}, False, 0.0, 0.0)
+    file = version.storage.write(f"{directory}/model-{rank:05d}-of-{world_size:05d}.pt", [b"weights"])
+    return Saved(directory, step, 0, (file,), {}, False, 0.0, 0.0, world_size)
 
 
 def test_a_driver_whose_version_was_taken_over_ends_and_leaves_everything_to_its_successor(version: Version) -> None:
@@ -74,3 +89,49 @@ def test_what_a_rank_logged_is_kept_while_it_accumulates(version: Version) -> No
     run.handle(1, Progress("train", 0, 4, 8, 16, share=share))
     run.handle(1, Progress("train", 0, 4, 9, 18))  # in the middle of a step nothing new counts
     assert run.shares[1] == [(0, share)]
+
+
+# ---- checkpoints of a group that has changed
+
+
+@pytest.mark.parametrize("rank", [0, 1])  # the survivor's rank before it became rank 0
+def test_a_share_for_a_larger_group_is_no_checkpoint_of_the_one_that_is_left(version: Version, rank: int) -> None:
+    run = begin(version, 0, world_size=2)
+    run.begin_generation(1, "a worker died")
+    run.handle(0, save(run, version, 5, rank, world_size=2))
+    run.wait_for_storage()
+    assert list_checkpoints(version.storage) == []
+    assert not run.saved
+    assert [text for text in heard(run) if "the checkpoint of step 5 is lost" in text]
+    run.handle(0, save(run, version, 6))
+    run.wait_for_storage()
+    assert [checkpoint.step for checkpoint in list_checkpoints(version.storage)] == [6]
+
+
+def test_the_loss_of_a_checkpoint_is_told_once_however_many_ranks_are_left(version: Version) -> None:
+    run = begin(version, 0, world_size=3)
+    run.begin_generation(2, "a worker died")
+    for rank in range(2):
+        run.handle(rank, save(run, version, 5, rank, world_size=3))
+    assert len(heard(run)) == 1
+
+
+def test_the_shares_of_a_smaller_group_are_whole_by_themselves(version: Version) -> None:
+    run = begin(version, 0, world_size=2)
+    run.begin_generation(3, "one joined")
+    run.handle(0, save(run, version, 6, 0, world_size=3))
+    run.handle(0, save(run, version, 5, 0, world_size=2))
+    run.handle(1, save(run, version, 5, 1, world_size=2))
+    run.wait_for_storage()
+    (checkpoint,) = list_checkpoints(version.storage)
+    assert (checkpoint.step, checkpoint.manifest.world_size, len(checkpoint.file_names)) == (5, 2, 2)
+
+
+def test_shares_for_groups_of_different_size_make_no_checkpoint_together(version: Version) -> None:
+    run = begin(version, 0, world_size=2)
+    run.begin_generation(3, "one joined")
+    run.handle(0, save(run, version, 5, 0, world_size=3))
+    run.handle(1, save(run, version, 5, 1, world_size=2))
+    run.handle(2, save(run, version, 5, 2, world_size=3))
+    run.wait_for_storage()
+    assert list_checkpoints(version.storage) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -98,6 +99,25 @@ def test_files_and_result(num_workers, tmp_path):
     for file in sorted(Path(result.last_checkpoint.path).glob("model-*.pt")):
         weights |= torch.load(file, weights_only=True)
     assert weights.keys() == module.state_dict().keys()
+
+
+class GrowsWorse(Net):
+    """Takes its time, so that a checkpoint is on storage before the next step ends."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        time.sleep(0.03)
+
+    def on_validation_epoch_end(self):
+        self.log("val_loss", float(self.current_epoch))
+
+
+@pytest.mark.parametrize("checkpoint", [{}, {"monitor": "val_loss"}])
+def test_the_best_checkpoint_is_the_one_that_was_validated(checkpoint, tmp_path):
+    options = pl.Checkpointing(every_n_steps=1, **checkpoint)
+    result = fit(GrowsWorse(), 0, tmp_path, batch_size=1, checkpoint=options)
+    steps_per_epoch = result.num_steps // 2
+    assert result.best_checkpoint.step == steps_per_epoch
+    assert [kept.step for kept in result.checkpoints] == [steps_per_epoch, result.num_steps]
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])

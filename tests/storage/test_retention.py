@@ -36,7 +36,9 @@ def steps(checkpoints: list[Checkpoint]) -> list[int]:
         ((1.0, nan, 2.0), "val_loss", "min", 1),
         ((nan, 5.0, nan), "val_loss", "max", 2),
         ((math.inf, 5.0, -math.inf), "val_loss", "min", 3),
-        ((1.0, 2.0, 1.0), "val_loss", "min", 3),  # the newest of equals
+        ((2.0, 1.0, 1.0), "val_loss", "min", 2),  # the oldest of equals: later ones may only carry its value on
+        ((1.0, 2.0, 2.0), "val_loss", "max", 2),
+        ((2.0, 1.0, 1.0), None, "min", 2),
         ((None, 2.0, None), "val_loss", "min", 2),
         ((3.0, 1.0, 2.0), None, "min", 2),  # val_loss without being asked
         ((3.0, 1.0, 2.0), None, "max", 2),  # a mode without a monitor says nothing
@@ -65,6 +67,7 @@ def test_there_is_no_best_among_what_cannot_be_compared() -> None:
         ((3.0, 1.0, 2.0, 2.5), {"keep_last": 2}, [1]),
         ((3.0, 1.0, 2.0), {"keep_best": -1}, []),
         ((3.0, 1.0, 2.0), {"keep_last": -1}, []),
+        ((2.0, 1.0, 1.0, 1.0), {}, [1, 3]),
         ((1.0, 3.0, 2.0), {"keep_best": 0, "keep_last": 0}, [2]),  # best and last are always kept
         ((3.0, 1.0, 2.0), {"protected": {"step-00000001"}}, []),
         ((3.0, 1.0, 2.0), {"protected": {"/x/checkpoints/step-00000001"}}, []),

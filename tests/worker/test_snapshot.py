@@ -217,6 +217,15 @@ def test_ranks_write_each_tensor_once_and_together_everything(storage, tmp_path,
     assert [name for name in checkpoint.file_names if name == "module.pt"] == ["module.pt"]
 
 
+def test_a_snapshot_tells_the_size_of_the_group_that_it_was_taken_in(storage):
+    training = Training()
+    training.step()
+    snapshots = Snapshots(storage, 1, 2)
+    assert training.take(snapshots)
+    snapshots.rank, snapshots.world_size = 0, 1  # a worker died meanwhile
+    assert finish(snapshots).world_size == 2
+
+
 def test_large_tensors_are_balanced_over_ranks_by_bytes(storage):
     net = nn.Sequential(*(nn.Linear(100, 100) for _ in range(8)))
     optimizer = torch.optim.Adam(net.parameters())

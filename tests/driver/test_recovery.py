@@ -1,0 +1,76 @@
+"""Which checkpoint a group whose ranks are all gone begins from, and what becomes of those beyond it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raylight.config import Config
+from raylight.driver.recovery import Recovery
+from raylight.driver.run import Run
+from raylight.driver.watch import Watch
+from raylight.messages import Died, Message, Saved
+from raylight.storage.filesystem import Storage
+from raylight.storage.versions import claim_version
+from raylight.task import Loaders, Task
+
+
+class Group:
+    """One rank, for which another process is always found."""
+
+    world_size, can_recover, num_recruits = 1, True, 0
+
+    def replace(self, rank: int, timeout_s: float) -> int:
+        return rank
+
+    def adopt(self, most: int) -> int:
+        return 0
+
+    def rejoin(self, task: Task) -> Iterator[tuple[int, Message]]:
+        self.task = task
+        return iter(())
+
+
+def save(driver: Run, step: int) -> None:
+    directory = f"checkpoints/step-{step:08d}"
+    file = driver.version.storage.write(f"{directory}/model.pt", [b"weights"])
+    driver.handle(0, Saved(directory, step, 0, (file,), {}, False, 0.0, 0.0))
+    driver.wait_for_storage()
+
+
+def lose_all(driver: Run) -> Any:
+    """The checkpoint that the next generation begins from."""
+    config, group = driver.config, Group()
+    task = Task("fit", None, Loaders(), config, [], driver.version.path, driver.version.storage, seed=0)
+    recovery = Recovery(config, group, driver, task, Watch(config, group, driver, "fit"))
+    assert list(recovery.go_on({0: Died("killed")})) == []
+    return group.task.checkpoint
+
+
+def test_a_run_that_passed_over_a_damaged_checkpoint_keeps_those_that_it_makes_next(tmp_path: Path) -> None:
+    driver = Run(claim_version(Storage(str(tmp_path)), "run"), Config(name="run"), 1, [], [])
+    driver.start({})
+    save(driver, 20)
+    driver.protected = {driver.last.path}
+    save(driver, 30)
+    driver.protected.clear()
+    Path(driver.last.path, "model.pt").write_bytes(b"damaged")
+    begun = lose_all(driver)
+    assert begun.step == driver.last.step == 20
+    save(driver, 25)
+    assert driver.last.step == 25
+    assert [kept.step for kept in driver.checkpoints] == [20, 25]  # that which it began from is never deleted
+    driver.close("finished")
+
+
+def test_so_does_one_that_is_resumed(tmp_path: Path) -> None:
+    version = claim_version(Storage(str(tmp_path)), "run")
+    before = Run(version, Config(name="run"), 1, [], [])
+    before.start({})
+    save(before, 20)
+    before.protected = {before.last.path}
+    save(before, 30)
+    resumed = Run(version, Config(name="run"), 1, [], [], attempt=1, protected=before.checkpoints[0].path)
+    resumed.redo_from(20)
+    assert [kept.step for kept in resumed.checkpoints] == [20]
