@@ -199,7 +199,7 @@ def _set_numerics(task: Task, place: Place, stack: ExitStack) -> None:
     postpone_dynamo()
     set_rank(place.rank)
     stack.callback(set_rank, 0)
-    if config.seed is not None or place.world_size > 1:
+    if (config.seed is not None or place.world_size > 1) and not task.options.get("rescue"):
         # every rank draws another stream, so that dropout masks differ between them
         seed_process(task.seed + place.rank)
     if config.deterministic:

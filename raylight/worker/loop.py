@@ -280,8 +280,6 @@ class Loop:
         rank.checkpoint_requested = False
         if rank.snapshots is None or rank.saved_step == rank.global_step:
             return
-        if rank.batch_idx:
-            rank.position = rank.train_batches.position_after(rank.batch_idx - 1)
         yield from rank.snapshots.poll()
         free = agree(not rank.snapshots.busy, rank.world_size)
         if free or must:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raylight.messages import Message
+from raylight.messages import Message, Saved
 from raylight.task import Place, Task
 from raylight.worker import state
 from raylight.worker.collectives import broadcast_object, gather_objects
@@ -50,7 +50,7 @@ def move(rank: Rank, task: Task, place: Place, control: Control) -> None:
     if (place.rank, place.world_size) != (rank.global_rank, rank.world_size):
         rank.val_dataloaders = None  # and so they are divided anew
         if rank.snapshots is not None:
-            rank.snapshots.rank, rank.snapshots.world_size = place.rank, place.world_size
+            rank.snapshots.move(place.rank, place.world_size)
     rank.task, rank.place, rank.control = task, place, control
     rank.metrics.world_size = place.world_size
     rank.module.trainer = rank
@@ -91,6 +91,10 @@ def rescue(rank: Rank | None, task: Task, place: Place, control: Control) -> Ite
     if rank is None or not rank.has_trained or task.files is None or _committed_step(rank) == rank.global_step:
         return
     move(rank, task, place, control)
+    results = rank.snapshots.close(FINAL_WRITE_TIMEOUT_S) if rank.snapshots is not None else []
+    yield from results
+    if any(isinstance(result, Saved) and result.directory == _directory(rank) for result in results):
+        return
     rank.snapshots = Snapshots(task.files, place.rank, place.world_size)
     state.take_snapshot(rank, wait=True)
     yield from rank.snapshots.close(FINAL_WRITE_TIMEOUT_S)
@@ -99,10 +103,12 @@ def rescue(rank: Rank | None, task: Task, place: Place, control: Control) -> Ite
 def _committed_step(rank: Rank) -> int:
     """This step, if its checkpoint is on storage: then it must not be written again."""
     files = rank.task.files
-    done = files is not None and files.exists(
-        f"{state.checkpoint_directory(rank.global_step, rank.attempt)}/manifest.json"
-    )
+    done = files is not None and files.exists(f"{_directory(rank)}/manifest.json")
     return rank.global_step if done else -1
+
+
+def _directory(rank: Rank) -> str:
+    return state.checkpoint_directory(rank.global_step, rank.attempt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,12 @@ class Snapshots:
                 self._finish(snapshot)
         return self.poll()
 
+    def move(self, rank: int, world_size: int) -> None:
+        """Take another place in another group, whose share of a checkpoint what is still being written is not."""
+        self.rank, self.world_size = rank, world_size
+        if self._in_flight is not None and self._in_flight.reason is None:
+            self._in_flight.reason = "it was not written when the group was made anew"
+
     def _finish(self, snapshot: _Snapshot) -> None:
         self._in_flight = None
         self._results.append(snapshot.result())

@@ -42,6 +42,8 @@ def take_snapshot(rank: Rank, wait: bool) -> bool:
 
 def collect(rank: Rank) -> State:
     """All state of this rank, by reference: the snapshot copies it."""
+    if rank.batch_idx:
+        rank.position = rank.train_batches.position_after(rank.batch_idx - 1)
     checkpoint = {
         "epoch": rank.current_epoch,
         "global_step": rank.global_step,

@@ -64,6 +64,28 @@ def test_stopped_in_the_middle_of_an_epoch(num_workers, stop, tmp_path):
     assert all(values[key] == pytest.approx(value, rel=1e-6) for key, value in epoch_values(never_stopped).items())
 
 
+class FailingOnce(pl.Callback):
+    """Raises at the start of a batch, before a random number is drawn for it."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise ValueError("once")
+
+
+@pytest.mark.parametrize("stop", [3, 14])
+def test_stopped_by_an_exception(stop, tmp_path):
+    whole, again = Net(), Net()
+    fit(whole, 0, tmp_path / "whole", max_steps=20)
+    with pytest.raises(pl.WorkerFailed, match="once"):
+        fit(Net(), 0, tmp_path / "parts", max_steps=20, callbacks=[FailingOnce(stop)])
+    assert fit(again, 0, tmp_path / "parts", max_steps=20, resume="last").num_steps == 20
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
 def epoch_values(result: pl.Result) -> dict[tuple[str, int], float]:
     """By name and step."""
     return {(row["name"], row["step"]): row["value"] for row in result.history().to_pylist()}
