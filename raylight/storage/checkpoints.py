@@ -203,7 +203,7 @@ def _digest_problem(checkpoint: Checkpoint, file: SavedFile) -> str | None:
             digest = digest_of_file(opened, algorithm)
     except ValueError:
         return f"{file.path} has a digest of an unknown kind, {algorithm!r}"
-    except (StorageError, CheckpointCorrupt) as error:
+    except (StorageError, CheckpointCorrupt, OSError) as error:
         return f"{file.path} cannot be read ({error})"
     return None if digest == file.digest else f"{file.path} has other bytes than were written ({algorithm} differs)"
 
