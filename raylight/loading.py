@@ -8,9 +8,18 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raylight.errors import CheckpointMismatch, InvalidArguments
-from raylight.storage.checkpoints import Checkpoint, best, find_checkpoint, list_checkpoints, newest_whole
+from raylight.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments
+from raylight.storage.checkpoints import (
+    Checkpoint,
+    check_whole,
+    find_checkpoint,
+    first_whole,
+    list_checkpoints,
+    newest_whole,
+)
 from raylight.storage.filesystem import Storage
+from raylight.storage.retention import rank
+from raylight.storage.summaries import monitor_of
 from raylight.storage.versions import Version, list_versions
 
 POINTER_FILE = "raylight.json"
@@ -55,6 +64,8 @@ def find_resume(ckpt_path: Any, storage: Storage, name: str, previous: Any = Non
         return Resume()
     if isinstance(ckpt_path, Resume):
         return ckpt_path
+    if isinstance(ckpt_path, Checkpoint):
+        return Resume(check_whole(ckpt_path))
     if not isinstance(ckpt_path, str | os.PathLike):
         return Resume(checkpoint=ckpt_path, seed=None)
     if ckpt_path == "last":
@@ -74,14 +85,19 @@ def _find_last(storage: Storage, name: str) -> Resume:
 
 
 def _find_best(storage: Storage, name: str, previous: Any) -> Resume:
+    """The best whole checkpoint: of the fit just done where there was one, else of the newest version that has any."""
     if previous is not None and previous.best_checkpoint is not None:
-        return Resume(previous.best_checkpoint)
+        found = first_whole(rank(previous.checkpoints, *monitor_of(previous.version.read_run())))
+        if found is None:
+            raise CheckpointCorrupt(f"'best': none of the checkpoints of {previous.version.path} is whole")
+        return Resume(found)
     for version in reversed(list_versions(storage, name)):
-        options = version.read_run().get("arguments", {}).get("checkpoint") or {}
-        found = best(list_checkpoints(version.storage), options.get("monitor"), options.get("mode", "min"))
+        found = first_whole(rank(list_checkpoints(version.storage), *monitor_of(version.read_run())))
         if found is not None:
             return Resume(found)
-    raise InvalidArguments(f"'best': run {name!r} in {storage.uri} has no checkpoint; make one first, or pass a path")
+    raise InvalidArguments(
+        f"'best': run {name!r} in {storage.uri} has no whole checkpoint; make one first, or pass a path"
+    )
 
 
 def load_module(owner: type, path: Any, map_location: Any, strict: bool | None, overrides: dict[str, Any]) -> Any:

@@ -177,8 +177,8 @@ class Trainer:
             mistakes += checks.check_run(stage, model, loaders, self.config, self.callbacks)
         if mistakes:
             raise InvalidArguments(mistakes)
-        if ckpt_path is None and given_model is None and self.result is not None:
-            ckpt_path = self.result.best_checkpoint
+        if ckpt_path is None and given_model is None and self.result is not None and self.result.best_checkpoint:
+            ckpt_path = "best"
         self._model = model
         execution = Execution(self.config, self.callbacks, stage, model, loaders, self.result)
         try:

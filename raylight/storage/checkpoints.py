@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, BinaryIO
@@ -19,8 +19,9 @@ from raylight.storage.manifest import Manifest, check_inside
 from raylight.storage.retention import best, retain
 
 __all__ = [
-    "Checkpoint", "Manifest", "best", "commit", "delete", "directory_of", "find_checkpoint", "list_checkpoints",
-    "newest_whole", "raise_fence", "read_checkpoint", "retain", "sweep_leftovers", "verify",
+    "Checkpoint", "Manifest", "best", "check_whole", "commit", "delete", "directory_of", "find_checkpoint",
+    "first_whole", "list_checkpoints", "newest_whole", "raise_fence", "read_checkpoint", "retain", "sweep_leftovers",
+    "verify",
 ]  # fmt: skip
 
 logger = logging.getLogger("raylight.storage")
@@ -202,7 +203,7 @@ def _digest_problem(checkpoint: Checkpoint, file: SavedFile) -> str | None:
             digest = digest_of_file(opened, algorithm)
     except ValueError:
         return f"{file.path} has a digest of an unknown kind, {algorithm!r}"
-    except (StorageError, CheckpointCorrupt) as error:
+    except (StorageError, CheckpointCorrupt, OSError) as error:
         return f"{file.path} cannot be read ({error})"
     return None if digest == file.digest else f"{file.path} has other bytes than were written ({algorithm} differs)"
 
@@ -212,13 +213,17 @@ def newest_whole(version: Storage, digests: bool = True, resumable: bool = False
 
     `resumable` leaves out those that hold the weights alone.
     """
-    for checkpoint in reversed(list_checkpoints(version)):
-        if resumable and checkpoint.manifest.weights_only:
-            continue
+    newest_first = reversed(list_checkpoints(version))
+    return first_whole((it for it in newest_first if not (resumable and it.manifest.weights_only)), digests)
+
+
+def first_whole(checkpoints: Iterable[Checkpoint], digests: bool = True) -> Checkpoint | None:
+    """The first whose files are as they were written; damaged ones are passed over with a warning."""
+    for checkpoint in checkpoints:
         problems = verify(checkpoint, digests)
         if not problems:
             return checkpoint
-        logger.warning("%s is damaged: %s. Passed over for an older one.", checkpoint.path, _listed(problems))
+        logger.warning("%s is damaged: %s. Passed over for another one.", checkpoint.path, _listed(problems))
     return None
 
 
@@ -234,6 +239,11 @@ def find_checkpoint(path: str | os.PathLike[str], filesystem: Any = None, digest
         checkpoint = read_checkpoint(folder)
     except MissingFile:
         raise _nothing_committed(folder) from None
+    return check_whole(checkpoint, digests)
+
+
+def check_whole(checkpoint: Checkpoint, digests: bool = True) -> Checkpoint:
+    """The same checkpoint. Raises CheckpointCorrupt saying what is wrong with its files."""
     if problems := verify(checkpoint, digests):
         raise CheckpointCorrupt(
             f"{checkpoint.path} is damaged: {_listed(problems)}.\n"

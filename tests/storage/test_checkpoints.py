@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -378,3 +379,20 @@ def test_leftovers_are_swept_and_nothing_else(version: Storage) -> None:
     assert gone == ["step-00000030"]
     left = sorted(os.listdir(Path(version.uri) / "checkpoints"))
     assert left == ["step-00000010", "step-00000020", "step-00000040", "step-00000050"]
+
+
+def test_a_disk_that_cannot_read_a_file_makes_its_checkpoint_a_damaged_one(
+    version: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(version, 10)
+    newest = save(version, 20)
+    digest = store.digest_of_file
+
+    def fail(opened: object, algorithm: str) -> str:
+        if newest.name in opened.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return digest(opened, algorithm)
+
+    monkeypatch.setattr(store, "digest_of_file", fail)
+    assert store.newest_whole(version).step == 10
+    assert "cannot be read ([Errno 5] Input/output error)" in store.verify(newest)[0]
