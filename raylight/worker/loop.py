@@ -274,27 +274,30 @@ class Loop:
         """Starts a checkpoint of this step; the bytes are written behind the loop.
 
         While the one before is still being written, a checkpoint that `must` be made (an epoch's, the last) waits for
-        it, and one in between is left out, on all ranks alike.
+        it, and one in between is left out, on all ranks alike; one that was asked for is made after a later step.
         """
         rank = self.rank
-        rank.checkpoint_requested = False
         if rank.snapshots is None or rank.saved_step == rank.global_step:
+            rank.checkpoint_requested = False
             return
         yield from rank.snapshots.poll()
         free = agree(not rank.snapshots.busy, rank.world_size)
         if free or must:
             rank.control.beat = ("save", rank.global_step, monotonic())
             state.take_snapshot(rank, wait=not free)
-            rank.saved_step = rank.global_step
+            rank.saved_step, rank.checkpoint_requested = rank.global_step, False
 
     def save_last(self) -> Iterator[Message]:
-        """The state at the end of the run is always on storage."""
+        """The state at the end of the run is always on storage; what fails on any rank is tried once more by all."""
         rank = self.rank
         yield from self._drain()
         if rank.snapshots is not None:
             yield from self.save(must=True)
             rank.control.beat = ("save", rank.global_step, monotonic())
             yield from rank.snapshots.close(FINAL_WRITE_TIMEOUT_S)
+            if not self._agree(not rank.snapshots.has_failed):
+                state.take_snapshot(rank, wait=True)
+                yield from rank.snapshots.close(FINAL_WRITE_TIMEOUT_S)
         yield from rank.take_outbox()
 
     def obey(self, action: Action) -> None:

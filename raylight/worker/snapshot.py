@@ -35,12 +35,13 @@ class Snapshots:
     """The snapshots of one rank, one at a time. All methods are called by the thread that trains.
 
     `take_again` says that the newest was thrown away by `wait` (or by `poll`, which may have to call it): take the next
-    at the end of this step.
+    at the end of this step. `has_failed` says that the newest has ended and is not on storage.
     """
 
     def __init__(self, files: Files, rank: int, world_size: int):
         self.files, self.rank, self.world_size = files, rank, world_size
         self.take_again = False
+        self.has_failed = False
         self._buffers = HostBuffers()
         self._preparation: threading.Thread | None = None
         self._in_one_piece = False  # user code writes into what optimizers own: the copy cannot be put off
@@ -89,7 +90,7 @@ class Snapshots:
         snapshot.stall_s = time.perf_counter() - started
         snapshot.thread.start()
         self._in_flight = self._pending = snapshot
-        self.take_again = False
+        self.take_again = self.has_failed = False
         return True
 
     def wait(self) -> bool:
@@ -141,6 +142,7 @@ class Snapshots:
 
     def _finish(self, snapshot: _Snapshot) -> None:
         self._in_flight = None
+        self.has_failed = snapshot.reason is not None
         self._results.append(snapshot.result())
 
     def _make_room(self, wait: bool) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylight as pl
+from raylight.worker import snapshot as snapshot_module
 
 QUIET = {"num_workers": 0, "use_gpu": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -137,3 +140,43 @@ def test_an_optimizer_with_a_closure_evaluates_it(tmp_path):
     result = fit(module, tmp_path, max_epochs=1)
     assert result.num_steps == 6
     assert module.weight.item() < 1.0
+
+
+def test_the_last_checkpoint_is_tried_again(tmp_path, monkeypatch):
+    failures = [OSError("the storage was away")]
+    write_file = snapshot_module._Snapshot.write_file
+
+    def write(snapshot, *arguments):
+        if snapshot.step == 6 and failures:
+            raise failures.pop()
+        return write_file(snapshot, *arguments)
+
+    monkeypatch.setattr(snapshot_module._Snapshot, "write_file", write)
+    assert fit(Net(), tmp_path, max_epochs=1).last_checkpoint.step == 6
+
+
+class Requesting(pl.Callback):
+    """Asks for a checkpoint after steps 2 and 3, and lets the first be written after step 4."""
+
+    def __init__(self, opened: threading.Event):
+        self.opened = opened
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.checkpoint_requested = trainer.checkpoint_requested or trainer.global_step in (2, 3)
+        if trainer.global_step == 4:
+            self.opened.set()
+            trainer.snapshots._in_flight.thread.join()
+
+
+def test_a_checkpoint_that_was_asked_for_waits_for_the_one_in_flight(tmp_path, monkeypatch):
+    opened = threading.Event()
+    write_file = snapshot_module._Snapshot.write_file
+
+    def write(snapshot, *arguments):
+        assert opened.wait(30)
+        return write_file(snapshot, *arguments)
+
+    monkeypatch.setattr(snapshot_module._Snapshot, "write_file", write)
+    checkpoint = pl.Checkpointing(keep_last=-1)
+    result = fit(Net(), tmp_path, max_epochs=1, callbacks=[Requesting(opened)], checkpoint=checkpoint)
+    assert [checkpoint.step for checkpoint in result.checkpoints] == [2, 4, 6]
