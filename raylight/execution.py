@@ -18,7 +18,7 @@ from raylight.driver.run import Run
 from raylight.driver.watch import Watch
 from raylight.launch.in_process import InProcessGroup
 from raylight.launch.signals import stop_on_signal
-from raylight.loading import Resume, find_resume
+from raylight.loading import Resume, find_resume, find_seed
 from raylight.loggers import make_loggers
 from raylight.messages import Message
 from raylight.report.console import Console
@@ -118,7 +118,7 @@ class Execution:
         if self.stage == "fit" and not isinstance(group, InProcessGroup):
             driver.sinks.append(_make_gauges(driver))
         driver.is_follow_up = self.stage != "fit" and version is not None and bool(version.read_run())
-        seed = resume.seed if resume.seed is not None else self._draw_seed()
+        seed = resume.seed if resume.seed is not None else self._choose_seed(resume)
         driver.start({"seed": seed, "stage": self.stage, "resumed_from": protected, **facts})
         if resume.notice:
             driver.tell(resume.notice)
@@ -198,10 +198,14 @@ class Execution:
             return resume.checkpoint.step, resume.checkpoint.epoch
         return (self.previous.num_steps, self.previous.num_epochs) if self.previous is not None else (0, 0)
 
-    def _draw_seed(self) -> int:
-        """From torch's generator, so that a script which seeds torch gets the same order of samples each time."""
+    def _choose_seed(self, resume: Resume) -> int:
+        """The caller's, else that of the run gone on from, whose epoch may be half done; else one from torch's
+        generator, so that a script which seeds torch gets the same order of samples each time."""
         if self.config.seed is not None:
             return self.config.seed
+        found = find_seed(resume.checkpoint) if self.stage == "fit" else None
+        if found is not None:
+            return found
         return int(torch.randint(0, 2**31 - 1, ()).item())
 
     # ---- after

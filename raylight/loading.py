@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raylight.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments
+from raylight.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments, StorageError
 from raylight.storage.checkpoints import (
     Checkpoint,
     check_whole,
@@ -73,6 +73,18 @@ def find_resume(ckpt_path: Any, storage: Storage, name: str, previous: Any = Non
     if ckpt_path == "best":
         return _find_best(storage, name, previous)
     return Resume(checkpoint=find_checkpoint(os.fspath(ckpt_path)))
+
+
+def find_seed(checkpoint: Any) -> int | None:
+    """The seed of the run that made the checkpoint; None where it lies outside its version directory."""
+    if not isinstance(checkpoint, Checkpoint):
+        return None
+    version = checkpoint.storage.parent().parent()
+    try:
+        seed = Version(0, version, "").read_run().get("seed")
+    except StorageError:
+        return None
+    return seed if isinstance(seed, int) else None
 
 
 def _find_last(storage: Storage, name: str) -> Resume:

@@ -227,7 +227,10 @@ class Run:
             self.checkpoints, options.keep_best, options.keep_last, options.monitor, options.mode, self.protected
         )  # fmt: skip
         for checkpoint in extra:
-            store.delete(checkpoint)
+            try:
+                store.delete(checkpoint)
+            except StorageError as error:
+                self.tell(f"a checkpoint that is not needed any more stays on storage: {error}", "warning")
         gone = {checkpoint.path for checkpoint in extra}
         self.checkpoints = [c for c in self.checkpoints if c.path not in gone]
 

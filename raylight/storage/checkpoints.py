@@ -291,10 +291,15 @@ def sweep_leftovers(version: Storage, keep: Collection[str] = ()) -> list[str]:
     """
     fence = read_fence(version)
     kept = {name.rpartition("/")[2] for name in keep}
-    gone = [name for name in _folders(version) if name not in kept and _is_leftover(version, name, fence)]
-    for name in gone:
+    leftovers = [name for name in _folders(version) if name not in kept and _is_leftover(version, name, fence)]
+    gone = []
+    for name in leftovers:
         version.child(CHECKPOINTS, name).delete(MANIFEST_FILE)
-        version.delete_directory(f"{CHECKPOINTS}/{name}")
+        try:
+            version.delete_directory(f"{CHECKPOINTS}/{name}")
+            gone.append(name)
+        except StorageError as error:
+            logger.warning("what a dead attempt left stays on storage: %s", error)
     return gone
 
 

@@ -142,11 +142,11 @@ class Loop:
                 self.obey(action)
             if self.pause is not None and not rank.checkpoint_requested:
                 yield from self.stand_still()
-            if schedule.validates_after_batch():
+            if schedule.validates_after_batch(batch.last):
                 yield from self.validate()
             if not batch.last and schedule.saves_after_step(gradients.window):
                 yield from self.save()
-            if schedule.stops_in_epoch():
+            if schedule.stops_in_epoch() and not gradients.window:  # what is accumulated is not thrown away
                 break
             if self.regroups and not gradients.window:
                 yield from self.report(batch.index)
@@ -201,7 +201,8 @@ class Loop:
         self.num_samples, self.next_report, self.gradients.window = 0, 0.0, 0
         yield StageStarted("train", rank.current_epoch, rank.global_step, rank.num_training_batches)
         rank.metrics.stage, rank.metrics.hook_is_step = "train", True
-        if rank.batch_idx and self.schedule.validates_after_batch() and rank.validated_at != rank.num_batches_seen:
+        ended = rank.batch_idx > 0 and rank.batch_idx == rank.num_training_batches
+        if rank.batch_idx and self.schedule.validates_after_batch(ended) and rank.validated_at != rank.num_batches_seen:
             yield from self.validate()  # it was due, and then the run was cut short
 
     def report(self, index: int) -> Iterator[Message]:

@@ -87,9 +87,13 @@ class Schedule:
 
     # ---- validation
 
-    def validates_after_batch(self) -> bool:
+    def validates_after_batch(self, last: bool) -> bool:
+        """`last`: it was the epoch's last batch. That counts where there is one validation an epoch, as an epoch that
+        was begun by another number of workers has another number of batches."""
         if self.val_every <= 0:
             return False
+        if self.config.val_check_interval == 1.0 and not isinstance(self.config.val_check_interval, int):
+            return last and self._is_validation_epoch()
         rank, across_epochs = self.rank, self.config.check_val_every_n_epoch is None
         count = rank.num_batches_seen if across_epochs else rank.batch_idx
         return count % self.val_every == 0 and self._is_validation_epoch()

@@ -11,7 +11,7 @@ from raylight.driver.journal import read_metrics
 from raylight.driver.run import Run
 from raylight.errors import StorageError
 from raylight.messages import EpochMetrics, Message, Notice, Progress, Saved
-from raylight.storage.checkpoints import list_checkpoints, raise_fence
+from raylight.storage.checkpoints import Checkpoint, list_checkpoints, raise_fence
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
 
@@ -135,3 +135,21 @@ def test_shares_for_groups_of_different_size_make_no_checkpoint_together(version
     run.handle(2, save(run, version, 5, 2, world_size=3))
     run.wait_for_storage()
     assert list_checkpoints(version.storage) == []
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_costs_no_new_one(
+    version: Version, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where a file that somebody reads leaves its folder busy."""
+
+    def refuse(checkpoint: Checkpoint) -> None:
+        raise StorageError(f"could not delete {checkpoint.path}: Device or resource busy")
+
+    monkeypatch.setattr("raylight.storage.checkpoints.delete", refuse)
+    run = begin(version, 0)
+    for step in (1, 2, 3):
+        run.handle(0, save(run, version, step))
+        run.wait_for_storage()
+    assert run.last.step == 3
+    assert not [text for text in heard(run) if "is lost" in text]
+    assert len([text for text in heard(run) if "stays on storage" in text]) == 2

@@ -86,6 +86,67 @@ def test_stopped_by_an_exception(stop, tmp_path):
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+class Stopping(pl.Callback):
+    """Stops the run after a batch, as Ctrl-C does."""
+
+    def __init__(self, batch_idx: int):
+        self.batch_idx = batch_idx
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.should_stop |= batch_idx == self.batch_idx
+
+
+def test_stopped_where_gradients_are_accumulated(tmp_path):
+    """What was accumulated is not thrown away: the run ends after the step that takes it."""
+    whole, again = Net(), Net()
+    options = {"accumulate_grad_batches": 3, "max_epochs": 2}
+    fit(whole, 0, tmp_path / "whole", **options)
+    stopped = fit(Net(), 0, tmp_path / "parts", callbacks=[Stopping(3)], **options)
+    assert stopped.num_steps == 2
+    fit(again, 0, tmp_path / "parts", resume="last", **options)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_resumed_by_path_without_a_seed_it_goes_on_in_the_same_order(tmp_path):
+    """The seed of the run that is gone on from decides which samples of the epoch are left."""
+    data = TensorDataset(torch.arange(12.0).unsqueeze(1), torch.arange(12))
+    loader = DataLoader(data, batch_size=3, shuffle=True)
+    options = {"storage_path": str(tmp_path), "enable_progress_bar": False, "enable_model_summary": False}
+
+    class Seeing(Net):
+        def training_step(self, batch, batch_idx):
+            self.ids.extend(batch[1].tolist())
+            return self.net(batch[0].expand(-1, 4)).pow(2).mean()
+
+    first, second = Seeing(), Seeing()
+    first.ids, second.ids = [], []
+    stopped = pl.fit(first, loader, max_steps=2, **options)
+    pl.fit(second, loader, max_epochs=1, resume=stopped.last_checkpoint.path, **options)
+    assert sorted(first.ids + second.ids) == list(range(12))
+
+
+class Validating(Net):
+    def validation_step(self, batch, batch_idx):
+        self.log("validated", 1.0)
+
+
+def test_an_epoch_that_others_have_begun_is_validated(tmp_path):
+    """It has one batch less than an epoch of as many workers, or of as large batches, all along."""
+
+    def run(batch_size, **arguments):
+        data = TensorDataset(torch.randn(43, 4), torch.arange(43))
+        loader = DataLoader(data, batch_size=batch_size)
+        return pl.fit(
+            Validating(), loader, loader, num_workers=0, seed=5, storage_path=str(tmp_path), num_sanity_val_steps=0,
+            enable_progress_bar=False, enable_model_summary=False, **arguments,
+        )  # fmt: skip
+
+    run(8, max_steps=1)
+    result = run(6, max_epochs=1, resume="last")
+    assert result.metrics.get("validated") == 1.0
+
+
 def epoch_values(result: pl.Result) -> dict[tuple[str, int], float]:
     """By name and step."""
     return {(row["name"], row["step"]): row["value"] for row in result.history().to_pylist()}
