@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import raylight
 from raylight.cli import main
 from raylight.errors import InvalidArguments, NotEnoughResources
+from raylight.launch import ray_actors
 from raylight.runs import list_summaries
 from tests.faults_storage import uri_at
 
@@ -90,6 +91,7 @@ def best_loss(result: Any) -> float:
 @pytest.fixture(scope="module")
 def asha(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, str]:
     """Eight trials of two workers while four of the eight CPUs are taken: results, run folder, what was printed."""
+    ray_actors.release_all()  # what other files' fits have kept
     taken = placement_group([{"CPU": 4}])
     assert taken.wait(60)
     folder = tmp_path_factory.mktemp("asha")

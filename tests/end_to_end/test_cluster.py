@@ -151,7 +151,7 @@ def test_job_trains_with_a_worker_on_each_machine(cluster: OnPrem, tunnel: None)
     assert json.loads((version / "run.json").read_text())["status"] == "finished"
     assert len(list(version.glob("logs/rank-*.log"))) == 3
     listed = cluster.at_desk("ray list actors --format json 2>/dev/null", RAY_API_SERVER_ADDRESS=API)
-    workers = {actor["name"]: actor["node_id"] for actor in json.loads(listed) if actor["name"].startswith("raylight:")}
+    workers = {actor["name"]: actor["node_id"] for actor in json.loads(listed) if ":rank" in actor["name"]}
     assert set(workers) == {f"raylight:digits:v0:rank{rank}" for rank in range(3)}
     assert len(set(workers.values())) == 3
 
