@@ -239,6 +239,8 @@ class Rank:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        if hasattr(type(self), name):  # a property that failed: again, for the error of its own
+            return object.__getattribute__(self, name)
         known = [attribute for attribute in {*dir(type(self)), *self.__dict__} if not attribute.startswith("_")]
         near = difflib.get_close_matches(name, known, 1)
         hint = _INSTEAD.get(name) or (f"did you mean {near[0]!r}?" if near else "")

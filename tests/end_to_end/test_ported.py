@@ -238,3 +238,18 @@ class Mistaken(Net):
 def test_an_attribute_that_the_trainer_does_not_have(tmp_path):
     with pytest.raises(pl.WorkerFailed, match="did you mean 'num_training_batches'"):
         fit(Mistaken(), tmp_path, checkpoint=False)
+
+
+class Broken(Net):
+    def train_dataloader(self):
+        return self.no_such_data
+
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
+
+
+def test_an_attribute_error_of_the_users_own_is_told_as_it_is(tmp_path):
+    """Not as that of the trainer's attribute which led to it."""
+    with pytest.raises(pl.WorkerFailed, match="no attribute 'no_such_data'"):
+        pl.fit(Broken(), num_workers=0, storage_path=str(tmp_path), checkpoint=False, **QUIET)
