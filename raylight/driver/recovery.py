@@ -101,7 +101,7 @@ class Recovery:
         if from_checkpoint:
             checkpoint = newest_whole(driver.version.storage) if driver.version is not None else None
             driver.redo_from(checkpoint.step if checkpoint is not None else 0)
-            driver.protected |= {checkpoint.path} if checkpoint is not None else set()
+            driver.protected = {checkpoint.path} if checkpoint is not None else driver.protected
             task = replace(task, checkpoint=checkpoint or task.checkpoint, weights_only=False)
         self.watch.begin()
         carried, self.carried = self.carried, []
