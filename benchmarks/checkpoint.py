@@ -325,7 +325,8 @@ def measure_capped_storage() -> list[Figure]:
 
     from tests.faults_storage import FaultProxy, s3_server
 
-    state = State(model={f"layer{index}": torch.randn(1 << 20) for index in range(96)})
+    weights = {f"layer{index}": torch.randn(1 << 20) for index in range(96)}
+    state = State(model=weights, parameters=list(weights.values()))
     num_threads = pyarrow.io_thread_count()
     times: dict[int, list[float]] = {1: [], 2: []}
     with s3_server() as port:

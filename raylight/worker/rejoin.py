@@ -68,7 +68,7 @@ def meet(rank: Rank) -> None:
     source = standings.index(furthest)
     mine = state.collect(rank) if rank.global_rank == source else None
     if mine is not None:
-        mine.own = {"data": mine.own["data"], "saved_step": _committed_step(rank)}
+        mine.own = {"data": mine.own["data"], "saved_step": state.committed_step(rank)}
     received = broadcast_state(mine, rank.world_size, source)
     if standings[rank.global_rank] != furthest:
         state.restore_weights(rank, received)
@@ -88,27 +88,16 @@ def rescue(rank: Rank | None, task: Task, place: Place, control: Control) -> Ite
 
     Ranks whose last steps differ write to different directories, and neither checkpoint becomes whole.
     """
-    if rank is None or not rank.has_trained or task.files is None or _committed_step(rank) == rank.global_step:
+    if rank is None or not rank.has_trained or task.files is None or state.committed_step(rank) == rank.global_step:
         return
     move(rank, task, place, control)
     results = rank.snapshots.close(FINAL_WRITE_TIMEOUT_S) if rank.snapshots is not None else []
     yield from results
-    if any(isinstance(result, Saved) and result.directory == _directory(rank) for result in results):
+    if any(isinstance(result, Saved) and result.directory == state.checkpoint_directory(rank.global_step, rank.attempt) for result in results):
         return
     rank.snapshots = Snapshots(task.files, place.rank, place.world_size)
     state.take_snapshot(rank, wait=True)
     yield from rank.snapshots.close(FINAL_WRITE_TIMEOUT_S)
-
-
-def _committed_step(rank: Rank) -> int:
-    """This step, if its checkpoint is on storage: then it must not be written again."""
-    files = rank.task.files
-    done = files is not None and files.exists(f"{_directory(rank)}/manifest.json")
-    return rank.global_step if done else -1
-
-
-def _directory(rank: Rank) -> str:
-    return state.checkpoint_directory(rank.global_step, rank.attempt)
 
 
 @dataclass(frozen=True, slots=True)

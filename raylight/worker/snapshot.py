@@ -34,13 +34,11 @@ _PAGE_BYTES = 4096  # also where pages are larger: the padding of torch's archiv
 class Snapshots:
     """The snapshots of one rank, one at a time. All methods are called by the thread that trains.
 
-    `take_again` says that the newest was thrown away by `wait` (or by `poll`, which may have to call it): take the next
-    at the end of this step. `has_failed` says that the newest has ended and is not on storage.
+    `has_failed` says that the newest has ended and is not on storage.
     """
 
     def __init__(self, files: Files, rank: int, world_size: int):
         self.files, self.rank, self.world_size = files, rank, world_size
-        self.take_again = False
         self.has_failed = False
         self._buffers = HostBuffers()
         self._preparation: threading.Thread | None = None
@@ -90,7 +88,7 @@ class Snapshots:
         snapshot.stall_s = time.perf_counter() - started
         snapshot.thread.start()
         self._in_flight = self._pending = snapshot
-        self.take_again = self.has_failed = False
+        self.has_failed = False
         return True
 
     def wait(self) -> bool:
@@ -104,7 +102,7 @@ class Snapshots:
         snapshot, self._pending = self._pending, None
         if snapshot.finish_copying():
             return True
-        self._in_one_piece = self.take_again = True
+        self._in_one_piece = True
         return False
 
     @property
@@ -135,10 +133,15 @@ class Snapshots:
         return self.poll()
 
     def move(self, rank: int, world_size: int) -> None:
-        """Take another place in another group, whose share of a checkpoint what is still being written is not."""
+        """Take another place in another group: what was written in the old one is no share of that group's."""
         self.rank, self.world_size = rank, world_size
+        reason = "it was not committed when the group was made anew"
+        self._results = [
+            SaveFailed(result.directory, result.step, reason) if isinstance(result, Saved) else result
+            for result in self._results
+        ]
         if self._in_flight is not None and self._in_flight.reason is None:
-            self._in_flight.reason = "it was not written when the group was made anew"
+            self._in_flight.reason = reason
 
     def _finish(self, snapshot: _Snapshot) -> None:
         self._in_flight = None

@@ -24,7 +24,7 @@ class State:
     """All that a run is continued from, as live objects when it is saved and as loaded ones when it is read."""
 
     model: dict[str, Any] = field(default_factory=dict)
-    """`module.state_dict()`; what is not a tensor in it is rank 0's."""
+    """`module.state_dict()`; what is neither a parameter nor owned by an optimizer is rank 0's."""
     replicated: dict[str, Any] = field(default_factory=dict)
     """Equal on all ranks: optimizers, schedulers, scaler, callbacks, loop."""
     own: dict[str, Any] = field(default_factory=dict)
@@ -33,6 +33,8 @@ class State:
     """Hyperparameters and the user's extras; rank 0's."""
     others: list[dict[str, Any]] = field(default_factory=list)
     """Read from a checkpoint of another world size: what each rank there had as `own`, which is empty then."""
+    parameters: list[Tensor] = field(default_factory=list)
+    """The module's own; not read from a checkpoint."""
 
 
 def model_file(rank: int, world_size: int) -> str:
@@ -77,8 +79,8 @@ class Copy:
 class Staging:
     """Splits a state over the ranks, and lays out this rank's files with a host buffer in place of each tensor.
 
-    Tensors of the model and those that optimizers own are equal on all ranks by construction, and shared out.
-    Every other replicated tensor is rank 0's: a callback may hold one there alone.
+    Parameters and what optimizers own are equal on all ranks by construction, and shared out. Every other replicated
+    tensor is rank 0's: running statistics drift apart until ranks meet again, and a callback may hold one there alone.
     """
 
     def __init__(self, buffers: HostBuffers, rank: int, world_size: int, owned: set[int]):
@@ -89,6 +91,7 @@ class Staging:
 
     def run(self, state: State, weights_only: bool) -> dict[str, Any]:
         weights, extras = self.split_model(state.model)
+        alike = self.owned | addresses(state.parameters)
         shared: dict[str, Tensor] = {}
         replicated, own = None, {}
         if not weights_only:
@@ -98,8 +101,11 @@ class Staging:
         if self.mistakes:
             raise InvalidArguments(self.mistakes)
 
-        sizes = {path: tensor.numel() * tensor.element_size() for path, tensor in [*weights.values(), *shared.items()]}
+        common = {path: tensor for path, tensor in weights.values() if _address(tensor) in alike} | shared
+        sizes = {path: tensor.numel() * tensor.element_size() for path, tensor in common.items()}
         mine = share(sizes.items(), self.world_size, self.rank)
+        if self.rank == 0:
+            mine |= {path for path, _ in weights.values()} - common.keys()
         model = OrderedDict({name: self.stage(t, path) for name, (path, t) in weights.items() if path in mine})
         if self.rank == 0:
             model.update(extras)

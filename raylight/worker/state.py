@@ -26,6 +26,12 @@ def checkpoint_directory(step: int, attempt: int) -> str:
     return f"checkpoints/step-{step:08d}" + (f"-attempt-{attempt}" if attempt else "")
 
 
+def committed_step(rank: Rank) -> int:
+    """This step, if this attempt's checkpoint of it is on storage: then it must not be written again. Else -1."""
+    files, directory = rank.task.files, checkpoint_directory(rank.global_step, rank.attempt)
+    return rank.global_step if files is not None and files.exists(f"{directory}/manifest.json") else -1
+
+
 def take_snapshot(rank: Rank, wait: bool) -> bool:
     """Starts a checkpoint of this step; False where one is still in flight and `wait` is off."""
     assert rank.snapshots is not None
@@ -62,6 +68,7 @@ def collect(rank: Rank) -> State:
     data_module = rank.datamodule.state_dict() if rank.datamodule is not None else {}
     return State(
         model=checkpoint["state_dict"],
+        parameters=list(rank.module.parameters()),
         replicated={
             "optimizers": checkpoint["optimizer_states"],
             "schedulers": checkpoint["lr_schedulers"],
@@ -145,8 +152,7 @@ def restore_training(rank: Rank, state: State) -> None:
     rank.metrics.epoch_values = dict(saved["metrics"])
     for name in LOOP_COUNTERS:
         setattr(rank, name, saved["loop"][name])
-    if rank.attempt > 0:
-        rank.saved_step = rank.global_step
+    rank.saved_step = rank.global_step if rank.attempt > 0 else committed_step(rank)
     own = state.own or (state.others[0] if state.others else {})
     if rank.batch_idx and own.get("data"):
         rank.task.options["train_position"] = own["data"]

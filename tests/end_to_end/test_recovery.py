@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +171,32 @@ def test_all_workers_die_and_the_last_checkpoint_is_used(undisturbed, tmp_path):
     assert_same(module, expected)
     steps = [row["step"] for row in result.history().to_pylist() if row["name"] == "loss"]
     assert sorted(steps) == list(range(1, whole.num_steps + 1))
+
+
+class KillAtTheEnd(pl.Callback):
+    """Once the last checkpoint is committed, its worker is lost."""
+
+    def __init__(self, folder: Path):
+        self.found = str(folder / "found")
+
+    def on_train_end(self, trainer, module):
+        if not os.path.exists(self.found):
+            directory = Path(trainer.log_dir, "checkpoints", f"step-{trainer.global_step:08d}")
+            while not (directory / "manifest.json").exists():
+                time.sleep(0.01)
+            Path(self.found).write_text(json.dumps(inodes_in(directory)))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def inodes_in(directory: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_ino for path in directory.iterdir()}
+
+
+def test_a_restart_at_the_last_step_leaves_its_checkpoint_as_it_is(tmp_path):
+    """Written again under the manifest that is there, it was damaged until the driver had committed it anew."""
+    _, result = fit(tmp_path, num_workers=1, faults=[KillAtTheEnd(tmp_path)], max_epochs=1)
+    assert result.num_restarts == 1
+    assert inodes_in(Path(result.last_checkpoint.path)) == json.loads((tmp_path / "found").read_text())
 
 
 def test_the_same_exception_twice_ends_the_run(tmp_path):

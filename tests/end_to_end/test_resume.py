@@ -64,6 +64,24 @@ def test_stopped_in_the_middle_of_an_epoch(num_workers, stop, tmp_path):
     assert all(values[key] == pytest.approx(value, rel=1e-6) for key, value in epoch_values(never_stopped).items())
 
 
+class Normed(Net):
+    """Each rank has running statistics of its own between two steps; only rank 0's are used in the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+
+@pytest.mark.ray
+def test_running_statistics_go_on_on_several_workers(tmp_path):
+    whole, again = Normed(), Normed()
+    fit(whole, 2, tmp_path / "whole", batch_size=3, max_steps=10)
+    fit(Normed(), 2, tmp_path / "parts", batch_size=3, max_steps=4)
+    fit(again, 2, tmp_path / "parts", batch_size=3, max_steps=10, resume="last")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
 class FailingOnce(pl.Callback):
     """Raises at the start of a batch, before a random number is drawn for it."""
 
