@@ -90,7 +90,7 @@ class CombinedSource:
     def indices(self, epoch: int, index: int, start: int) -> list[Any] | None:
         return self.parts[self.longest].indices(epoch, index, start)
 
-    def state_at(self, position: int) -> dict[str, Any]:
+    def state_at(self, position: int, has_begun: bool) -> dict[str, Any]:
         return {}
 
     def restore(self, state: dict[str, Any], same_world_size: bool) -> None:

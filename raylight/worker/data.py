@@ -75,7 +75,7 @@ class TrainBatches:
         # The data ends an epoch where no limit does: entered in the middle it may have a step more or less.
         self._limit = None if self.num_batches == total else self.num_batches
         self.position = 0
-        self._epoch, self._start = 0, 0
+        self._epoch, self._start = -1, 0  # of the newest `iterate`
         self._entered = False  # a batch has been given since `_start` was set
 
     def iterate(
@@ -124,11 +124,11 @@ class TrainBatches:
         """The index of the first batch that `iterate(epoch, position)` gives."""
         return self.source.index_at(self.position)
 
-    def state_dict(self, index: int | None = None) -> dict[str, Any]:
-        """Where the epoch stands when step `index` is done; None: at the beginning of an epoch."""
+    def state_dict(self, epoch: int, index: int | None = None) -> dict[str, Any]:
+        """Where `epoch` stands when step `index` is done; None: at its beginning, which may lie before `iterate`."""
         position = 0 if index is None else self.position_after(index)
         state = {"position": position, "unit": self.source.unit, "world_size": self.world_size}
-        return state | ({} if index is None else self.source.state_at(position))
+        return state | self.source.state_at(position, epoch == self._epoch)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` of any number of workers returned: go on with `iterate(epoch, position)`."""

@@ -46,7 +46,7 @@ def _write(rank: Rank, kind: str, text: str, index: int) -> str:
         "epoch": rank.current_epoch,
         "index": index,
         "num_batches_seen": rank.num_batches_seen - behind,
-        "data": batches.state_dict(index - 1 if index else None),
+        "data": batches.state_dict(rank.current_epoch, index - 1 if index else None),
         "indices": batches.indices(rank.current_epoch, index),
         "batch": _plain_batch(batch.data) if batch is not None else None,
         "share": batch.share if batch is not None else 1.0,

@@ -74,7 +74,7 @@ def meet(rank: Rank) -> None:
         state.restore_weights(rank, received)
         state.restore_training(rank, received)
     rank.saved_step = received.own["saved_step"]
-    if rank.batch_idx:
+    if received.own["data"]:
         rank.task.options["train_position"] = received.own["data"]
         rank.position = received.own["data"]["position"]
     if rank.is_global_zero:
@@ -93,7 +93,10 @@ def rescue(rank: Rank | None, task: Task, place: Place, control: Control) -> Ite
     move(rank, task, place, control)
     results = rank.snapshots.close(FINAL_WRITE_TIMEOUT_S) if rank.snapshots is not None else []
     yield from results
-    if any(isinstance(result, Saved) and result.directory == state.checkpoint_directory(rank.global_step, rank.attempt) for result in results):
+    if any(
+        isinstance(result, Saved) and result.directory == state.checkpoint_directory(rank.global_step, rank.attempt)
+        for result in results
+    ):
         return
     rank.snapshots = Snapshots(task.files, place.rank, place.world_size)
     state.take_snapshot(rank, wait=True)

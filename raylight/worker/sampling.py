@@ -86,9 +86,13 @@ class Sampling:
         self._prepare_sampler(epoch)
         if self.length is None:
             return _read_unsized(self.sampler, seed)
+        # A sampler whose state counts what it gave gives nothing where that was the whole of the epoch before.
+        return self._read_sized(self.length, seed) or self._read_sized(self.length, seed)
+
+    def _read_sized(self, length: int, seed: int) -> list[Any]:
         with isolate_rng(), _seeded_generators(self.sampler, seed):
             seed_process(seed)
-            return list(islice(self.sampler, self.length))
+            return list(islice(self.sampler, length))
 
     def _prepare_sampler(self, epoch: int) -> None:
         if self.is_stateful:

@@ -129,8 +129,12 @@ class IndexedSource(Source):
             return step.units.tolist()
         return list(step.units) if isinstance(step.units, (list, tuple, range)) else [step.units]
 
-    def state_at(self, position: int) -> dict[str, Any]:
-        return {"sampler": self.sampling.sampler_state} if self.sampling.is_stateful else {}
+    def state_at(self, position: int, has_begun: bool) -> dict[str, Any]:
+        """Of a sampler with a state: as it was when the epoch began, from where positions are counted."""
+        sampling = self.sampling
+        if not sampling.is_stateful:
+            return {}
+        return {"sampler": sampling.sampler_state if has_begun else sampling.sampler.state_dict()}
 
     def restore(self, state: dict[str, Any], same_world_size: bool) -> None:
         if "sampler" in state and self.sampling.is_stateful:
@@ -240,7 +244,9 @@ class StreamSource(Source):
     def indices(self, epoch: int, index: int, start: int) -> list[Any] | None:
         return None
 
-    def state_at(self, position: int) -> dict[str, Any]:
+    def state_at(self, position: int, has_begun: bool) -> dict[str, Any]:
+        if not position:
+            return {}
         found = [state for at, state in self.stream.captured if at == position]
         return {"stream": found[0]} if found else {}
 

@@ -64,7 +64,7 @@ def collect(rank: Rank) -> State:
     }  # fmt: skip
     rank.call("on_save_checkpoint", checkpoint)
     finished = rank.batch_idx - 1 if rank.batch_idx else None
-    data = rank.train_batches.state_dict(finished) if rank.train_batches is not None else {}
+    data = rank.train_batches.state_dict(rank.current_epoch, finished) if rank.train_batches is not None else {}
     data_module = rank.datamodule.state_dict() if rank.datamodule is not None else {}
     return State(
         model=checkpoint["state_dict"],
@@ -154,7 +154,7 @@ def restore_training(rank: Rank, state: State) -> None:
         setattr(rank, name, saved["loop"][name])
     rank.saved_step = rank.global_step if rank.attempt > 0 else committed_step(rank)
     own = state.own or (state.others[0] if state.others else {})
-    if rank.batch_idx and own.get("data"):
+    if own.get("data"):
         rank.task.options["train_position"] = own["data"]
     mine = [state.own] if state.own else state.others[rank.global_rank :: rank.world_size]
     if rank.batch_idx and any("logged" in its for its in mine):

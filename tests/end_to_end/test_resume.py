@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 import raylight as pl
 
@@ -142,6 +142,44 @@ def test_resumed_by_path_without_a_seed_it_goes_on_in_the_same_order(tmp_path):
     stopped = pl.fit(first, loader, max_steps=2, **options)
     pl.fit(second, loader, max_epochs=1, resume=stopped.last_checkpoint.path, **options)
     assert sorted(first.ids + second.ids) == list(range(12))
+
+
+class Onwards(Sampler):
+    """Each epoch begins where the one before ended."""
+
+    def __init__(self):
+        self.offset = 0
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        self.offset += 8
+        return iter(range(self.offset - 8, self.offset))
+
+    def state_dict(self):
+        return {"offset": self.offset}
+
+    def load_state_dict(self, state):
+        self.offset = state["offset"]
+
+
+@pytest.mark.parametrize("stop", [{"max_steps": 1}, {"max_epochs": 1}, {"max_steps": 3}])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.ray)])
+def test_a_sampler_with_a_state_goes_on(num_workers, stop, tmp_path):
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    data = TensorDataset(torch.randn(NUM_SAMPLES, 4), torch.arange(NUM_SAMPLES))
+    options = {
+        "num_workers": num_workers, "use_gpu": False, "storage_path": str(tmp_path), "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }  # fmt: skip
+    size = 4 // max(num_workers, 1)
+    pl.fit(Net(str(seen)), DataLoader(data, batch_size=size, sampler=Onwards()), **options, **stop)
+    loader = DataLoader(data, batch_size=size, sampler=Onwards())
+    pl.fit(Net(str(seen)), loader, max_epochs=3, resume="last", **options)
+    ids = [int(word) for file in seen.iterdir() for line in file.read_text().splitlines() for word in line.split()[1:]]
+    assert sorted(ids) == list(range(24))
 
 
 class Validating(Net):

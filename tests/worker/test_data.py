@@ -148,7 +148,7 @@ def test_workers_come_and_go_in_the_middle_of_an_epoch(kind):
         position = ranks[0].position
         steps = read_steps(ranks, 2, position, num_steps)
         first = ranks[0].source.index_at(position)
-        state = ranks[0].state_dict(first + len(steps) - 1)
+        state = ranks[0].state_dict(2, first + len(steps) - 1)
         seen += flat(steps)
         assert min(state["position"], length) == len(seen)
     assert seen == flat(read_steps(open_ranks(LOADERS[kind](length), 1), 2))
@@ -159,10 +159,10 @@ def test_a_position_is_kept_until_the_first_batch_of_another_number_of_workers()
     batches = open_ranks(LOADERS["shuffled"](103), 4)[0]
     batches.load_state_dict(state)
     assert batches.first_index == 3
-    assert batches.state_dict(5)["position"] == 48  # index 5 is what two workers had come to
+    assert batches.state_dict(0, 5)["position"] == 48  # index 5 is what two workers had come to
     entered = batches.iterate(0, batches.position)
-    assert batches.state_dict(5)["position"] == 48
-    assert batches.state_dict(next(entered).index)["position"] == 64
+    assert batches.state_dict(0, 5)["position"] == 48
+    assert batches.state_dict(0, next(entered).index)["position"] == 64
 
 
 def test_an_epoch_is_a_function_of_seed_and_epoch():
@@ -253,7 +253,7 @@ def test_a_users_batch_sampler_is_dealt_whole(world_size):
     for step in zip(*read, strict=True):
         total = sum(batch.size for batch in step)
         assert [batch.share for batch in step] == [batch.size * world_size / total for batch in step]
-    assert ranks[0].state_dict(0) == {"position": world_size, "unit": "batches", "world_size": world_size}
+    assert ranks[0].state_dict(0, 0) == {"position": world_size, "unit": "batches", "world_size": world_size}
     assert ranks[-1].indices(0, 0) == list(Buckets())[world_size - 1]
     with pytest.raises(InvalidArguments, match="batch sampler of its own"):
         open_ranks(DataLoader(Numbers(15), batch_sampler=Buckets()), 2, global_batch_size=8)
@@ -280,7 +280,7 @@ def test_without_the_distributed_sampler_each_rank_goes_through_the_whole_loader
     assert sorted(flat(read[0])) == list(range(20))
     assert ranks[0].num_batches == 5
     assert {batch.share for batch in ranks[0].iterate(0)} == {1.0}
-    assert ranks[0].state_dict(1)["position"] == 2 * 2 * 4
+    assert ranks[0].state_dict(0, 1)["position"] == 2 * 2 * 4
     assert [samples_of(batch) for batch in ranks[0].iterate(0, start=16)] == read[0][2:]
 
 
@@ -328,7 +328,7 @@ def test_a_global_batch_stays_the_same_with_any_number_of_workers(world_size):
     order = flat(read_steps(open_ranks(loader, 1)))
     assert [sorted(step) for step in steps] == [sorted(order[low : low + 24]) for low in range(0, 103, 24)]
     for index in range(0, ranks[0].num_batches, accumulate):
-        assert ranks[0].state_dict(index + accumulate - 1)["position"] == min(24 * (index // accumulate + 1), 103)
+        assert ranks[0].state_dict(0, index + accumulate - 1)["position"] == min(24 * (index // accumulate + 1), 103)
     # a window later, with another number of workers
     other = open_ranks(loader, 5 - min(world_size, 4), global_batch_size=24)
     assert flat(read_steps(other, start=48)) == order[48:]
@@ -352,38 +352,67 @@ def test_the_indices_of_a_batch_are_found_again():
     assert open_ranks(subset, 1)[0].indices(0, 1) == [2, 3]
 
 
-def test_a_stateful_sampler_resumes_from_what_it_said_when_the_epoch_began():
-    class Curriculum(Sampler):
-        """Each epoch begins where the one before ended."""
+class Stateful(Sampler):
+    """Forty samples in epochs of eight."""
 
-        def __init__(self):
-            self.offset = 0
+    def __init__(self):
+        self.given = 0
 
-        def __len__(self):
-            return 8
+    def __len__(self):
+        return 8
 
-        def __iter__(self):
-            self.offset += 8
-            yield from (index % 40 for index in range(self.offset - 8, self.offset))
+    def state_dict(self):
+        return {"given": self.given}
 
-        def state_dict(self):
-            return {"offset": self.offset}
+    def load_state_dict(self, state):
+        self.given = state["given"]
 
-        def load_state_dict(self, state):
-            self.offset = state["offset"]
 
+class Curriculum(Stateful):
+    """Each epoch begins where the one before ended."""
+
+    def __iter__(self):
+        self.given += 8
+        yield from (index % 40 for index in range(self.given - 8, self.given))
+
+
+class Counting(Stateful):
+    """Its state is its place in the epoch, as with the samplers of torchdata."""
+
+    def load_state_dict(self, state):
+        self.skipped = state["given"]
+
+    def __iter__(self):
+        self.given, self.skipped = getattr(self, "skipped", 0), 0
+        for index in range(self.given, 8):
+            self.given += 1
+            yield index
+
+
+@pytest.mark.parametrize("kind", [Curriculum, Counting])
+@pytest.mark.parametrize("finished", [None, 0, 1])
+def test_a_stateful_sampler_goes_on_from_the_middle_and_from_the_end_of_an_epoch(kind, finished):
     def make():
-        return open_ranks(DataLoader(Numbers(40), batch_size=2, sampler=Curriculum()), 2)[0]
+        return open_ranks(DataLoader(Numbers(40), batch_size=2, sampler=kind()), 2)[0]
+
+    def read(batches, epoch, start=0):
+        return [samples_of(batch) for batch in batches.iterate(epoch, start)]
 
     batches = make()
     for epoch in range(2):
-        assert len(list(batches.iterate(epoch))) == 2
-    expected = [samples_of(batch) for batch in batches.iterate(2)]
-    state = batches.state_dict(0)
-    assert state["sampler"] == {"offset": 16}
+        assert len(read(batches, epoch)) == 2
+    state = batches.state_dict(2)
+    expected = []
+    for index, batch in enumerate(batches.iterate(2)):
+        expected.append(samples_of(batch))
+        if index == finished:
+            state = batches.state_dict(2, finished)
+    assert state["sampler"] == {"given": 16 if kind is Curriculum else 8}
+    expected += read(batches, 3)
     resumed = make()
     resumed.load_state_dict(state)
-    assert [samples_of(batch) for batch in resumed.iterate(2, resumed.position)] == expected[1:]
+    done = 0 if finished is None else finished + 1
+    assert [*read(resumed, 2, resumed.position), *read(resumed, 3)] == expected[done:]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

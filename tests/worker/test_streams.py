@@ -224,7 +224,7 @@ def test_workers_come_and_go_in_the_middle_of_an_epoch(num_workers):
         position = ranks[0].position
         steps = read_steps(ranks, 1, position)[:num_steps]
         seen += flat(steps)
-        state = ranks[0].state_dict(ranks[0].source.index_at(position) + len(steps) - 1)
+        state = ranks[0].state_dict(1, ranks[0].source.index_at(position) + len(steps) - 1)
     assert sorted(seen) == list(range(50))
 
 
@@ -290,7 +290,7 @@ def test_a_stateful_stream_is_asked_and_not_read_again(as_loader):
     reading = stopped.iterate(2)
     for _ in range(4):
         index = next(reading).index
-    state = stopped.state_dict(index)
+    state = stopped.state_dict(2, index)
     assert state["position"] == (4 if as_loader else 8) == state["stream"]["source"]["next"]
     source, resumed = make()
     resumed.load_state_dict(state)
@@ -343,7 +343,7 @@ def test_any_iterable_of_batches_is_dealt(world_size):
         assert read_steps(ranks) == [
             torch.cat(batches[low : low + world_size]).tolist() for low in range(0, 5, world_size)
         ]
-        assert ranks[0].state_dict(0) == {"position": world_size, "unit": "batches", "world_size": world_size}
+        assert ranks[0].state_dict(0, 0) == {"position": world_size, "unit": "batches", "world_size": world_size}
         assert flat(read_steps(ranks, start=3)) == list(range(10, 15))
     assert [len(read_steps(open_ranks(batches, 2, limit=limit))) for limit in (2, 0.5, 1.0)] == [2, 1, 3]
 
