@@ -24,7 +24,7 @@ from raylight.messages import Message
 from raylight.report.console import Console
 from raylight.report.gauges import GAUGES, Gauges
 from raylight.storage.checkpoints import raise_fence, sweep_leftovers
-from raylight.storage.fence import newest_attempt
+from raylight.storage.fence import claim_attempt
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
 from raylight.task import Loaders, Task
@@ -186,7 +186,7 @@ class Execution:
         if self.stage == "fit":
             if resume.version is not None:
                 is_new = resume.checkpoint is None and not resume.version.read_run()
-                return resume.version, 0 if is_new else newest_attempt(resume.version.storage) + 1
+                return resume.version, 0 if is_new else claim_attempt(resume.version.storage)
             return claim_version(storage, self.config.name), 0
         if self.previous is not None and self.previous.version is not None:
             return self.previous.version, 0

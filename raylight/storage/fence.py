@@ -1,9 +1,10 @@
 """The fence of a version: once a newer attempt has begun, an older one can commit nothing.
 
-A worker group that was cut off, or a driver that was thought dead, may wake up and go on. Whoever starts attempt N
-calls `raise_fence(version, N)` first. It writes `fence.json` with N, then lists what is committed by then and writes
-that in too. `commit` reads the fence before and after it writes a manifest, so an older attempt either sees the fence
-and reports nothing, or its checkpoint is in the list; what is not in the list is passed over by every reader.
+A worker group that was cut off, or a driver that was thought dead, may wake up and go on. Whoever starts an attempt
+gets its number N from `claim_attempt`, and calls `raise_fence(version, N)` first. It writes `fence.json` with N, then
+lists what is committed by then and writes that in too. `commit` reads the fence before and after it writes a manifest,
+so an older attempt either sees the fence and reports nothing, or its checkpoint is in the list; what is not in the list
+is passed over by every reader.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from raylight.errors import MissingFile, StorageError, Superseded
 from raylight.storage.filesystem import Storage
 from raylight.storage.json_text import to_json
+from raylight.storage.local_files import HIDDEN_PREFIX
 
 FENCE_FILE = "fence.json"
 
@@ -48,6 +50,14 @@ def newest_attempt(version: Storage) -> int:
     attempts = run.get("attempts") or []
     named = [it.get("attempt", index) if isinstance(it, dict) else index for index, it in enumerate(attempts)]
     return max(int(attempt) for attempt in [fence.get("attempt", 0), *named])
+
+
+def claim_attempt(version: Storage) -> int:
+    """A number above those of all attempts that have begun; of several callers no two get the same one."""
+    attempt = newest_attempt(version) + 1
+    while not version.create_exclusive(f"{HIDDEN_PREFIX}attempts/{attempt}", b"claimed\n"):
+        attempt += 1
+    return attempt
 
 
 def check_attempt(version: Storage, attempt: int) -> None:

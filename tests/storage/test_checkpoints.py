@@ -8,6 +8,7 @@ import pickle
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from raylight.messages import SavedFile
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Checkpoint, Manifest
 from raylight.storage.digests import ALGORITHM, digest_of
+from raylight.storage.fence import claim_attempt
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version
 
@@ -287,6 +289,17 @@ def test_an_older_attempt_commits_nothing_once_a_newer_has_begun(version: Storag
     assert names(store.list_checkpoints(version)) == ["step-00000010", "step-00000020-attempt-1"]
     with pytest.raises(StorageError, match="attempt 0"):
         store.raise_fence(version, 0)
+
+
+def test_drivers_that_resume_at_once_begin_attempts_of_their_own(storage: Storage) -> None:
+    storage.write("run.json", [b'{"attempts": [{"attempt": 0}, {"attempt": 1}]}'])
+    with ThreadPoolExecutor(6) as pool:
+        claimed = sorted(pool.map(claim_attempt, [storage] * 6))
+    assert claimed[0] >= 2
+    assert len(set(claimed)) == 6
+    store.raise_fence(storage, claimed[-1])
+    with pytest.raises(StorageError, match="has taken over"):
+        store.raise_fence(storage, claimed[0])
 
 
 def test_run_json_is_a_fence_too(version: Storage) -> None:
