@@ -10,7 +10,7 @@ from datetime import timedelta
 from numbers import Integral, Real
 from typing import Any
 
-from raylight.config import DDP, Checkpointing
+from raylight.config import DDP, RUN_NAMES, Checkpointing, is_run_name
 from raylight.seeding import MAX_SEED
 
 
@@ -230,7 +230,7 @@ def _path(value: Any) -> str:
 
 
 def _run_name(value: Any) -> str:
-    if _text(value) in (".", "..") or any(mark in value for mark in "/\\\0\n"):
+    if not is_run_name(_text(value)):
         raise Refused
     return value
 
@@ -353,7 +353,7 @@ RULES: dict[str, Rule] = {
     "storage_path": Rule("a path or a URI that pyarrow.fs reads", _path),
     "default_root_dir": Rule("a path or a URI that pyarrow.fs reads", _path),
     "storage_filesystem": Rule("a pyarrow.fs.FileSystem", _filesystem),
-    "name": Rule("a string that is not empty, without slashes", _run_name),
+    "name": Rule(f"a string that can be a folder: {RUN_NAMES}", _run_name),
     "checkpoint": Rule("True, False, a raylight.Checkpointing(...), or a dict of its fields", _checkpoint),
     "enable_checkpointing": FLAG,
     # report

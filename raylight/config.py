@@ -114,6 +114,18 @@ class Config:
     given: dict[str, Any] = field(default_factory=dict)
 
 
+RUN_NAMES = (
+    'at least one character, none of / \\ : * ? " < > |, no space at its ends, no dot at its start, and not version_N, '
+    "as the folders in it are called"
+)
+
+
+def is_run_name(name: str) -> bool:
+    """Whether a run may be called so: it becomes one folder on any kind of storage, beside those of other runs."""
+    fits = re.fullmatch(r"[^/\\\0\n:*?\"<>|]+", name) and not name.startswith(".") and name == name.strip()
+    return bool(fits) and not re.fullmatch(r"version_\d+", name)
+
+
 def describe(config: Config) -> dict[str, Any]:
     """Every argument as resolved, and under "given" as the user wrote it: JSON values only, secrets masked."""
     return {item.name: to_plain(getattr(config, item.name), item.name) for item in fields(config)}

@@ -69,7 +69,10 @@ class Execution:
     def start(self, ckpt_path: Any, facts: dict[str, Any] | None = None) -> None:
         """The workers and, on storage, the version; nothing is trained yet. `facts` go to run.json."""
         storage = Storage(self.config.storage_path, self.config.storage_filesystem)
-        resume = find_resume(ckpt_path, storage, self.config.name, self.previous)
+        resume = find_resume(
+            ckpt_path, storage, self.config.name, self.previous,
+            stage=self.stage, filesystem=self.config.storage_filesystem,
+        )  # fmt: skip
         choose = cache(lambda: self._choose_version(storage, resume))  # done when it is asked for first
         self.group = self._start_group(lambda: _make_label(self.config, choose()[0]))
         try:
@@ -145,6 +148,7 @@ class Execution:
                 "share_module": not isinstance(group, InProcessGroup),
                 "takes_new_hyperparameters": resume.takes_new_hyperparameters,
                 "trained": self._find_trained(resume),
+                "lightning_file": resume.lightning_file,
             },
         )
         return task, console
@@ -196,7 +200,9 @@ class Execution:
         """Steps and epochs behind the weights that are evaluated: where in the curves what they measure belongs."""
         if resume.checkpoint is not None:
             return resume.checkpoint.step, resume.checkpoint.epoch
-        return (self.previous.num_steps, self.previous.num_epochs) if self.previous is not None else (0, 0)
+        if resume.lightning_file is not None or self.previous is None:
+            return 0, 0
+        return self.previous.num_steps, self.previous.num_epochs
 
     def _choose_seed(self, resume: Resume) -> int:
         """The caller's, else that of the run gone on from, whose epoch may be half done; else one from torch's

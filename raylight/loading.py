@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from raylight.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments, StorageError
@@ -36,6 +36,8 @@ class Resume:
     takes_new_hyperparameters: bool = False
     """Whether optimizers and schedulers get what is configured now where that is not what the checkpoint was saved
     with; otherwise they go on with theirs, as in Lightning."""
+    lightning_file: str | None = None
+    """Where the weights to evaluate come from instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +60,46 @@ class Pointer:
             return cls(**json.load(file))
 
 
-def find_resume(ckpt_path: Any, storage: Storage, name: str, previous: Any = None) -> Resume:
-    """What `resume` or `ckpt_path` means: None, "last", "best", a Checkpoint, or the path of one."""
+def find_resume(
+    ckpt_path: Any, storage: Storage, name: str, previous: Any = None, *, stage: str = "fit", filesystem: Any = None
+) -> Resume:
+    """What `resume` or `ckpt_path` means: None, "last", "best", a Checkpoint, or the path of one.
+
+    A path, or a URI of the same scheme, is one of `filesystem` where that is given. For a fit the checkpoint holds all
+    that training needs; to evaluate, the weights are enough, and may be a Lightning file's.
+    """
     if ckpt_path is None:
         return Resume()
     if isinstance(ckpt_path, Resume):
         return ckpt_path
     if isinstance(ckpt_path, Checkpoint):
-        return Resume(check_whole(ckpt_path))
+        return Resume(_check_resumable(check_whole(ckpt_path), stage))
     if not isinstance(ckpt_path, str | os.PathLike):
         return Resume(checkpoint=ckpt_path, seed=None)
     if ckpt_path == "last":
-        return _find_last(storage, name)
+        return _find_last(storage, name) if stage == "fit" else Resume(_find_newest(storage, name))
     if ckpt_path == "best":
-        return _find_best(storage, name, previous)
-    return Resume(checkpoint=find_checkpoint(os.fspath(ckpt_path)))
+        return Resume(_check_resumable(_find_best(storage, name, previous), stage))
+    path = os.fspath(ckpt_path)
+    if not _is_lightning_file(path):
+        is_elsewhere = "://" in path and path.partition("://")[0] != storage.uri.partition("://")[0]
+        checkpoint = find_checkpoint(path, None if is_elsewhere else filesystem)
+        return Resume(_check_resumable(checkpoint, stage))
+    if stage == "fit":
+        raise InvalidArguments(
+            f"{path} is a file of Lightning: what its loop and optimizers hold cannot be gone on from here. Begin with "
+            f"its weights: model = Net.load_from_checkpoint({path!r})"
+        )
+    return Resume(lightning_file=os.path.abspath(path))
+
+
+def _check_resumable(checkpoint: Checkpoint, stage: str) -> Checkpoint:
+    if stage == "fit" and checkpoint.manifest.weights_only:
+        raise CheckpointMismatch(
+            f"{checkpoint.path} holds weights alone (save_weights_only=True) and cannot be resumed from. "
+            "Begin a new run with them: model = Net.load_from_checkpoint(path)"
+        )
+    return checkpoint
 
 
 def find_seed(checkpoint: Any) -> int | None:
@@ -89,26 +116,40 @@ def find_seed(checkpoint: Any) -> int | None:
 
 def _find_last(storage: Storage, name: str) -> Resume:
     for version in reversed(list_versions(storage, name)):
-        checkpoint = newest_whole(version.storage)
+        checkpoint = newest_whole(version.storage, resumable=True)
         if checkpoint is not None:
             seed = version.read_run().get("seed")
             return Resume(checkpoint, version, seed, f"continues {version.path} at step {checkpoint.step}")
+        for weights in list_checkpoints(version.storage)[-1:]:
+            _check_resumable(weights, "fit")
     return Resume(notice=f"resume='last': run {name!r} in {storage.uri} has no checkpoint yet, so that it starts anew")
 
 
-def _find_best(storage: Storage, name: str, previous: Any) -> Resume:
+def _find_newest(storage: Storage, name: str) -> Checkpoint:
+    whole = (newest_whole(version.storage) for version in reversed(list_versions(storage, name)))
+    found = next((checkpoint for checkpoint in whole if checkpoint is not None), None)
+    if found is None:
+        raise _nothing_whole("last", storage, name)
+    return found
+
+
+def _find_best(storage: Storage, name: str, previous: Any) -> Checkpoint:
     """The best whole checkpoint: of the fit just done where there was one, else of the newest version that has any."""
     if previous is not None and previous.best_checkpoint is not None:
         found = first_whole(rank(previous.checkpoints, *monitor_of(previous.version.read_run())))
         if found is None:
             raise CheckpointCorrupt(f"'best': none of the checkpoints of {previous.version.path} is whole")
-        return Resume(found)
+        return found
     for version in reversed(list_versions(storage, name)):
         found = first_whole(rank(list_checkpoints(version.storage), *monitor_of(version.read_run())))
         if found is not None:
-            return Resume(found)
-    raise InvalidArguments(
-        f"'best': run {name!r} in {storage.uri} has no whole checkpoint; make one first, or pass a path"
+            return found
+    raise _nothing_whole("best", storage, name)
+
+
+def _nothing_whole(which: str, storage: Storage, name: str) -> InvalidArguments:
+    return InvalidArguments(
+        f"{which!r}: run {name!r} in {storage.uri} has no whole checkpoint; make one first, or pass a path"
     )
 
 
@@ -141,7 +182,11 @@ def _to_saved(path: Any) -> Any:
     if not isinstance(path, str | os.PathLike):
         return path
     text = os.fspath(path)
-    return text if text.endswith(".ckpt") and os.path.isfile(text) else find_checkpoint(text)
+    return text if _is_lightning_file(text) else find_checkpoint(text)
+
+
+def _is_lightning_file(path: str) -> bool:
+    return path.endswith(".ckpt") and os.path.isfile(path)
 
 
 def _accepted(owner: type, hparams: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -166,11 +211,15 @@ def _accepted(owner: type, hparams: dict[str, Any], overrides: dict[str, Any]) -
 
 
 def copy_checkpoint(checkpoint: Checkpoint, path: str, weights_only: bool) -> None:
-    """Copies a committed checkpoint to another directory, its manifest last."""
-    target = Storage(path)
+    """Copies a committed checkpoint to another directory, its manifest last; with `weights_only` without what training
+    needs."""
+    target, manifest = Storage(path), checkpoint.manifest
     if target.exists("manifest.json"):
         raise InvalidArguments(f"{path} already holds a checkpoint; name a directory that does not exist")
-    for name in checkpoint.file_names:
-        with checkpoint.open_read(name) as source:
-            target.write(name, iter(lambda: source.read(1 << 24), b""))
-    target.write("manifest.json", [checkpoint.manifest.to_bytes()])
+    if weights_only:
+        files = tuple(file for file in manifest.files if not file.path.startswith("training-"))
+        manifest = replace(manifest, files=files, weights_only=True)
+    for file in manifest.files:
+        with checkpoint.open_read(file.path) as source:
+            target.write(file.path, iter(lambda: source.read(1 << 24), b""))
+    target.write("manifest.json", [manifest.to_bytes()])

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyarrow import fs
 from torch.utils.data import DataLoader
 
 import raylight as pl
 from raylight.driver.result import Result
-from raylight.errors import CheckpointCorrupt
+from raylight.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments
 from raylight.loading import find_resume
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Checkpoint, Manifest
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
+from raylight.worker.restore import load_weights
 
 
 @pytest.fixture
@@ -98,13 +100,85 @@ class Net(pl.Module):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+def make_trainer(path: object, **arguments: object) -> pl.Trainer:
+    options = {"max_epochs": 1, "enable_progress_bar": False, "enable_model_summary": False, **arguments}
+    return pl.Trainer(num_workers=0, storage_path=str(path), **options)
+
+
+LOADER = DataLoader(torch.ones(8, 2), batch_size=4)
+
+
 def test_a_test_after_a_fit_does_not_measure_damaged_weights(tmp_path: Path) -> None:
-    loader = DataLoader(torch.ones(8, 2), batch_size=4)
-    trainer = pl.Trainer(
-        num_workers=0, max_epochs=1, storage_path=str(tmp_path), enable_progress_bar=False, enable_model_summary=False
-    )
-    result = trainer.fit(Net(), loader)
-    assert trainer.test(dataloaders=loader)
+    trainer = make_trainer(tmp_path)
+    result = trainer.fit(Net(), LOADER)
+    assert trainer.test(dataloaders=LOADER)
     damage(result.best_checkpoint)
     with pytest.raises(CheckpointCorrupt, match="is whole"):
-        trainer.test(dataloaders=loader)
+        trainer.test(dataloaders=LOADER)
+
+
+# ---- what can be gone on from, and what can be evaluated
+
+
+def test_a_path_is_one_of_the_file_system_that_was_given(tmp_path: Path) -> None:
+    filesystem = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    options = {"storage_filesystem": filesystem, "seed": 1}
+    first = make_trainer("runs", max_steps=1, **options).fit(Net(), LOADER)
+    inside = first.last_checkpoint.path.removeprefix(f"{tmp_path}/")
+    assert inside.startswith("runs/")
+    second = make_trainer("runs", **options).fit(Net(), LOADER, ckpt_path=inside)
+    assert second.num_steps == 2
+    net = Net()
+    make_trainer("runs", **options).test(net, LOADER, ckpt_path=second.last_checkpoint.path)
+    expected = load_weights(second.last_checkpoint)
+    assert torch.equal(net.net.weight, expected["net.weight"])
+    uri = Path(second.last_checkpoint.path).as_uri()  # of another kind than the file system's paths
+    assert find_resume(uri, Storage("runs", filesystem), "default", filesystem=filesystem).checkpoint.step == 2
+
+
+@pytest.mark.parametrize("how", ["last", "best", "path", "checkpoint"])
+def test_weights_alone_are_not_resumed_from_and_that_is_told_before_anything_starts(tmp_path: Path, how: str) -> None:
+    first = make_trainer(tmp_path, checkpoint={"save_weights_only": True}).fit(Net(), LOADER)
+    given = {"path": first.last_checkpoint.path, "checkpoint": first.last_checkpoint}.get(how, how)
+    with pytest.raises(CheckpointMismatch, match=r"holds weights alone .*load_from_checkpoint"):
+        make_trainer(tmp_path).fit(Net(), LOADER, ckpt_path=given)
+    assert [entry.name for entry in (tmp_path / "default").iterdir()] == ["version_0"]
+    assert make_trainer(tmp_path).test(Net(), LOADER, ckpt_path=given)
+
+
+def test_last_is_the_newest_that_can_be_resumed_from(tmp_path: Path) -> None:
+    make_trainer(tmp_path, max_steps=1).fit(Net(), LOADER)
+    options = {"checkpoint": {"save_weights_only": True}}
+    second = make_trainer(tmp_path, max_steps=2, **options).fit(Net(), LOADER, ckpt_path="last")
+    assert second.last_checkpoint.manifest.weights_only
+    assert make_trainer(tmp_path, max_steps=4, max_epochs=2).fit(Net(), LOADER, ckpt_path="last").num_steps == 4
+
+
+def test_nothing_is_evaluated_where_the_last_checkpoint_is_asked_for_and_none_is_there(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArguments, match=r"'last': run 'default' in .* has no whole checkpoint"):
+        make_trainer(tmp_path).test(Net(), LOADER, ckpt_path="last")
+
+
+def test_the_weights_of_a_lightning_file_are_evaluated_and_not_resumed_from(tmp_path: Path) -> None:
+    weights = {"net.weight": torch.full((1, 2), 3.0), "net.bias": torch.zeros(1)}
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": weights, "epoch": 3, "global_step": 70, "pytorch-lightning_version": "2.6.0"}, path)
+    (results,) = make_trainer(tmp_path).test(Net(), LOADER, ckpt_path=path)
+    assert results["test_loss"] == pytest.approx(36.0)
+    with pytest.raises(InvalidArguments, match=r"is a file of Lightning.*Net\.load_from_checkpoint\('"):
+        make_trainer(tmp_path).fit(Net(), LOADER, ckpt_path=path)
+
+
+def test_a_copy_of_the_weights_alone(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.fit(Net(), LOADER)
+    trainer.save_checkpoint(tmp_path / "whole")
+    trainer.save_checkpoint(tmp_path / "weights", weights_only=True)
+    assert {path.name for path in (tmp_path / "weights").iterdir()} == {
+        "manifest.json", "model-00000-of-00001.pt", "module.pt"
+    }  # fmt: skip
+    assert "training-00000-of-00001.pt" in {path.name for path in (tmp_path / "whole").iterdir()}
+    with pytest.raises(CheckpointMismatch, match="weights alone"):
+        make_trainer(tmp_path).fit(Net(), LOADER, ckpt_path=tmp_path / "weights")
+    one, two = (Net.load_from_checkpoint(tmp_path / name) for name in ("whole", "weights"))
+    assert torch.equal(one.net.weight, two.net.weight)

@@ -99,7 +99,7 @@ class Recovery:
         group.adopt(self.most)
         driver.begin_generation(group.world_size, reason)
         if from_checkpoint:
-            checkpoint = newest_whole(driver.version.storage) if driver.version is not None else None
+            checkpoint = newest_whole(driver.version.storage, resumable=True) if driver.version is not None else None
             driver.redo_from(checkpoint.step if checkpoint is not None else 0)
             driver.protected = {checkpoint.path} if checkpoint is not None else driver.protected
             task = replace(task, checkpoint=checkpoint or task.checkpoint, weights_only=False)

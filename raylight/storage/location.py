@@ -173,7 +173,9 @@ def _locate_on(filesystem: Any, path: str, backoff: Backoff) -> Location:
     if (scheme := _scheme(path)) is not None:
         path = path.split("://", 1)[1].split("?")[0] if scheme != "file" else unquote(urlsplit(path).path)
     while isinstance(filesystem, fs.SubTreeFileSystem):
-        path = filesystem.base_path.rstrip("/") + "/" + path.lstrip("/")
+        base = filesystem.base_path.rstrip("/") + "/"
+        if not path.startswith(base):  # as it does where it was read off a result
+            path = base + path.lstrip("/")
         filesystem = filesystem.base_fs
     if isinstance(filesystem, fs.LocalFileSystem):
         return _local(path)

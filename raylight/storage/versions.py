@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from raylight.config import RUN_NAMES, is_run_name
 from raylight.errors import InvalidArguments, MissingFile, StorageError
 from raylight.storage.filesystem import Storage
 from raylight.storage.json_text import to_json
@@ -103,11 +104,8 @@ def number_of(folder: str) -> int:
 
 def check_name(name: str) -> None:
     """Raises InvalidArguments for a name that cannot be one folder on every kind of storage."""
-    if not re.fullmatch(r"[^/\\\0:*?\"<>|]+", name) or name.startswith(".") or name != name.strip():
-        raise InvalidArguments(
-            f"name={name!r} cannot be the name of a run: it becomes one folder, so it needs at least one character, "
-            'none of / \\ : * ? " < > |, no space at its ends and no dot at its start.'
-        )
+    if not is_run_name(name):
+        raise InvalidArguments(f"name={name!r} cannot be the name of a run, which becomes one folder: {RUN_NAMES}.")
 
 
 def _next_number(run: Storage) -> int:

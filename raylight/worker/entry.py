@@ -26,7 +26,7 @@ from raylight.worker.loop import fit
 from raylight.worker.memory import advise
 from raylight.worker.optimization import check_schedulers, make_optimizers
 from raylight.worker.rank import Rank
-from raylight.worker.restore import load_state
+from raylight.worker.restore import load_lightning, load_state
 from raylight.worker.snapshot import Snapshots
 
 
@@ -115,6 +115,8 @@ def prepare(rank: Rank) -> Iterator[Message]:
     if task.checkpoint is not None:
         rank.restored = load_state(task.checkpoint, rank.global_rank, rank.world_size)
         state.restore_weights(rank, rank.restored)
+    elif lightning_file := task.options.get("lightning_file"):
+        state.restore_weights(rank, load_lightning(lightning_file))
     if rank.config.sync_batchnorm and rank.world_size > 1:
         module = rank.module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
     rank.precision.convert_module(module)

@@ -117,7 +117,7 @@ def test_a_damaged_run_json_is_told(tmp_path: Path) -> None:
         version.read_run()
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", ".hidden", " a", "a:b", "a\0"])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", ".hidden", " a", "a:b", "a\0", "version_1"])
 def test_names_that_cannot_be_a_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidArguments, match="cannot be the name of a run"):
         claim_version(Storage(tmp_path), name)
