@@ -5,6 +5,7 @@ As a program it forks a child for each line of its input, "KILL_AT SIZE URI", an
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import signal
@@ -23,8 +24,11 @@ WORLD_SIZE = 3
 EFFECTS = ("open", "write", "fsync", "replace", "link", "unlink", "rmdir", "mkdir")
 
 
-def content(step: int, rank: int, kind: str, size: int) -> bytes:
-    return random.Random(f"{step} {rank} {kind}").randbytes(size)
+def content(step: int, rank: int, kind: str, size: int) -> memoryview:
+    """At the beginning of a page, as the host buffers of a checkpoint are: so large pieces are written directly."""
+    pages = mmap.mmap(-1, size)
+    pages[:] = random.Random(f"{step} {rank} {kind}").randbytes(size)
+    return memoryview(pages)
 
 
 def save(version: Storage, step: int, attempt: int, size: int) -> None:
@@ -106,7 +110,7 @@ def hooked_effects(before: Callable[[str, tuple], None]) -> Iterator[None]:
             setattr(os, name, function)
 
 
-def die_at(kill_at: int, uri: str, output: int) -> None:
+def die_at(kill_at: int, uri: str, output: int, size: int) -> None:
     """Runs the sequence and is killed ahead of its effect number `kill_at`; writes also in their middle."""
     write, count = os.write, 0
 
@@ -120,7 +124,7 @@ def die_at(kill_at: int, uri: str, output: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     with hooked_effects(before):
-        save_repeatedly(uri, lambda step: write(output, b"committed %d\n" % step))
+        save_repeatedly(uri, lambda step: write(output, b"committed %d\n" % step), size)
 
 
 def main() -> None:
@@ -133,7 +137,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             if int(kill_at):
-                die_at(int(kill_at), uri, 1)
+                die_at(int(kill_at), uri, 1, int(size))
             else:
                 save_repeatedly(uri, lambda step: os.write(1, b"committed %d\n" % step), int(size))
             os._exit(0)

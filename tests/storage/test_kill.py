@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from raylight.storage import checkpoints as store
+from raylight.storage import local_files
 from raylight.storage.filesystem import Storage
+from raylight.storage.local_files import LocalSink
 from tests.faults_storage import FaultProxy, uri_at
 from tests.storage import crash_sequence
 
@@ -65,14 +67,14 @@ def forking(*arguments: str) -> Iterator[Forker]:
     forker.close()
 
 
-def kill_at_effects(folder: Path, stride: int) -> int:
+def kill_at_effects(folder: Path, stride: int, size: int = 1000) -> int:
     """Kills a child at every `stride`-th effect, and returns how many effects there are."""
     point, ended_by, reports = 1, signal.SIGKILL, set()
     with forking() as forker:
         while ended_by == signal.SIGKILL:
             path = folder / str(point)
-            reported, ended_by = forker.run(point, str(path))
-            crash_sequence.check(str(path), reported)
+            reported, ended_by = forker.run(point, str(path), size)
+            crash_sequence.check(str(path), reported, size)
             shutil.rmtree(path, ignore_errors=True)
             reports.add(reported)
             point += stride
@@ -88,6 +90,25 @@ def test_killed_at_effects_on_a_local_disk(memory_path: Path) -> None:
 @pytest.mark.soak
 def test_killed_at_every_effect_on_a_local_disk(memory_path: Path) -> None:
     assert kill_at_effects(memory_path, stride=1) > 300
+
+
+DIRECT_SIZE = 2 * local_files._MIN_DIRECT_BYTES
+
+
+def test_killed_at_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files whose bytes the disk fetches by itself, on a real disk: also killed when half of a piece is there."""
+    assert kill_at_effects(tmp_path, stride=41, size=DIRECT_SIZE) > 300
+    direct, write = [], LocalSink._write_direct
+    monkeypatch.setattr(LocalSink, "_write_direct", lambda *its: direct.append(write(*its)) or direct[-1])
+    crash_sequence.save(Storage(tmp_path / "after"), 10, 0, DIRECT_SIZE)
+    if sum(direct) == 0:
+        pytest.skip("this file system makes no direct writes")
+    assert sum(direct) == 2 * crash_sequence.WORLD_SIZE * DIRECT_SIZE
+
+
+@pytest.mark.soak
+def test_killed_at_every_direct_write(tmp_path: Path) -> None:
+    assert kill_at_effects(tmp_path, stride=1, size=DIRECT_SIZE) > 300
 
 
 def kill_at_request(proxy: FaultProxy, forker: Forker, port: int, position: int, done: bool) -> int:
