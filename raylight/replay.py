@@ -28,6 +28,7 @@ from raylight.worker.failure import format_user_traceback
 from raylight.worker.loop import Loop
 from raylight.worker.plain import restore_arrays
 from raylight.worker.rank import Rank
+from raylight.worker.restore import read_file
 
 PATH_VARIABLE, DEBUGGER_VARIABLE = "RAYLIGHT_REPLAY", "RAYLIGHT_DEBUGGER"
 
@@ -49,7 +50,8 @@ class Evidence:
 
 
 def read_evidence(path: str) -> Evidence:
-    """`path` is a file of a version's folder `failures`, or a version, whose newest is taken. Raises MissingFile."""
+    """`path` is a file of a version's folder `failures`, or a version, whose newest is taken. Raises MissingFile or
+    CheckpointCorrupt."""
     folder, _, name = path.rstrip("/").rpartition("/")
     if not name.endswith(".pt"):
         folder, name = path, ""
@@ -59,7 +61,7 @@ def read_evidence(path: str) -> Evidence:
     if name not in names:
         raise MissingFile(f"{run.path}/{FOLDER}/{name} is not there; there are: {', '.join(names) or 'none'}")
     with run.storage.open_read(f"{FOLDER}/{name}") as file:
-        facts = torch.load(file, weights_only=True, map_location="cpu")
+        facts = read_file(file, run.storage.uri_of(f"{FOLDER}/{name}"))
     return Evidence(run, restore_arrays(facts))
 
 

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from raylight import cli
+from raylight.storage.filesystem import Storage
+from raylight.storage.versions import claim_version
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -104,3 +107,28 @@ def test_a_version_without_a_failure_and_a_script_that_is_gone(tmp_path, capsys)
         file.unlink()
     assert cli.main(["replay", str(tmp_path / "runs")]) == 1
     assert "there are: none" in capsys.readouterr().err
+
+
+class Planted:
+    def __init__(self, sign):
+        self.sign = sign
+
+    def __reduce__(self):
+        return Path.touch, (self.sign,)
+
+
+def test_what_is_planted_in_the_file_of_a_failure_does_not_run(tmp_path, capsys):
+    storage = Storage(tmp_path / "runs")
+    version = claim_version(storage, "net")
+    version.write_run({"status": "failed", "command": [__file__]})
+    failures = Path(version.path, "failures")
+    failures.mkdir()
+    torch.save({"step": 1, "planted": Planted(tmp_path / "it ran")}, failures / "step-1.pt")
+    assert cli.main(["replay", str(failures / "step-1.pt")]) == 1
+    told = capsys.readouterr().err
+    assert "failures/step-1.pt" in told
+    assert "nothing in it was run" in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "it ran").exists()
+    torch.load(failures / "step-1.pt", weights_only=False)
+    assert (tmp_path / "it ran").exists()

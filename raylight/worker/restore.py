@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ def load_lightning(path: str, map_location: Any = "cpu") -> State:
     Raises `CheckpointCorrupt` where the file holds objects that only running its code would rebuild.
     """
     with torch.serialization.safe_globals(_LIGHTNING_TYPES):
-        content = _read(path, path, map_location)
+        content = read_file(path, path, map_location)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointCorrupt(f"{path} is no Lightning checkpoint: it has no state_dict.")
     module: dict[str, Any] = {"hyper_parameters": {}}
@@ -182,11 +182,11 @@ def _load(saved: SavedState, name: str, map_location: Any) -> dict[str, Any]:
     where = f"{saved.path}/{name}"
     local = saved.local_path(name)
     if local is not None:
-        content = _read(local, where, map_location)
+        content = read_file(local, where, map_location)
     else:
         with tempfile.NamedTemporaryFile(prefix="raylight-", suffix=".pt") as file:  # the mapping outlives its name
             _copy_here(saved, name, file)
-            content = _read(file.name, where, map_location)
+            content = read_file(file.name, where, map_location)
     if not isinstance(content, dict):
         raise CheckpointCorrupt(f"{where} holds a {type(content).__name__}, not a dict.")
     return content
@@ -208,9 +208,10 @@ def _copy_here(saved: SavedState, name: str, file: Any) -> None:
             ) from error
 
 
-def _read(path: str, where: str, map_location: Any) -> Any:
+def read_file(file: str | BinaryIO, where: str, map_location: Any = "cpu") -> Any:
+    """Tensors and plain values; of a path, mapped. Raises `CheckpointCorrupt`, naming `where`, and runs nothing."""
     try:
-        return torch.load(path, map_location=map_location, mmap=True, weights_only=True)
+        return torch.load(file, map_location=map_location, mmap=isinstance(file, str), weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointCorrupt(f"{where} is missing.") from error
     except pickle.UnpicklingError as error:
