@@ -17,7 +17,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylight as pl
+from raylight.storage.checkpoints import verify
 from raylight.worker import loop
+from raylight.worker.restore import load_state
 from tests.faults import FailAt
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -263,6 +265,20 @@ def test_an_elastic_group_goes_on_with_fewer_and_takes_on_who_comes(tmp_path):
     assert len({*tmp_path.glob("pid-0-*")}) == 1  # the one that was left did not start again
     for epoch in range(result.num_epochs):
         assert read_ids(tmp_path, 2, epoch) == list(range(NUM_SAMPLES))
+
+
+@pytest.mark.parametrize("point", ["snapshot", "data"])
+def test_a_group_that_shrinks_during_a_checkpoint_commits_no_half_of_it(point, tmp_path):
+    """The one that is left has begun its share, or has written it: the other is missing for good."""
+    _, result = fit(
+        tmp_path, faults=[FailAt(1, 6, point, "kill", tmp_path)], num_workers=(1, 2), num_standby=0,
+        replacement_timeout_s=0.0, checkpoint={"every_n_steps": 3, "keep_last": 20},
+    )  # fmt: skip
+    assert result.status == "finished"
+    assert pl.open_run(str(tmp_path)).record["restarts"][0]["world_size"] == 1
+    for checkpoint in result.checkpoints:
+        assert verify(checkpoint) == []
+        load_state(checkpoint, 0, 1)  # which needs the shares of all ranks
 
 
 def test_where_no_replacement_finds_room_the_last_step_is_saved(tmp_path):

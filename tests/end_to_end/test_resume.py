@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 import raylight as pl
+from raylight.driver import timetable
+from raylight.storage.checkpoints import verify
+from raylight.worker.precision import Precision
 
 pytestmark = pytest.mark.usefixtures("ray_if_marked")
 NUM_SAMPLES = 41
@@ -80,6 +87,71 @@ def test_running_statistics_go_on_on_several_workers(tmp_path):
     fit(again, 2, tmp_path / "parts", batch_size=3, max_steps=10, resume="last")
     for name, tensor in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # after a step that counted for nothing
+@pytest.mark.parametrize("stop", [2, 7])
+def test_the_gradient_scaler_goes_on(stop, tmp_path):
+    """It halves its scale at steps that overflow, which count for nothing, and doubles it after three that do not."""
+
+    def scaled():
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=3)
+        return {"plugins": [Precision("16-mixed", "cpu", scaler)]}
+
+    whole, again = Net(), Net()
+    fit(whole, 0, tmp_path / "whole", max_steps=20, **scaled())
+    fit(Net(), 0, tmp_path / "parts", max_steps=stop, **scaled())
+    options = scaled()
+    fit(again, 0, tmp_path / "parts", max_steps=20, resume="last", **options)
+    assert options["plugins"][0].state_dict()["scale"] != 2.0**18
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+class Terminating(pl.Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_stopped_by_sigterm(tmp_path):
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom tests.end_to_end.test_resume import Net, Terminating, fit\n"
+        "fit(Net(), 0, Path(sys.argv[1]), max_steps=20, callbacks=[Terminating()])\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "parts")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    whole, again = Net(), Net()
+    fit(whole, 0, tmp_path / "whole", max_steps=20)
+    assert 13 <= pl.open_run(str(tmp_path / "parts")).last.step < 20
+    fit(again, 0, tmp_path / "parts", max_steps=20, resume="last")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+class Leaving(pl.Callback):
+    """Ends the run once `enough` checkpoints were committed while it went on."""
+
+    def __init__(self, enough: int):
+        self.enough = enough
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        found = list(Path(trainer.log_dir, "checkpoints").glob("*/manifest.json"))
+        trainer.should_stop |= len(found) >= self.enough
+
+
+@pytest.mark.parametrize("every_s", [0.05, "auto"])
+def test_checkpoints_by_the_clock(every_s, tmp_path, monkeypatch):
+    monkeypatch.setattr(timetable, "AUTO_FIRST_S", 0.05)
+    monkeypatch.setattr(timetable, "AUTO_LEAST_S", 0.05)
+    checkpoint = pl.Checkpointing(every_s=every_s, keep_last=10)
+    options = {"max_epochs": 100_000, "max_time": "00:00:01:00", "callbacks": [Leaving(2)]}
+    result = fit(Net(), 0, tmp_path, checkpoint=checkpoint, **options)
+    assert result.status == "finished"
+    assert len(result.checkpoints) >= 2
+    assert not {checkpoint.step for checkpoint in result.checkpoints} <= {result.num_steps}
+    assert all(verify(checkpoint) == [] for checkpoint in result.checkpoints)
 
 
 class FailingOnce(pl.Callback):
