@@ -165,6 +165,8 @@ class Loop:
             seed_step(rank.seed, rank.global_rank, rank.num_batches_seen)
         else:
             rank.torch_rng = torch.default_generator.get_state()
+            if not self.gradients.window:
+                rank.window_rng = rank.torch_rng
         rank.metrics.begin_batch(batch.size)
         self.num_samples += batch.size
         if batch.size:

@@ -82,6 +82,7 @@ class Rank:
         self.batch: Any = None  # in hand, from before its first hook to after its last
         self.suspect: int | None = None  # index of a finished batch whose loss was not finite
         self.torch_rng: Tensor | None = None  # before that batch, where steps have no random numbers of their own
+        self.window_rng: Tensor | None = None  # before the first batch since the last optimizer step
         self.train_dataloader: Any = None
         self.val_dataloaders: Any = None
         self.num_training_batches: int | None = None

@@ -29,8 +29,12 @@ FINAL_WRITE_TIMEOUT_S = 3600.0
 
 
 def settle(rank: Rank) -> None:
-    """Takes back what a broken step left: gradients, logged values, batches of an accumulation window."""
+    """Takes back what a broken step left: gradients, logged values, batches of an accumulation window, and what was
+    drawn from torch's random numbers on the CPU (noting numpy's before each batch would cost as much as a small step).
+    """
     window = rank.gradients.window if rank.gradients is not None else 0
+    if rank.window_rng is not None and (window or rank.batch is not None):
+        torch.default_generator.set_state(rank.window_rng)
     rank.gradients = None  # and with it DDP, which holds on to the broken group
     rank.batch_idx -= window
     rank.num_batches_seen -= window

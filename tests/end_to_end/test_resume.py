@@ -155,23 +155,37 @@ def test_checkpoints_by_the_clock(every_s, tmp_path, monkeypatch):
 
 
 class FailingOnce(pl.Callback):
-    """Raises at the start of a batch, before a random number is drawn for it."""
+    """Raises in a step: before a random number is drawn for it, or after."""
 
-    def __init__(self, step: int):
-        self.step = step
+    def __init__(self, step: int, late: bool):
+        self.step, self.late = step, late
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == self.step:
+        self._fail(trainer, late=False)
+
+    def on_before_backward(self, trainer, module, loss):
+        self._fail(trainer, late=True)
+
+    def _fail(self, trainer, late):
+        if trainer.global_step == self.step and self.late == late:
             raise ValueError("once")
 
 
-@pytest.mark.parametrize("stop", [3, 14])
-def test_stopped_by_an_exception(stop, tmp_path):
-    whole, again = Net(), Net()
-    fit(whole, 0, tmp_path / "whole", max_steps=20)
+class Dropping(Net):
+    """Torch's random numbers alone."""
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).pow(2).mean()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("kind", "late"), [(Net, False), (Dropping, True)])
+def test_stopped_by_an_exception(kind, late, accumulate, tmp_path):
+    whole, again, options = kind(), kind(), {"max_steps": 10, "accumulate_grad_batches": accumulate}
+    fit(whole, 0, tmp_path / "whole", **options)
     with pytest.raises(pl.WorkerFailed, match="once"):
-        fit(Net(), 0, tmp_path / "parts", max_steps=20, callbacks=[FailingOnce(stop)])
-    assert fit(again, 0, tmp_path / "parts", max_steps=20, resume="last").num_steps == 20
+        fit(kind(), 0, tmp_path / "parts", callbacks=[FailingOnce(6, late)], **options)
+    assert fit(again, 0, tmp_path / "parts", resume="last", **options).num_steps == 10
     for name, tensor in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
 
