@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,19 +64,35 @@ def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run(folder, "train.py", *arguments)
 
 
-# The batch is kept, or read again.
-@pytest.mark.parametrize(("num_workers", "width"), [(0, 8), pytest.param(2, 1_200_000, marks=pytest.mark.soak)])
-def test_an_exception_comes_again(num_workers, width, tmp_path):
-    failed = train(tmp_path, str(num_workers), "raise", str(width))
+@pytest.fixture(scope="module")
+def raised(tmp_path_factory):
+    """The folder of a run that has failed, and what it told."""
+    folder = tmp_path_factory.mktemp("raised")
+    failed = train(folder, "0", "raise", "8")
     assert failed.returncode == 1
-    [what] = set(re.findall(r"ValueError: (loss .*)", failed.stderr))
-    [path] = re.findall(r"raylight replay (\S+)", failed.stderr)[:1]
-    again = run(tmp_path, "-m", "raylight.cli", "replay", path)
+    return folder, failed.stderr
+
+
+def check_that_it_comes_again(folder: Path, told: str) -> None:
+    [what] = set(re.findall(r"ValueError: (loss .*)", told))
+    [path] = re.findall(r"raylight replay (\S+)", told)[:1]
+    again = run(folder, "-m", "raylight.cli", "replay", path)
     assert again.returncode == 1
     assert f"ValueError: {what}" in again.stderr  # the same loss in nine digits: weights, samples and dropout
     assert "in training_step" in again.stderr
     assert "samples [" in again.stdout
-    assert len(list((tmp_path / "runs" / "net").glob("version_*"))) == 1  # nothing was trained
+    assert len(list((folder / "runs" / "net").glob("version_*"))) == 1  # nothing was trained
+
+
+def test_an_exception_comes_again(raised):
+    check_that_it_comes_again(*raised)
+
+
+@pytest.mark.soak
+def test_an_exception_comes_again_where_the_batch_is_too_large_to_be_kept(tmp_path):
+    failed = train(tmp_path, "2", "raise", "1200000")
+    assert failed.returncode == 1
+    check_that_it_comes_again(tmp_path, failed.stderr)
 
 
 def test_a_loss_that_is_not_finite_comes_again(tmp_path):
@@ -87,25 +104,26 @@ def test_a_loss_that_is_not_finite_comes_again(tmp_path):
     assert "returned nan values" in again.stderr
 
 
-def test_a_debugger_is_entered_where_the_step_fails(tmp_path):
-    train(tmp_path, "0", "raise", "8")
-    (tmp_path / "watcher.py").write_text(
+def test_a_debugger_is_entered_where_the_step_fails(raised):
+    folder, _ = raised
+    (folder / "watcher.py").write_text(
         "def post_mortem(traceback):\n"
         "    while traceback.tb_next: traceback = traceback.tb_next\n"
         "    print('locals:', sorted(traceback.tb_frame.f_locals))\n"
     )
-    again = run(tmp_path, "-m", "raylight.cli", "replay", "runs", "--debugger", "watcher")
+    again = run(folder, "-m", "raylight.cli", "replay", "runs", "--debugger", "watcher")
     assert "locals: ['batch', 'batch_idx', 'loss', 'self']" in again.stdout
 
 
-def test_a_version_without_a_failure_and_a_script_that_is_gone(tmp_path, capsys):
-    train(tmp_path, "0", "raise", "8")
-    (tmp_path / "train.py").unlink()
-    assert cli.main(["replay", str(tmp_path / "runs")]) == 1
+def test_a_version_without_a_failure_and_a_script_that_is_gone(raised, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(raised[0], folder)
+    (folder / "train.py").unlink()
+    assert cli.main(["replay", str(folder / "runs")]) == 1
     assert "raylight replay PATH -- train.py" in capsys.readouterr().err
-    for file in (tmp_path / "runs" / "net" / "version_0" / "failures").iterdir():
+    for file in (folder / "runs" / "net" / "version_0" / "failures").iterdir():
         file.unlink()
-    assert cli.main(["replay", str(tmp_path / "runs")]) == 1
+    assert cli.main(["replay", str(folder / "runs")]) == 1
     assert "there are: none" in capsys.readouterr().err
 
 
