@@ -246,7 +246,7 @@ def run_training_steps(trainer: Rank, module: Module, shares_batches: bool) -> N
             trainer.control.beat = ("train", trainer.global_step, time.monotonic())  # this is no hang
             if batch.size and not (shares_batches and batch.uneven):
                 data = trainer.transfer(batch.data)
-                with trainer.precision.forward_context():
+                with trainer.precision_plugin.forward_context():
                     step(data, batch.index, 0)
     finally:
         trainer.metrics = metrics

@@ -119,7 +119,7 @@ def prepare(rank: Rank) -> Iterator[Message]:
         state.restore_weights(rank, load_lightning(lightning_file))
     if rank.config.sync_batchnorm and rank.world_size > 1:
         module = rank.module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    rank.precision.convert_module(module)
+    rank.precision_plugin.convert_module(module)
     module.to(rank.device)
     hparams = {**getattr(data_module, "hparams", {}), **module.hparams}
     if rank.is_global_zero and hparams:

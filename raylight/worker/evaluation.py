@@ -86,7 +86,7 @@ def _run_loader(
     on_start, on_end = rank.hooks(f"on_{prefix}_batch_start"), rank.hooks(f"on_{prefix}_batch_end")
     keeps = stage == "predict" or _epoch_end_hook(rank, stage) is not None
     arguments = (loader_index,) if several else ()
-    metrics, precision = rank.metrics, rank.precision
+    metrics, precision = rank.metrics, rank.precision_plugin
     metrics.dataloader_idx = loader_index if several else None
     num_samples, finished, next_report = 0, 0, monotonic() + REPORT_EVERY_S
     for index, batch in batches.iterate():

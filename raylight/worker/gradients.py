@@ -91,9 +91,9 @@ class Gradients:
     def forward(self, data: Any, index: int) -> Any:
         # DDP's forward may enter a collective, which a rank without a sample would not join
         step = self.plain_step if self.uneven else self.step
-        if self.rank.precision.is_plain:
+        if self.rank.precision_plugin.is_plain:
             return step(data, index, 0)
-        with self.rank.precision.forward_context():
+        with self.rank.precision_plugin.forward_context():
             return step(data, index, 0)
 
     def compute(self, batch: TrainBatch, data: Any, scale: float) -> Any:
@@ -111,8 +111,8 @@ class Gradients:
         for hook in self.on_before_backward:
             hook(loss)
         scaled = loss if scale == 1.0 else loss * scale
-        if self.rank.precision.scaler is not None:
-            scaled = self.rank.precision.scale(scaled)
+        if self.rank.precision_plugin.scaler is not None:
+            scaled = self.rank.precision_plugin.scale(scaled)
         if self.backward is not None:
             self.backward(scaled)
         else:
@@ -128,7 +128,7 @@ class Gradients:
             average_gradients(self.parameters, self.rank.world_size)
         if not self.clips and not self.on_before_optimizer_step:
             return
-        self.rank.precision.unscale(self.optimizer)
+        self.rank.precision_plugin.unscale(self.optimizer)
         for hook in self.on_before_optimizer_step:
             hook(self.optimizer)
         if self.clips:
@@ -140,18 +140,18 @@ class Gradients:
         """The one place where parameters change."""
         rank = self.rank
         if not self.automatic and self.on_before_optimizer_step:
-            rank.precision.unscale(optimizer)
+            rank.precision_plugin.unscale(optimizer)
             for hook in self.on_before_optimizer_step:
                 hook(optimizer)
         if rank.snapshots is not None and not rank.snapshots.wait() and rank.world_size == 1:
             # User code wrote into what was being copied: again, after this step. With several ranks, which must save
             # at the same step, the driver asks them.
             rank.checkpoint_requested = True
-        if rank.precision.scaler is None:
+        if rank.precision_plugin.scaler is None:
             result = optimizer.step(closure) if closure is not None else optimizer.step()
         else:
-            result = rank.precision.step(optimizer, closure)
-            rank.precision.update()
+            result = rank.precision_plugin.step(optimizer, closure)
+            rank.precision_plugin.update()
         rank.global_step += 1
         return result
 
@@ -159,7 +159,7 @@ class Gradients:
         for hook in self.on_before_backward:
             hook(loss)
         self.losses.append(loss.detach())
-        self.rank.module.backward(self.rank.precision.scale(loss), *arguments, **keywords)
+        self.rank.module.backward(self.rank.precision_plugin.scale(loss), *arguments, **keywords)
         # gradients that were averaged before are equal on all ranks, and their mean leaves them as they are
         average_gradients(self.rank.module.parameters(), self.rank.world_size)
         for hook in self.on_after_backward:
@@ -175,7 +175,7 @@ class Gradients:
             return outputs["loss"] if isinstance(outputs, dict) else outputs
 
         final: Callable[[], Any] = closure
-        if rank.precision.scaler is not None:  # a scaler must see the gradients before the step
+        if rank.precision_plugin.scaler is not None:  # a scaler must see the gradients before the step
             loss = closure()
             final = lambda: loss  # noqa: E731
         rank.module.optimizer_step(rank.current_epoch, batch.index, rank.stepping_optimizers[0], final)

@@ -75,7 +75,7 @@ def collect(rank: Rank) -> State:
             "configured": rank.configured,
             "callbacks": checkpoint["callbacks"],
             "loop": checkpoint["loops"],
-            "precision": rank.precision.state_dict(),
+            "precision": rank.precision_plugin.state_dict(),
             "metrics": dict(rank.metrics.epoch_values),
             "data_module": data_module,
         },
@@ -148,7 +148,7 @@ def restore_training(rank: Rank, state: State) -> None:
             callback.load_state_dict(saved["callbacks"][state_key(callback)])
     if rank.datamodule is not None and saved.get("data_module"):
         rank.datamodule.load_state_dict(saved["data_module"])
-    rank.precision.load_state_dict(saved["precision"])
+    rank.precision_plugin.load_state_dict(saved["precision"])
     rank.metrics.epoch_values = dict(saved["metrics"])
     for name in LOOP_COUNTERS:
         setattr(rank, name, saved["loop"][name])

@@ -212,6 +212,7 @@ class Asking(Net):
             "last": trainer.is_last_batch,
             "every": trainer.log_every_n_steps,
             "fast": trainer.fast_dev_run,
+            "precision": trainer.precision,
             "stopping": trainer.early_stopping_callback,
             "checkpointing": trainer.checkpoint_callback,
             "reduced": trainer.strategy.reduce(torch.tensor(2.0)).item(),
@@ -226,7 +227,8 @@ def test_what_modules_ask_their_trainer(tmp_path):
     fit(module, tmp_path, callbacks=[stopping], log_every_n_steps=7, checkpoint=False)
     assert isinstance(module.answers.pop("stopping"), pl.callbacks.EarlyStopping)
     assert module.answers == {
-        "last": True, "every": 7, "fast": False, "checkpointing": None, "reduced": 2.0, "zero": True,
+        "last": True, "every": 7, "fast": False, "precision": "32-true", "checkpointing": None, "reduced": 2.0,
+        "zero": True,
     }  # fmt: skip
 
 
