@@ -40,11 +40,12 @@ class GradientAccumulationScheduler(Callback):
         return any(factor > 1 for factor in self.scheduling.values())
 
     def find_mistakes(self, config: Config) -> list[str]:
-        if config.accumulate_grad_batches == 1:
-            return []
+        defaults = {"accumulate_grad_batches": 1, "global_batch_size": None}
         return [
-            f"accumulate_grad_batches={config.accumulate_grad_batches} and GradientAccumulationScheduler both set "
-            "the accumulation; keep one of them."
+            f"{name}={getattr(config, name)} and GradientAccumulationScheduler both set the accumulation; "
+            "keep one of them."
+            for name, default in defaults.items()
+            if getattr(config, name) != default
         ]
 
     def on_train_start(self, trainer: Rank, module: Module) -> None:

@@ -40,7 +40,7 @@ def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
     try:
         yield Started(socket.gethostname(), os.getpid(), place.device)
         with ExitStack() as numerics:
-            _set_numerics(task, place, numerics)
+            _set_numerics(task, place, numerics, is_kept="rank" in control.kept)
             if task.options.get("rescue"):
                 yield from rejoin.rescue(control.kept.get("rank"), task, place, control)
                 return
@@ -195,13 +195,15 @@ def _fail(rank: Rank | None, error: Exception) -> Iterator[Message]:
     yield PeerLost(step, failure.text) if lost_peer else failure
 
 
-def _set_numerics(task: Task, place: Place, stack: ExitStack) -> None:
-    """Global switches of torch, put back when the run ends: in-process the caller's program goes on."""
+def _set_numerics(task: Task, place: Place, stack: ExitStack, is_kept: bool) -> None:
+    """Global switches of torch, put back when the run ends: in-process the caller's program goes on. A rank that is
+    kept through a failure goes on with its random numbers too."""
     config = task.config
     postpone_dynamo()
     set_rank(place.rank)
     stack.callback(set_rank, 0)
-    if (config.seed is not None or place.world_size > 1) and not task.options.get("rescue"):
+    is_going_on = is_kept and (task.options.get("rejoin") or task.options.get("rescue"))
+    if (config.seed is not None or place.world_size > 1) and not is_going_on:
         # every rank draws another stream, so that dropout masks differ between them
         seed_process(task.seed + place.rank)
     if config.deterministic:

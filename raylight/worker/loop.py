@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raylight.errors import DataError
 from raylight.messages import Message, Paused, Progress, StageFinished, StageStarted
-from raylight.seeding import seed_step
+from raylight.seeding import seed_step, set_rng_state
 from raylight.worker import state
 from raylight.worker.collectives import agree
 from raylight.worker.control import Action, Halted
@@ -43,6 +43,9 @@ def fit(rank: Rank) -> Iterator[Message]:
         profile(loop, rank.profiler)
     rank.has_trained = True
     rank.call("on_train_start")
+    if rank.restored_rng is not None:  # what was drawn up to here, the run that goes on had drawn before its first step
+        set_rng_state(rank.restored_rng)
+        rank.restored_rng = None
     while not loop.schedule.is_finished():
         yield from loop.train_epoch()
     yield from loop.save_last()
@@ -160,7 +163,7 @@ class Loop:
     def train_batch(self, batch: TrainBatch) -> int | None:
         rank, index, data = self.rank, batch.index, batch.data
         complete = batch.last or self.gradients.window + 1 >= rank.accumulate_grad_batches
-        rank.batch = batch
+        rank.batch, rank.batch_done = batch, False
         if self.several:
             seed_step(rank.seed, rank.global_rank, rank.num_batches_seen)
         else:
@@ -176,6 +179,7 @@ class Loop:
                 if hook(data, index) == SKIP_EPOCH:
                     return SKIP_EPOCH
         outputs = self.gradients.take(batch, data, complete)
+        rank.batch_done = True  # whatever fails from here on
         if complete and self.steps_schedulers:
             step_schedulers(rank, "step", rank.global_step)
             step_schedulers(rank, "step", rank.global_step, plateau=True)
@@ -245,21 +249,29 @@ class Loop:
             rank.checkpoint_requested = True
 
     def finish_epoch(self, whole: bool) -> Iterator[Message]:
-        """Hooks, values and schedulers of the epoch's end; not `whole` where the run stopped in its middle."""
-        rank = self.rank
+        """Hooks, values and schedulers of the epoch's end; not `whole` where the run stopped in its middle.
+
+        A run that goes on from there comes to this end once more, and so its checkpoint is made before the hooks.
+        """
+        rank, metrics, values = self.rank, self.rank.metrics, []
         yield from self._drain()
-        rank.metrics.stage, rank.metrics.hook_is_step = "train", False
+        metrics.stage, metrics.hook_is_step = "train", False
+        share = metrics.keep_share()
+        if not whole:
+            values.append(metrics.finish_epoch("train", rank.current_epoch, rank.global_step))
+            metrics.carried = share
+            yield from self.save(must=True)
+            metrics.carried = {}
         if self.keeps_outputs:
             hook, outputs = rank.module.training_epoch_end, gather_outputs(rank, rank.outputs)
             hook(outputs) if takes_outputs(hook) else hook()
-            rank.outputs = []
-        share = rank.metrics.epoch_share()
-        values = [rank.metrics.finish_epoch("train", rank.current_epoch, rank.global_step)]
+        values.append(metrics.finish_epoch("train", rank.current_epoch, rank.global_step))
         for hooks in rank.hooks_at_epoch_end():
             for hook in hooks:
                 hook()
-            values.append(rank.metrics.finish_epoch("train", rank.current_epoch, rank.global_step))
-        rank.metrics.end_epoch()
+            values.append(metrics.finish_epoch("train", rank.current_epoch, rank.global_step))
+        metrics.end_epoch()
+        rank.outputs = []
         if rank.is_global_zero:
             yield from (part for part in values if part.values)
         if whole:
@@ -267,7 +279,7 @@ class Loop:
             rank.current_epoch += 1
             rank.batch_idx = rank.position = 0
         else:
-            rank.metrics.carried = share  # for the checkpoint: a run that is resumed from it finishes the epoch
+            metrics.carried = share  # of a checkpoint that has to be made once more
         yield StageFinished("train", rank.current_epoch, rank.global_step)
         yield from rank.take_outbox()
         if whole and self.schedule.saves_after_epoch():

@@ -79,6 +79,7 @@ class Metrics:
         self.logged_values: dict[str, float] = {}
         self.shown_values: dict[str, float] = {}
         self.carried: Share = {}  # logged in this epoch of training by ranks that are gone, or before a resume
+        self._ending: Share | None = None  # what this rank has logged in an epoch whose end is on its way
         self._whole: dict[Key, int] = {}
         self._computed: list[Any] = []  # torchmetrics objects whose epoch is over, and whose hooks may still read them
         self._num_batches = 0
@@ -126,14 +127,22 @@ class Metrics:
             for series in self.series.values():
                 if series.stage == self.stage:
                     series.fold() if series.on_epoch else _keep_newest(series)
-        if self.world_size > 1 and self.stage == "train":
+        if self.stage == "train":
             self._whole = {key: len(series.values) for key, series in self.series.items()}
 
     def rollback(self) -> None:
         """Forgets what a step, or an evaluation, has logged that did not come to its end.
 
-        A torchmetrics object of a training step keeps it.
+        A torchmetrics object of a training step keeps it. An epoch whose end failed has not ended.
         """
+        ending = self._ending
+        if ending is not None:
+            for series in self.series.values():
+                if series.stage == "train" and any(series.metric is metric for metric in self._computed):
+                    self._computed = [metric for metric in self._computed if metric is not series.metric]
+                    series.touched = True
+                series.values, series.weights, series.folded = [], [], []
+            self.carried = ending
         self.end_epoch()
         for key, series in self.series.items():
             if series.stage == "train":
@@ -243,7 +252,7 @@ class Metrics:
         """The hooks of the epoch's end are done: torchmetrics objects begin anew."""
         for metric in self._computed:
             metric.reset()
-        self._computed = []
+        self._computed, self._ending = [], None
 
     def epoch_share(self) -> Share:
         """What this rank has logged so far in the running epoch of training; torchmetrics objects left out.
@@ -254,6 +263,11 @@ class Metrics:
         share: Share = {s.name: (s.flags, s.fold()) for s in mine if s.values or s.folded}
         self._whole = {}
         return merge(share, self.carried)
+
+    def keep_share(self) -> Share:
+        """As `epoch_share`, for the epoch that ends now: until `end_epoch`, a rollback brings it back."""
+        self._ending = self.epoch_share()
+        return self._ending
 
     def forget(self) -> None:
         """Drops all reduced values, as after sanity validation."""

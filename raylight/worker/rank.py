@@ -67,12 +67,14 @@ class Rank(TrainerNames):
         self.status = "finished"
         self.seconds: dict[str, float] = {}
         self.restored: Any = None
+        self.restored_rng: dict[str, Any] | None = None  # to be put in place just before the first step
         self.checkpoint_requested = False
         self.accumulate_grad_batches = self.config.accumulate_grad_batches
         # data, found when the loop begins
         self.train_batches: Any = None
         self.gradients: Any = None  # the loop's, while it trains
         self.batch: Any = None  # in hand, from before its first hook to after its last
+        self.batch_done = False  # its step is made, and only what comes behind it is not
         self.suspect: int | None = None  # index of a finished batch whose loss was not finite
         self.torch_rng: Tensor | None = None  # before that batch, where steps have no random numbers of their own
         self.window_rng: Tensor | None = None  # before the first batch since the last optimizer step

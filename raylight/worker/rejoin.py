@@ -33,7 +33,14 @@ def settle(rank: Rank) -> None:
     drawn from torch's random numbers on the CPU (noting numpy's before each batch would cost as much as a small step).
     """
     window = rank.gradients.window if rank.gradients is not None else 0
-    if rank.window_rng is not None and (window or rank.batch is not None):
+    if rank.batch is not None and rank.batch_done:  # made on this rank: what failed came behind it
+        rank.batch_idx = rank.batch.index + 1
+        rank.num_batches_seen += 1
+        if not window:
+            if rank.global_step % rank.config.log_every_n_steps == 0:
+                rank.metrics.record(rank.global_step, rank.current_epoch)
+            rank.metrics.end_step()
+    if rank.window_rng is not None and (window or (rank.batch is not None and not rank.batch_done)):
         torch.default_generator.set_state(rank.window_rng)
     rank.gradients = None  # and with it DDP, which holds on to the broken group
     rank.batch_idx -= window
@@ -65,9 +72,10 @@ def move(rank: Rank, task: Task, place: Place, control: Control) -> None:
 def meet(rank: Rank) -> None:
     """Gives every rank the state of the one that is furthest; a replacement has none of its own. What those that are
     gone have logged in this epoch goes to rank 0."""
-    standings = gather_objects(rank.num_batches_seen if rank.has_trained else -1, rank.world_size)
+    standing = (rank.num_batches_seen, rank.current_epoch, rank.validated_at) if rank.has_trained else (-1, 0, 0)
+    standings = gather_objects(standing, rank.world_size)
     furthest = max(standings)
-    if furthest < 0:
+    if furthest[0] < 0:
         return
     source = standings.index(furthest)
     mine = state.collect(rank) if rank.global_rank == source else None

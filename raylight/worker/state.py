@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raylight.errors import CheckpointMismatch
-from raylight.seeding import rng_state, set_rng_state
+from raylight.seeding import rng_state
 from raylight.worker import hyperparameters
 from raylight.worker.epoch_shares import merge, pack, unpack
 from raylight.worker.rank import Rank
@@ -160,7 +160,7 @@ def restore_training(rank: Rank, state: State) -> None:
     if rank.batch_idx and any("logged" in its for its in mine):
         rank.metrics.carried = merge(*(unpack(its["logged"]) for its in mine))
     if "rng" in state.own:  # with another number of workers there is no RNG stream that would be the right one
-        set_rng_state(state.own["rng"])
+        rank.restored_rng = state.own["rng"]
 
 
 def share_module(rank: Rank) -> dict[str, Any]:

@@ -126,6 +126,7 @@ class CountingNet(Net):
         pytest.param([(1, 4, "data")], marks=pytest.mark.soak),
         pytest.param([(0, 4, "forward")], marks=pytest.mark.soak),
         [(1, 4, "validation")],
+        [(1, 6, "epoch_end")],
         [(1, 3, "data"), (0, 4, "data")],
     ],
     ids=lambda faults: "-".join(f"{rank}_{point}" for rank, _, point in faults),
@@ -143,6 +144,15 @@ def test_the_epoch_values_hold_what_a_killed_worker_had_logged(faults, tmp_path)
     lost = [ids for ids in unions(last_words) if first == total - sum(ids)]
     assert lost
     assert first_mean == pytest.approx(first / (NUM_SAMPLES - len(lost[0])))
+
+
+def test_an_exception_at_the_end_of_an_epoch_loses_no_value(tmp_path):
+    _, result = fit(
+        tmp_path, faults=[FailAt(1, 6, "epoch_end", "exception", tmp_path)], kind=CountingNet, max_epochs=2
+    )
+    rows = result.history().to_pylist()
+    assert result.num_restarts == 1
+    assert [row["value"] for row in rows if row["name"] == "seen"] == [sum(range(NUM_SAMPLES))] * 2
 
 
 def ids_of_step(folder: Path, rank: int, step: int) -> list[int]:
@@ -173,6 +183,55 @@ def test_all_workers_die_and_the_last_checkpoint_is_used(undisturbed, tmp_path):
     assert_same(module, expected)
     steps = [row["step"] for row in result.history().to_pylist() if row["name"] == "loss"]
     assert sorted(steps) == list(range(1, whole.num_steps + 1))
+
+
+def test_where_all_ranks_fail_behind_a_step_it_is_not_made_twice(undisturbed, tmp_path):
+    expected, whole = undisturbed
+    faults = [FailAt(rank, 5, "after_step", "exception", tmp_path) for rank in range(2)]
+    module, result = fit(tmp_path, faults=faults)
+    assert (result.num_restarts, result.num_steps) == (1, whole.num_steps)
+    assert_same(module, expected)
+    steps = [row["step"] for row in result.history().to_pylist() if row["name"] == "loss"]
+    assert sorted(steps) == list(range(1, whole.num_steps + 1))
+
+
+def test_one_worker_goes_on_with_its_random_numbers(tmp_path):
+    """Of torch alone: numpy's are not noted before each batch."""
+    expected, _ = fit(tmp_path / "whole", num_workers=1, kind=QuietNet, max_epochs=1)
+    fault = FailAt(0, 5, "backward", "exception", tmp_path)
+    module, result = fit(tmp_path / "faulty", num_workers=1, kind=QuietNet, faults=[fault], max_epochs=1)
+    assert result.num_restarts == 1
+    assert_same(module, expected)
+
+
+class QuietNet(Net):
+    def training_step(self, batch, batch_idx):
+        self.ids = batch[1].tolist()
+        return self.net(batch[0]).pow(2).mean()
+
+
+class FailAfterValidation(pl.Callback):
+    """Once, on rank 1, while rank 0 goes on."""
+
+    def __init__(self, step: int, folder: Path):
+        self.step, self.marker = step, folder / "failed"
+
+    def on_validation_end(self, trainer, module):
+        if trainer.global_rank == 1 and trainer.global_step == self.step and not self.marker.exists():
+            self.marker.touch()
+            raise OSError("the share is away")
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_ranks_that_stand_before_and_behind_a_validation_meet(step, tmp_path):
+    """In the middle of an epoch and at its end: they would enter different collectives."""
+    _, result = fit(
+        tmp_path, faults=[FailAfterValidation(step, tmp_path)], kind=CountingNet, max_epochs=2, val_check_interval=2,
+    )  # fmt: skip
+    assert (result.num_restarts, result.num_steps) == (1, 12)
+    rows = result.history().to_pylist()
+    assert [row["value"] for row in rows if row["name"] == "seen"] == [sum(range(NUM_SAMPLES))] * 2
+    assert sorted({row["step"] for row in rows if row["name"] == "val_loss"}) == [2, 4, 6, 8, 10, 12]
 
 
 class KillAtTheEnd(pl.Callback):

@@ -155,19 +155,22 @@ def test_checkpoints_by_the_clock(every_s, tmp_path, monkeypatch):
 
 
 class FailingOnce(pl.Callback):
-    """Raises in a step: before a random number is drawn for it, or after."""
+    """Raises in a step: before a random number is drawn for it, in its middle, or behind it."""
 
-    def __init__(self, step: int, late: bool):
-        self.step, self.late = step, late
+    def __init__(self, step: int, moment: str):
+        self.step, self.moment = step, moment
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self._fail(trainer, late=False)
+        self._fail(trainer, "start")
 
     def on_before_backward(self, trainer, module, loss):
-        self._fail(trainer, late=True)
+        self._fail(trainer, "backward")
 
-    def _fail(self, trainer, late):
-        if trainer.global_step == self.step and self.late == late:
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self._fail(trainer, "end")
+
+    def _fail(self, trainer, moment):
+        if trainer.global_step == self.step and self.moment == moment:
             raise ValueError("once")
 
 
@@ -175,19 +178,74 @@ class Dropping(Net):
     """Torch's random numbers alone."""
 
     def training_step(self, batch, batch_idx):
+        self.log("seen", batch[1].sum(), on_step=False, on_epoch=True, reduce_fx="sum")
         return self.net(batch[0]).pow(2).mean()
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize(("kind", "late"), [(Net, False), (Dropping, True)])
-def test_stopped_by_an_exception(kind, late, accumulate, tmp_path):
-    whole, again, options = kind(), kind(), {"max_steps": 10, "accumulate_grad_batches": accumulate}
-    fit(whole, 0, tmp_path / "whole", **options)
+@pytest.mark.parametrize(("kind", "moment"), [(Net, "start"), (Dropping, "backward"), (Net, "end")])
+def test_stopped_by_an_exception(kind, moment, accumulate, tmp_path):
+    whole, again, options = kind(), kind(), {"max_steps": 14, "accumulate_grad_batches": accumulate}
+    never_stopped = fit(whole, 0, tmp_path / "whole", **options)
     with pytest.raises(pl.WorkerFailed, match="once"):
-        fit(kind(), 0, tmp_path / "parts", callbacks=[FailingOnce(6, late)], **options)
-    assert fit(again, 0, tmp_path / "parts", resume="last", **options).num_steps == 10
+        fit(kind(), 0, tmp_path / "parts", callbacks=[FailingOnce(6, moment)], **options)
+    result = fit(again, 0, tmp_path / "parts", resume="last", **options)
+    assert result.num_steps == 14
     for name, tensor in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+    values = epoch_values(result)
+    assert all(values[key] == pytest.approx(value, rel=1e-6) for key, value in epoch_values(never_stopped).items())
+
+
+class Drawing(Dropping):
+    """Draws before training begins, too."""
+
+    def on_train_start(self):
+        torch.rand(3)
+
+    def train_dataloader(self):
+        data = TensorDataset(torch.arange(80.0).reshape(20, 4), torch.arange(20))
+        kept, _ = torch.utils.data.random_split(data, [12, 8])
+        return DataLoader(kept, batch_size=2, shuffle=True)
+
+
+def test_what_is_drawn_before_the_first_step_does_not_count(tmp_path):
+    def run(module, name, **arguments):
+        return pl.fit(
+            module, num_workers=0, seed=5, storage_path=str(tmp_path / name), enable_progress_bar=False,
+            enable_model_summary=False, **arguments,
+        )  # fmt: skip
+
+    whole, again = Drawing(), Drawing()
+    run(whole, "whole", max_steps=9)
+    run(Drawing(), "parts", max_steps=4)
+    run(again, "parts", max_steps=9, resume="last")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+class Counting(pl.Callback):
+    """Counts ends of epochs, as EarlyStopping and others do."""
+
+    def __init__(self):
+        self.ends = 0
+
+    def on_train_epoch_end(self, trainer, module):
+        self.ends += 1
+
+    def state_dict(self):
+        return {"ends": self.ends}
+
+    def load_state_dict(self, state):
+        self.ends = state["ends"]
+
+
+def test_an_epoch_that_was_stopped_in_its_middle_ends_once(tmp_path):
+    first, second = Counting(), Counting()
+    stopped = fit(Net(), 0, tmp_path, max_steps=14, callbacks=[first])
+    assert "mean" in stopped.last_checkpoint.metrics
+    fit(Net(), 0, tmp_path, max_epochs=2, resume="last", callbacks=[second])
+    assert first.ends == second.ends == 2
 
 
 class Stopping(pl.Callback):
