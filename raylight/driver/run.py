@@ -339,7 +339,10 @@ class Run:
 
     def _close_journal(self) -> None:
         if self.journal is not None:
-            self.journal.close(merge=self.superseded is None)
+            try:
+                self.journal.close(merge=self.superseded is None)
+            except StorageError as error:
+                raise StorageError(f"the newest metrics may be missing on storage: {error}") from error
 
     def _check_superseded(self) -> None:
         """A run that made no checkpoint since has not noticed yet."""

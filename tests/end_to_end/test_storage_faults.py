@@ -1,0 +1,234 @@
+"""A whole fit whose storage fails in the middle of it: training goes on, the person is told, what is there is whole."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import raylight as pl
+from raylight.storage import checkpoints as store
+from raylight.storage import filesystem
+from raylight.storage.filesystem import Storage
+from raylight.storage.retry import Backoff
+from tests.faults_storage import Fault, FaultProxy, uri_at
+
+STEPS_PER_EPOCH = 8
+NUM_STEPS = 5 * STEPS_PER_EPOCH
+EVERY_EPOCH = pl.Checkpointing(every_n_epochs=1, keep_last=-1)
+FOR_EVER = 1 << 30
+
+
+class Net(pl.Module):
+    """Dropout and numpy noise in each step: a step that is lost or made twice shows in the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def training_step(self, batch, batch_idx):
+        loss = (self.net(batch[0]) + float(np.random.uniform(-0.01, 0.01))).pow(2).mean()
+        self.log("train_loss", loss)
+        return loss
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self.net(batch[0]).pow(2).mean())
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+
+def make_loader() -> DataLoader:
+    samples = torch.randn(4 * STEPS_PER_EPOCH, 4, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(samples), batch_size=4, shuffle=True)
+
+
+def fit(module: pl.Module, storage_path: object, **arguments) -> pl.Result:
+    arguments = {"max_steps": NUM_STEPS, "checkpoint": EVERY_EPOCH, **arguments}
+    return pl.fit(
+        module, make_loader(), num_workers=0, use_gpu=False, seed=5, storage_path=str(storage_path),
+        log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False, **arguments,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights after NUM_STEPS steps that nothing has disturbed."""
+    module = Net()
+    fit(module, tmp_path_factory.mktemp("undisturbed"), checkpoint=False, logger=False)
+    return module.state_dict()
+
+
+def check_weights(module: pl.Module, expected: dict[str, torch.Tensor]) -> None:
+    for name, tensor in expected.items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+
+
+def check_whole(version: Storage) -> list[int]:
+    """The steps of the checkpoints in a version, each of which must be as it was written."""
+    listed = store.list_checkpoints(version)
+    assert [store.verify(checkpoint) for checkpoint in listed] == [[]] * len(listed)
+    return [checkpoint.step for checkpoint in listed]
+
+
+def logged_steps(result: pl.Result) -> list[int]:
+    return [row["step"] for row in result.history().to_pylist() if row["name"] == "train_loss"]
+
+
+# ---- S3 that goes away
+
+
+@pytest.fixture
+def proxy(s3_port: int) -> Iterator[FaultProxy]:
+    proxy = FaultProxy(s3_port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def prefix() -> str:
+    """On S3, of this test alone."""
+    return uuid.uuid4().hex
+
+
+@pytest.fixture
+def direct(s3_port: int, prefix: str) -> Storage:
+    """What is on S3, past the proxy."""
+    return Storage(uri_at(s3_port, f"{prefix}/default/version_0"))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storage is given up after some milliseconds, not after half a minute."""
+    monkeypatch.setattr(filesystem, "Backoff", lambda: Backoff(num_attempts=3, first_s=0.01, longest_s=0.02))
+
+
+class Outage(pl.Callback):
+    """The storage goes away after step `first`, once the run has recorded that the checkpoint before it is committed,
+    and comes back after step `last`."""
+
+    def __init__(self, proxy: FaultProxy, version: Storage, kind: str, first: int, last: int = FOR_EVER):
+        self.proxy, self.version, self.kind, self.first, self.last = proxy, version, kind, first, last
+        self.num_steps_without = 0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == self.first:
+            wait_until(self._is_one_committed)
+            self.proxy.inject(Fault(self.kind, count=FOR_EVER))
+        elif trainer.global_step == self.last:
+            self.proxy.inject()
+        elif self.first < trainer.global_step < self.last:
+            self.num_steps_without += 1
+
+    def _is_one_committed(self) -> bool:
+        try:
+            return bool(json.loads(self.version.read_bytes("run.json")).get("last_checkpoint"))
+        except ValueError:
+            return False  # replaced while it was being read
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60.0
+    while not is_so():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", ["reset", "503", "403"])
+def test_storage_that_goes_away_and_comes_back(kind, proxy, prefix, direct, undisturbed, capsys):
+    """The checkpoint of step 32 may be saved or lost: the storage comes back while it is being written."""
+    module, outage = Net(), Outage(proxy, direct, kind, first=18, last=34)
+    result = fit(module, proxy.uri(prefix), callbacks=[outage])
+    assert outage.num_steps_without == 15
+    check_weights(module, undisturbed)
+    said = capsys.readouterr().out
+    lost = [line for line in said.splitlines() if "warning: " in line and "checkpoint of step 24" in line]
+    assert len(lost) == 1, said
+    assert "earlier checkpoints are whole" in said
+
+    steps = check_whole(direct)
+    assert {8, 40} <= set(steps) <= {8, 16, 32, 40}
+    assert steps == [checkpoint.step for checkpoint in result.checkpoints]
+    record = json.loads(direct.read_bytes("run.json"))
+    assert (record["status"], result.status) == ("finished", "finished")
+    assert "step-00000040" in record["last_checkpoint"]
+    assert logged_steps(result) == list(range(1, NUM_STEPS + 1))
+    assert not [entry.name for entry in direct.list() if entry.name.startswith("metrics-")]
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be copied to storage is kept in a temporary folder, which the test's own takes up."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+@pytest.mark.usefixtures("quick", "temporary")
+def test_storage_that_stays_away(proxy, prefix, direct, undisturbed, capsys):
+    """The run ends with the weights in the caller's hands, and goes on from what was committed before."""
+    module = Net()
+    started = time.monotonic()
+    result = fit(module, proxy.uri(prefix), callbacks=[Outage(proxy, direct, "reset", first=18)])
+    assert time.monotonic() - started < 30.0
+    check_weights(module, undisturbed)
+    assert (result.status, result.num_steps) == ("finished", NUM_STEPS)
+    assert result.last_checkpoint.step in (8, 16)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning: " in line]
+    for lost in ("checkpoint of step 24", "checkpoint of step 32", "checkpoint of step 40", "run.json", "metrics"):
+        assert any(lost in line and "NETWORK_CONNECTION" in line for line in warnings), (lost, warnings)
+    assert check_whole(direct) == [checkpoint.step for checkpoint in result.checkpoints]
+    assert json.loads(direct.read_bytes("run.json"))["status"] == "running"
+
+    proxy.inject()
+    again = Net()
+    resumed = fit(again, proxy.uri(prefix), resume="last")
+    check_weights(again, undisturbed)
+    assert check_whole(direct)[-1] == resumed.last_checkpoint.step == NUM_STEPS
+    assert json.loads(direct.read_bytes("run.json"))["status"] == "finished"
+    assert set(logged_steps(resumed)) >= set(range(result.last_checkpoint.step + 1, NUM_STEPS + 1))
+
+
+@pytest.mark.usefixtures("quick")
+def test_storage_that_is_away_from_the_start(proxy, prefix):
+    proxy.inject(Fault("reset", count=FOR_EVER))
+    with pytest.raises(pl.StorageError, match=r"(?s)NETWORK_CONNECTION.*3 tries.*endpoint_override"):
+        fit(Net(), proxy.uri(prefix), callbacks=[pl.callbacks.LambdaCallback(on_train_start=pytest.fail)])
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", ["reset", "unanswered"])
+def test_a_manifest_that_never_arrives(kind, proxy, prefix, direct, undisturbed, capsys):
+    """All shares are written and the driver cannot commit, or does not hear that it has."""
+    module = Net()
+    proxy.inject(Fault(kind, count=FOR_EVER, method="PUT", path="step-00000016/manifest.json"))
+    result = fit(module, proxy.uri(prefix))
+    check_weights(module, undisturbed)
+    assert capsys.readouterr().out.count("warning: the checkpoint of step 16 is lost: could not write s3://") == 1
+    assert [checkpoint.step for checkpoint in result.checkpoints] == [8, 24, 32, 40]
+    assert check_whole(direct) == ([8, 24, 32, 40] if kind == "reset" else [8, 16, 24, 32, 40])
+
+
+KINDS = ("500", "503", "reset", "unanswered", "truncated")
+
+
+@pytest.mark.usefixtures("quick")
+def test_requests_that_fail_all_along(proxy, prefix, direct, undisturbed, capsys):
+    """Every fifth one, each time in another way: no checkpoint is lost and nobody has to know."""
+    module = Net()
+    proxy.inject(*(Fault(KINDS[n % len(KINDS)], first=5 * n) for n in range(1, 200)))
+    result = fit(module, proxy.uri(prefix))
+    assert len(proxy.requests) > 100
+    check_weights(module, undisturbed)
+    assert "lost" not in capsys.readouterr().out
+    assert check_whole(direct) == [checkpoint.step for checkpoint in result.checkpoints] == [8, 16, 24, 32, 40]
+    assert logged_steps(result) == list(range(1, NUM_STEPS + 1))
