@@ -7,6 +7,8 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from raylight.storage import checkpoints as store
 from raylight.storage import filesystem
 from raylight.storage.filesystem import Storage
 from raylight.storage.retry import Backoff
-from tests.faults_storage import Fault, FaultProxy, uri_at
+from tests.faults_storage import BUCKET, CREDENTIALS, Fault, FaultProxy, uri_at
 
 STEPS_PER_EPOCH = 8
 NUM_STEPS = 5 * STEPS_PER_EPOCH
@@ -53,7 +55,7 @@ def make_loader() -> DataLoader:
     return DataLoader(TensorDataset(samples), batch_size=4, shuffle=True)
 
 
-def fit(module: pl.Module, storage_path: object, **arguments) -> pl.Result:
+def fit(module: pl.Module, storage_path: str | Path, **arguments: Any) -> pl.Result:
     arguments = {"max_steps": NUM_STEPS, "checkpoint": EVERY_EPOCH, **arguments}
     return pl.fit(
         module, make_loader(), num_workers=0, use_gpu=False, seed=5, storage_path=str(storage_path),
@@ -232,3 +234,55 @@ def test_requests_that_fail_all_along(proxy, prefix, direct, undisturbed, capsys
     assert "lost" not in capsys.readouterr().out
     assert check_whole(direct) == [checkpoint.step for checkpoint in result.checkpoints] == [8, 16, 24, 32, 40]
     assert logged_steps(result) == list(range(1, NUM_STEPS + 1))
+
+
+# ---- a file system that the caller made
+
+
+@pytest.fixture(params=["folder of a folder", "s3", "folder of s3", "fsspec"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, s3_port: int, prefix: str) -> dict[str, Any]:
+    """`storage_path` and `storage_filesystem`."""
+    from pyarrow import fs
+
+    if request.param == "folder of a folder":
+        (tmp_path / "outer" / "inner").mkdir(parents=True)
+        outer = fs.SubTreeFileSystem(str(tmp_path / "outer"), fs.LocalFileSystem())
+        return {"storage_path": "runs", "storage_filesystem": fs.SubTreeFileSystem("inner", outer)}
+    if request.param == "fsspec":
+        import fsspec
+
+        handler = fs.FSSpecHandler(fsspec.filesystem("file"))
+        return {"storage_path": str(tmp_path / "runs"), "storage_filesystem": fs.PyFileSystem(handler)}
+    s3 = fs.S3FileSystem(
+        endpoint_override=f"127.0.0.1:{s3_port}", scheme="http", region="us-east-1",
+        access_key="test", secret_key="test",
+    )  # fmt: skip
+    if request.param == "s3":
+        return {"storage_path": f"{BUCKET}/{prefix}/of mine", "storage_filesystem": s3}
+    return {"storage_path": prefix, "storage_filesystem": fs.SubTreeFileSystem(f"{BUCKET}/inner", s3)}
+
+
+def test_a_file_system_of_the_callers(place, undisturbed, monkeypatch):
+    """All that names a checkpoint, its plain path too, is looked up there."""
+    for name in CREDENTIALS:  # what the file system holds must do
+        monkeypatch.delenv(name, raising=False)
+    half, whole, elsewhere = Net(), Net(), Net()
+    first = fit(half, max_steps=20, **place)
+    assert [checkpoint.step for checkpoint in first.checkpoints] == [8, 16, 20]
+
+    result = fit(whole, resume="last", **place)
+    check_weights(whole, undisturbed)
+    assert check_whole(Storage(*place.values()).child("default", "version_0")) == [8, 16, 20, 24, 32, 40]
+    assert result.last_checkpoint.step == NUM_STEPS
+    assert result.path == first.path
+    assert logged_steps(result) == list(range(1, NUM_STEPS + 1))
+
+    shown = {"enable_progress_bar": False, "enable_model_summary": False, "num_workers": 0, "use_gpu": False}
+    [measured] = pl.test(Net(), make_loader(), checkpoint="best", **shown, **place)
+    [expected] = pl.test(whole, make_loader(), **shown, **place)
+    assert measured["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-6)
+
+    again = fit(elsewhere, resume=first.last_checkpoint.path, **place)
+    check_weights(elsewhere, undisturbed)
+    assert again.path != first.path
+    assert pl.open_run(**place, version=0).verify().keys() == {checkpoint.path for checkpoint in result.checkpoints}
