@@ -237,7 +237,8 @@ class Run:
     def _on_save_failed(self, rank: int, message: m.SaveFailed) -> None:
         self.saved.pop(message.directory, None)
         self.tell(
-            f"rank {rank} could not write its share of the checkpoint of step {message.step}: {message.reason}. "
+            f"rank {rank} could not write its share of the checkpoint of step {message.step}: "
+            f"{message.reason.rstrip('.')}. "
             "Training goes on; earlier checkpoints are whole.", "warning",
         )  # fmt: skip
 
@@ -332,17 +333,14 @@ class Run:
         for close in [self._close_journal, *(_closer(log, status) for log in self.loggers)]:
             try:
                 close()
-            except StorageError as error:
-                self.tell(str(error), "warning")
+            except (OSError, StorageError) as error:
+                self.tell(f"what was logged is not all on storage: {error}", "warning")
         self.write_record()
         self._writer.shutdown()
 
     def _close_journal(self) -> None:
         if self.journal is not None:
-            try:
-                self.journal.close(merge=self.superseded is None)
-            except StorageError as error:
-                raise StorageError(f"the newest metrics may be missing on storage: {error}") from error
+            self.journal.close(merge=self.superseded is None)
 
     def _check_superseded(self) -> None:
         """A run that made no checkpoint since has not noticed yet."""

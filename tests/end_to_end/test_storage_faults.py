@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import tempfile
 import time
 import uuid
@@ -186,7 +187,7 @@ def test_storage_that_stays_away(proxy, prefix, direct, undisturbed, capsys):
     assert (result.status, result.num_steps) == ("finished", NUM_STEPS)
     assert result.last_checkpoint.step in (8, 16)
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning: " in line]
-    for lost in ("checkpoint of step 24", "checkpoint of step 32", "checkpoint of step 40", "run.json", "metrics"):
+    for lost in ("checkpoint of step 24", "checkpoint of step 32", "checkpoint of step 40", "run.json", "what was logged"):
         assert any(lost in line and "NETWORK_CONNECTION" in line for line in warnings), (lost, warnings)
     assert check_whole(direct) == [checkpoint.step for checkpoint in result.checkpoints]
     assert json.loads(direct.read_bytes("run.json"))["status"] == "running"
@@ -286,3 +287,87 @@ def test_a_file_system_of_the_callers(place, undisturbed, monkeypatch):
     check_weights(elsewhere, undisturbed)
     assert again.path != first.path
     assert pl.open_run(**place, version=0).verify().keys() == {checkpoint.path for checkpoint in result.checkpoints}
+
+
+# ---- a disk that is full
+
+
+class Wide(Net):
+    """A checkpoint takes a part of a small disk: weights and Adam's two averages, 300 kB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4096), nn.Dropout(0.5), nn.Linear(4096, 1))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of four megabytes."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system needs root: {mounted.stderr.strip()}")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+class Filling(pl.Callback):
+    """Another program takes all room that is left on the disk after step `first`, and gives it back after `last`."""
+
+    def __init__(self, disk: Path, first: int, last: int = FOR_EVER):
+        self.ballast, self.first, self.last = disk / "ballast", first, last
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == self.first:
+            self.take_room()
+        elif trainer.global_step == self.last:
+            self.ballast.unlink()
+
+    def take_room(self) -> None:
+        with self.ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+            while True:
+                file.write(bytes(1024))
+
+
+def test_a_disk_that_is_full_for_a_while(small_disk, capsys):
+    """As with an outage, the checkpoint of step 32 may be saved or lost."""
+    expected, module = Wide(), Wide()
+    fit(expected, small_disk / "expected", checkpoint=False, logger=False)
+    result = fit(module, small_disk, callbacks=[Filling(small_disk, first=18, last=34)])
+    check_weights(module, expected.state_dict())
+    said = capsys.readouterr().out
+    lost = [line for line in said.splitlines() if "warning: " in line and "checkpoint of step 24" in line]
+    assert len(lost) == 1, said
+    assert "No space left on device" in lost[0]
+    assert "Free some space" in said
+
+    version = Storage(result.path)
+    steps = check_whole(version)
+    assert {8, 40} <= set(steps) <= {8, 16, 32, 40}
+    assert steps == [checkpoint.step for checkpoint in result.checkpoints]
+    assert json.loads(version.read_bytes("run.json"))["status"] == "finished"
+    assert logged_steps(result) == list(range(1, NUM_STEPS + 1))
+
+
+def test_a_disk_that_stays_full(small_disk, capsys):
+    """Once there is room again, the run goes on from what was committed before."""
+    expected, module, again = Wide(), Wide(), Wide()
+    fit(expected, small_disk / "expected", checkpoint=False, logger=False)
+    filling = Filling(small_disk, first=18)
+    result = fit(module, small_disk, callbacks=[filling])
+    check_weights(module, expected.state_dict())
+    said = capsys.readouterr().out
+    for step in (24, 32, 40):
+        assert f"checkpoint of step {step}" in said
+    version = Storage(result.path)
+    before = check_whole(version)
+    assert before in ([8], [8, 16])
+    assert result.last_checkpoint.step == before[-1]
+
+    filling.ballast.unlink()
+    resumed = fit(again, small_disk, resume="last")
+    check_weights(again, expected.state_dict())
+    assert check_whole(version) == [step for step in (8, 16, 24, 32, 40) if step in before or step > before[-1]]
+    assert resumed.path == result.path
+    assert sorted(entry.name for entry in version.list("checkpoints")) == sorted(it.name for it in resumed.checkpoints)
