@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -187,7 +190,8 @@ def test_storage_that_stays_away(proxy, prefix, direct, undisturbed, capsys):
     assert (result.status, result.num_steps) == ("finished", NUM_STEPS)
     assert result.last_checkpoint.step in (8, 16)
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning: " in line]
-    for lost in ("checkpoint of step 24", "checkpoint of step 32", "checkpoint of step 40", "run.json", "what was logged"):
+    checkpoints = [f"checkpoint of step {step}" for step in (24, 32, 40)]
+    for lost in (*checkpoints, "run.json", "what was logged"):
         assert any(lost in line and "NETWORK_CONNECTION" in line for line in warnings), (lost, warnings)
     assert check_whole(direct) == [checkpoint.step for checkpoint in result.checkpoints]
     assert json.loads(direct.read_bytes("run.json"))["status"] == "running"
@@ -219,6 +223,31 @@ def test_a_manifest_that_never_arrives(kind, proxy, prefix, direct, undisturbed,
     assert capsys.readouterr().out.count("warning: the checkpoint of step 16 is lost: could not write s3://") == 1
     assert [checkpoint.step for checkpoint in result.checkpoints] == [8, 24, 32, 40]
     assert check_whole(direct) == ([8, 24, 32, 40] if kind == "reset" else [8, 16, 24, 32, 40])
+
+
+@pytest.mark.usefixtures("quick", "temporary")
+def test_an_exception_while_storage_is_away(proxy, prefix, direct, undisturbed, capsys):
+    """The person reads what their own code did wrong; that it could not be saved is a warning beside it."""
+
+    def fail_at_20(trainer, module, batch, batch_idx):
+        if trainer.global_step == 20:
+            raise ValueError("mine")
+
+    outage, told = Outage(proxy, direct, "reset", first=18), []
+    failing = pl.callbacks.LambdaCallback(
+        on_train_batch_start=fail_at_20, on_exception=lambda trainer, module, error: told.append(type(error))
+    )
+    with pytest.raises(pl.WorkerFailed, match=r"(?s)rank 0 .* failed at step 20.*ValueError: mine") as caught:
+        fit(Net(), proxy.uri(prefix), callbacks=[outage, failing])
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert told == [ValueError]
+    assert "checkpoint of step 20" in capsys.readouterr().out
+    assert check_whole(direct) in ([8], [8, 16])
+
+    proxy.inject()
+    again = Net()
+    fit(again, proxy.uri(prefix), resume="last")
+    check_weights(again, undisturbed)
 
 
 KINDS = ("500", "503", "reset", "unanswered", "truncated")
@@ -325,7 +354,7 @@ class Filling(pl.Callback):
             self.ballast.unlink()
 
     def take_room(self) -> None:
-        with self.ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        with self.ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(1024))
 
@@ -371,3 +400,38 @@ def test_a_disk_that_stays_full(small_disk, capsys):
     assert check_whole(version) == [step for step in (8, 16, 24, 32, 40) if step in before or step > before[-1]]
     assert resumed.path == result.path
     assert sorted(entry.name for entry in version.list("checkpoints")) == sorted(it.name for it in resumed.checkpoints)
+
+
+def test_a_disk_that_is_full_from_any_write_on(tmp_path, undisturbed, monkeypatch):
+    """Also from the first, which is that of run.json: it never costs a step, nor what was committed before."""
+    write, most, full = os.write, 0, 0
+
+    def write_until_full(descriptor: int, data: bytes) -> int:
+        nonlocal num_writes
+        num_writes += 1
+        if num_writes < full or not full:
+            return write(descriptor, data)
+        if num_writes == full:
+            write(descriptor, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    lasts = []
+    for part in (None, 0.0, 0.2, 0.4, 0.6, 0.8, 0.95):
+        module, again, path, num_writes = Net(), Net(), tmp_path / str(part), 0
+        full = 0 if part is None else int(most * part) + 1
+        monkeypatch.setattr(os, "write", write_until_full)
+        result = fit(module, path)
+        monkeypatch.undo()
+        most = most or num_writes
+        check_weights(module, undisturbed)
+        assert (result.status, result.num_steps) == ("finished", NUM_STEPS)
+        before = check_whole(Storage(result.path))
+        assert before == [checkpoint.step for checkpoint in result.checkpoints]
+        lasts.append(before[-1] if before else 0)
+        resumed = fit(again, path, resume="last")
+        check_weights(again, undisturbed)
+        assert check_whole(Storage(resumed.path))[-1] == NUM_STEPS
+        assert json.loads(Path(resumed.path, "run.json").read_text())["status"] == "finished"
+    assert most > 50
+    assert lasts[0] == NUM_STEPS
+    assert len(set(lasts)) > 3, "it was full at other moments than between checkpoints"
