@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
+import random
+import re
+import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -25,7 +31,9 @@ from raylight.storage import checkpoints as store
 from raylight.storage import filesystem
 from raylight.storage.filesystem import Storage
 from raylight.storage.retry import Backoff
+from raylight.storage.versions import list_versions
 from tests.faults_storage import BUCKET, CREDENTIALS, Fault, FaultProxy, uri_at
+from tests.storage.crash_sequence import EFFECTS, hooked_effects
 
 STEPS_PER_EPOCH = 8
 NUM_STEPS = 5 * STEPS_PER_EPOCH
@@ -435,3 +443,222 @@ def test_a_disk_that_is_full_from_any_write_on(tmp_path, undisturbed, monkeypatc
     assert most > 50
     assert lasts[0] == NUM_STEPS
     assert len(set(lasts)) > 3, "it was full at other moments than between checkpoints"
+
+
+# ---- kill -9
+
+SOME = pl.Checkpointing(every_n_epochs=1, keep_last=1)
+"""With retention, so that checkpoints are deleted, too."""
+
+
+class Forker:
+    """Runs the fit in child processes, each of which dies at one of the effects that it has on the disk."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "tests.end_to_end.test_storage_faults"]
+        root = Path(__file__).parents[2]
+        self._process = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, kind: str, number: int, path: Path) -> tuple[int, dict[str, int]]:
+        """The last step that the child reported as committed (0: none), and how many effects it had by their kind
+        (none: it was killed)."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{kind} {number} {path}\n")
+        self._process.stdin.flush()
+        reported, effects = 0, {}
+        for line in self._process.stdout:
+            word, told = line.split(maxsplit=1)
+            if word == "committed":
+                reported = int(told)
+            elif word == "effects":
+                effects = json.loads(told)
+            else:
+                assert int(told) == (0 if effects else signal.SIGKILL)
+                return reported, effects
+        raise AssertionError(f"the forking process ended with {self._process.wait()}")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        assert self._process.wait(30) == 0
+
+
+@pytest.fixture(scope="module")
+def forker() -> Iterator[Forker]:
+    forker = Forker()
+    yield forker
+    forker.close()
+
+
+@pytest.fixture
+def memory_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: killed processes, unlike power cuts, do not depend on the disk."""
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm")) if os.access("/dev/shm", os.W_OK) else tmp_path
+    yield folder
+    shutil.rmtree(folder)
+
+
+def check_killed(path: Path, reported: int) -> None:
+    """All that is listed is whole, and nothing that was reported, by the process or in run.json, is gone."""
+    newest = 0
+    for version in list_versions(Storage(path), "default"):  # one more for each kill before the first checkpoint
+        check_whole(version.storage)
+        found = store.newest_whole(version.storage)
+        assert step_of(found) >= step_in(version.read_run().get("last_checkpoint")), version.path
+        newest = max(newest, step_of(found))
+    assert newest >= reported
+
+
+def step_of(checkpoint: store.Checkpoint | None) -> int:
+    return checkpoint.step if checkpoint is not None else 0
+
+
+def step_in(path: str | None) -> int:
+    """The step that the name of a checkpoint tells."""
+    return int(re.search(r"step-(\d+)", path)[1]) if path else 0
+
+
+def check_resumed(path: Path, undisturbed: dict[str, torch.Tensor]) -> None:
+    """The run goes on to its end, and leaves no trace of having been killed."""
+    module = Net()
+    result = fit(module, path, checkpoint=SOME, resume="last")
+    check_weights(module, undisturbed)
+    version = Storage(result.path)
+    record = json.loads(version.read_bytes("run.json"))
+    assert record["status"] == "finished"
+    resumed_from = step_in(record["resumed_from"])
+    if resumed_from < NUM_STEPS:
+        assert check_whole(version) == [step for step in (resumed_from, NUM_STEPS) if step]
+    assert result.last_checkpoint.step == NUM_STEPS
+    assert [entry.name for entry in version.list("checkpoints")] == [it.name for it in result.checkpoints]
+    steps = logged_steps(result)
+    assert steps == sorted(set(steps)), "steps that were made again are there once"
+    assert [step for step in steps if step > resumed_from] == list(range(resumed_from + 1, NUM_STEPS + 1))
+
+
+def kill_at(kind: str, number: int, forker: Forker, path: Path, undisturbed: dict[str, torch.Tensor]) -> int:
+    """Kills one fit at this effect, and returns what it had reported."""
+    reported, effects = forker.run(kind, number, path)
+    assert not effects, f"it had fewer: {effects}"
+    check_killed(path, reported)
+    check_resumed(path, undisturbed)
+    shutil.rmtree(path)
+    return reported
+
+
+def count_effects(forker: Forker, path: Path) -> dict[str, int]:
+    reported, effects = forker.run("none", 0, path / "undisturbed")
+    assert reported == NUM_STEPS
+    assert effects.keys() == {*EFFECTS, "any"}
+    return effects
+
+
+PARTS = {
+    "mkdir": 0.6,
+    "open": 0.3,
+    "write": 0.5,
+    "fsync": 0.7,
+    "replace": 0.45,
+    "unlink": 0.8,
+    "rmdir": 0.6,
+    "any": 0.95,
+}
+"""Of all effects of that kind: which one kills."""
+
+
+def test_killed_at_effects(forker, memory_path, undisturbed):
+    effects = count_effects(forker, memory_path)
+    reports = set()
+    for kind, part in PARTS.items():
+        number = 1 + int(effects[kind] * part)
+        reports.add(kill_at(kind, number, forker, memory_path / kind, undisturbed))
+    assert len(reports) > 3, "they died at other moments than between checkpoints"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", EFFECTS)
+def test_killed_at_every_effect(kind, forker, memory_path, undisturbed):
+    """Of a write, at its start and in its middle. The last effects of all are left out: threads have them, and
+    their number differs by a few from run to run."""
+    effects = count_effects(forker, memory_path)
+    for number in range(1, effects[kind] - 2, 7 if kind == "write" else 1):
+        kill_at(kind, number, forker, memory_path / str(number), undisturbed)
+
+
+def kill_repeatedly(numbers: random.Random, forker: Forker, path: Path, most: int) -> int:
+    """Until a process survives; returns how many were killed."""
+    reported, effects = 0, {}
+    for num_killed in itertools.count():
+        committed, effects = forker.run("any", numbers.randrange(1, most), path)
+        reported = max(reported, committed)
+        check_killed(path, reported)
+        if effects:
+            return num_killed
+    raise AssertionError("unreachable")
+
+
+def test_killed_again_and_again(forker, memory_path, undisturbed):
+    """Also while what the kill before has left is swept and gone on from."""
+    effects = count_effects(forker, memory_path)
+    num_killed = kill_repeatedly(random.Random(1), forker, memory_path / "run", most=effects["any"] // 2)
+    check_resumed(memory_path / "run", undisturbed)
+    assert num_killed > 2
+
+
+@pytest.mark.soak
+def test_killed_again_and_again_for_long(forker, memory_path, undisturbed):
+    effects = count_effects(forker, memory_path)
+    for seed in range(50):
+        path = memory_path / str(seed)
+        kill_repeatedly(random.Random(seed), forker, path, most=effects["any"] // 2)
+        check_resumed(path, undisturbed)
+        shutil.rmtree(path)
+
+
+def die_at(kind: str, number: int, path: str, output: int) -> None:
+    """Fits, and is killed ahead of its effect `number` of that kind ("any": of all); at writes also in their middle."""
+    write, commit = os.write, store.commit
+    counts = {name: itertools.count(1) for name in (*EFFECTS, "any")}
+
+    def before(name: str, arguments: tuple) -> None:
+        for half_way in (False, True) if name == "write" else (False,):
+            reached = {name: next(counts[name]), "any": next(counts["any"])}
+            if reached.get(kind) == number:
+                if half_way:
+                    write(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def commit_and_report(*arguments: Any) -> store.Checkpoint:
+        checkpoint = commit(*arguments)
+        write(output, b"committed %d\n" % checkpoint.step)
+        return checkpoint
+
+    store.commit = commit_and_report
+    with hooked_effects(before):
+        fit(Net(), path, checkpoint=SOME, resume="last")
+    effects = {name: next(count) - 1 for name, count in counts.items()}
+    write(output, f"effects {json.dumps(effects)}\n".encode())
+
+
+def main() -> None:
+    """Forks a child for each line of its input, "KIND NUMBER PATH"; prints what it reports, and what ended it.
+
+    All is imported, and so a child costs only the time of its fit. What fits print goes to stderr.
+    """
+    from pyarrow import parquet  # noqa: F401
+
+    torch.optim.Adam(Net().parameters())
+    output = os.dup(1)
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        kind, number, path = line.split()
+        child = os.fork()
+        if child == 0:
+            die_at(kind, int(number), path, output)
+            os._exit(0)
+        os.write(output, b"ended %d\n" % os.WTERMSIG(os.waitpid(child, 0)[1]))
+
+
+if __name__ == "__main__":
+    main()
