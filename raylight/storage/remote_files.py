@@ -87,6 +87,19 @@ class RemoteFiles:
         file = self.retry(lambda: self.filesystem().open_input_file(path), "read", path)
         return cast(BinaryIO, io.BufferedReader(_RemoteReader(self, path, file), READ_BUFFER_SIZE))
 
+    def read_bytes(self, path: str) -> bytes:
+        """Size and bytes come in two answers, between which the file may be replaced: then pyarrow gives a part of the
+        new one, or more than it has."""
+
+        def read_once() -> bytes:
+            with self.filesystem().open_input_file(path) as file:
+                data: bytes = file.readall()
+            if self.filesystem().get_file_info(path).size != len(data):
+                raise OSError("it was replaced while it was being read")
+            return data
+
+        return self.retry(read_once, "read", path)
+
     def info(self, path: str) -> Entry | None:
         found = self.retry(lambda: self.filesystem().get_file_info(path), "look at", path)
         return _entry(found, found.base_name) if found.type.name in ("File", "Directory") else None

@@ -27,11 +27,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylight as pl
+from raylight.driver.journal import Journal
 from raylight.storage import checkpoints as store
 from raylight.storage import filesystem
 from raylight.storage.filesystem import Storage
 from raylight.storage.retry import Backoff
-from raylight.storage.versions import list_versions
+from raylight.storage.versions import Version, list_versions
 from tests.faults_storage import BUCKET, CREDENTIALS, Fault, FaultProxy, uri_at
 from tests.storage.crash_sequence import EFFECTS, hooked_effects
 
@@ -272,6 +273,34 @@ def test_requests_that_fail_all_along(proxy, prefix, direct, undisturbed, capsys
     assert "lost" not in capsys.readouterr().out
     assert check_whole(direct) == [checkpoint.step for checkpoint in result.checkpoints] == [8, 16, 24, 32, 40]
     assert logged_steps(result) == list(range(1, NUM_STEPS + 1))
+
+
+def at_request(proxy: FaultProxy, number: int, action: Callable[[], object]) -> None:
+    """Once the server has done the request of that number, and before its answer comes."""
+    proxy.inject()
+    proxy.after = lambda done: action() if done == number else None
+
+
+def test_a_run_is_read_while_it_writes(proxy, prefix, direct):
+    """What is replaced between two requests of a reader comes from before or after that, never from both."""
+    version, journal, texts = Version(0, direct, "default"), Journal(direct), ["running", "finished " * 100]
+
+    def write_more(number: int) -> None:
+        version.write_run({"status": texts[number % 2]})
+        for step in range(1000):
+            journal.add(step, number, {"train_loss": step * 1.1 + number}, 1.0)
+        journal.flush()
+
+    write_more(0)
+    for number in itertools.count(1):
+        at_request(proxy, number, lambda number=number: write_more(number))
+        run = pl.open_run(proxy.uri(prefix))
+        assert run.status in texts
+        assert run.metrics.num_rows in (1000 * number, 1000 * (number + 1))
+        if len(proxy.requests) < number:
+            break
+    journal.close()
+    assert number > 6
 
 
 # ---- a file system that the caller made
