@@ -221,6 +221,50 @@ def test_storage_that_is_away_from_the_start(proxy, prefix):
         fit(Net(), proxy.uri(prefix), callbacks=[pl.callbacks.LambdaCallback(on_train_start=pytest.fail)])
 
 
+def count_requests(proxy: FaultProxy, prefix: str) -> int:
+    proxy.inject()
+    fit(Net(), proxy.uri(f"{prefix}/undisturbed"))
+    return len(proxy.requests)
+
+
+def lose_storage_at(number: int, proxy: FaultProxy, prefix: str, undisturbed: dict[str, torch.Tensor]) -> int:
+    """At this request of a fit the storage goes away for good. Returns the last step that the run has told of as
+    committed, after a look at what is there and at a run that goes on from it."""
+    module, again, uri = Net(), Net(), proxy.uri(f"{prefix}/{number}")
+    proxy.inject(Fault("reset", first=number, count=FOR_EVER))
+    told: list[int] = []
+    try:
+        result = fit(module, uri)
+        told = [checkpoint.step for checkpoint in result.checkpoints]
+        check_weights(module, undisturbed)
+    except pl.StorageError:
+        check_weights(module, Net().state_dict())  # that it cannot begin is the only reason not to finish
+    proxy.inject()
+    versions = list_versions(Storage(uri_at(proxy.upstream, f"{prefix}/{number}")), "default")
+    assert {step for version in versions for step in check_whole(version.storage)} >= set(told)
+    fit(again, uri, resume="last")
+    check_weights(again, undisturbed)
+    return max(told, default=0)
+
+
+@pytest.mark.usefixtures("quick", "temporary")
+def test_storage_that_goes_away_at_any_request(proxy, prefix, undisturbed):
+    """At the start that ends the run; later it never costs a step, nor a checkpoint that the run has told of."""
+    num_requests = count_requests(proxy, prefix)
+    numbers = [1 + int(num_requests * part) for part in (0.0, 0.2, 0.4, 0.6, 0.8, 0.99)]
+    lasts = [lose_storage_at(number, proxy, prefix, undisturbed) for number in numbers]
+    assert lasts[0] == 0
+    assert len(set(lasts)) > 3, "it went away at other moments than between checkpoints"
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("quick", "temporary")
+def test_storage_that_goes_away_at_every_request(proxy, prefix, undisturbed):
+    num_requests = count_requests(proxy, prefix)
+    lasts = {lose_storage_at(number, proxy, prefix, undisturbed) for number in range(1, num_requests)}
+    assert lasts == {0, 8, 16, 24, 32, 40}
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", ["reset", "unanswered"])
 def test_a_manifest_that_never_arrives(kind, proxy, prefix, direct, undisturbed, capsys):
