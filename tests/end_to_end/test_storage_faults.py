@@ -247,6 +247,7 @@ def lose_storage_at(number: int, proxy: FaultProxy, prefix: str, undisturbed: di
     return max(told, default=0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick", "temporary")
 def test_storage_that_goes_away_at_any_request(proxy, prefix, undisturbed):
     """At the start that ends the run; later it never costs a step, nor a checkpoint that the run has told of."""
