@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -729,7 +730,11 @@ def main() -> None:
         kind, number, path = line.split()
         child = os.fork()
         if child == 0:
-            die_at(kind, int(number), path, output)
+            try:
+                die_at(kind, int(number), path, output)
+            except BaseException:  # in this process nothing may go on that is the parent's
+                traceback.print_exc()
+                os._exit(1)
             os._exit(0)
         os.write(output, b"ended %d\n" % os.WTERMSIG(os.waitpid(child, 0)[1]))
 
