@@ -308,9 +308,9 @@ def test_an_exception_while_storage_is_away(proxy, prefix, direct, undisturbed, 
 KINDS = ("500", "503", "reset", "unanswered", "truncated")
 
 
-@pytest.mark.usefixtures("quick")
-def test_requests_that_fail_all_along(proxy, prefix, direct, undisturbed, capsys):
+def test_requests_that_fail_all_along(proxy, prefix, direct, undisturbed, capsys, monkeypatch):
     """Every fifth one, each time in another way: no checkpoint is lost and nobody has to know."""
+    monkeypatch.setattr(filesystem, "Backoff", lambda: Backoff(num_attempts=8, first_s=0.01, longest_s=0.02))
     module = Net()
     proxy.inject(*(Fault(KINDS[n % len(KINDS)], first=5 * n) for n in range(1, 200)))
     result = fit(module, proxy.uri(prefix))
