@@ -36,6 +36,7 @@ class Files(Protocol):
 
     def write(self, path: str, chunks: Iterable[Any]) -> Any: ...
     def open_read(self, path: str) -> BinaryIO: ...
+    def read_bytes(self, path: str) -> bytes: ...
     def list(self, path: str) -> Iterable[Any]: ...  # of entries with a `name`
     def delete(self, path: str) -> None: ...
 
@@ -209,10 +210,15 @@ def _encode(tables: Iterable[pa.Table], metadata: dict[bytes, bytes]) -> Iterato
     yield sink.drain()
 
 
+def _open(files: Files, path: str) -> BinaryIO:
+    """A part is replaced while it grows, and so it is taken whole, at once."""
+    return io.BytesIO(files.read_bytes(path)) if PART_NAME.fullmatch(path) else files.open_read(path)
+
+
 def _read_metadata(files: Files, path: str) -> dict[bytes, bytes]:
     from pyarrow import parquet
 
-    with files.open_read(path) as file:
+    with _open(files, path) as file:
         return parquet.read_schema(file).metadata or {}
 
 
@@ -220,7 +226,7 @@ def _read_tables(files: Files, survey: _Survey) -> Iterator[pa.Table]:
     from pyarrow import parquet
 
     for path, limit in survey.limits.items():
-        with files.open_read(path) as file:
+        with _open(files, path) as file:
             source = parquet.ParquetFile(file)
             for number in range(source.num_row_groups):
                 table = source.read_row_group(number)

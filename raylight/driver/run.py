@@ -237,7 +237,8 @@ class Run:
     def _on_save_failed(self, rank: int, message: m.SaveFailed) -> None:
         self.saved.pop(message.directory, None)
         self.tell(
-            f"rank {rank} could not write its share of the checkpoint of step {message.step}: {message.reason}. "
+            f"rank {rank} could not write its share of the checkpoint of step {message.step}: "
+            f"{message.reason.rstrip('.')}. "
             "Training goes on; earlier checkpoints are whole.", "warning",
         )  # fmt: skip
 
@@ -332,8 +333,8 @@ class Run:
         for close in [self._close_journal, *(_closer(log, status) for log in self.loggers)]:
             try:
                 close()
-            except StorageError as error:
-                self.tell(str(error), "warning")
+            except (OSError, StorageError) as error:
+                self.tell(f"what was logged is not all on storage: {error}", "warning")
         self.write_record()
         self._writer.shutdown()
 

@@ -105,8 +105,9 @@ class Storage:
             return self._files.open_read(self._absolute(path))
 
     def read_bytes(self, path: str) -> bytes:
-        with self._explained("read", path), self._files.open_read(self._absolute(path)) as file:
-            return file.read()
+        """All of a file; where it is replaced meanwhile, all of the old or of the new one."""
+        with self._explained("read", path):
+            return self._files.read_bytes(self._absolute(path))
 
     def local_path(self, path: str = "") -> str | None:
         """Where the bytes lie on this machine; None where they do not."""

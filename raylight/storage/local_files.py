@@ -40,6 +40,10 @@ class LocalFiles:
     def open_read(self, path: str) -> BinaryIO:
         return open(path, "rb")
 
+    def read_bytes(self, path: str) -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
     def info(self, path: str) -> Entry | None:
         try:
             status = os.stat(path)

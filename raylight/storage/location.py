@@ -170,21 +170,24 @@ def _locate_on(filesystem: Any, path: str, backoff: Backoff) -> Location:
             f"storage_filesystem={filesystem!r} is no pyarrow.fs.FileSystem. An fsspec file system becomes one by "
             "pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(it))."
         )
-    if (scheme := _scheme(path)) is not None:
-        path = path.split("://", 1)[1].split("?")[0] if scheme != "file" else unquote(urlsplit(path).path)
+    base = ""
     while isinstance(filesystem, fs.SubTreeFileSystem):
-        base = filesystem.base_path.rstrip("/") + "/"
-        if not path.startswith(base):  # as it does where it was read off a result
-            path = base + path.lstrip("/")
+        base = f"{filesystem.base_path.rstrip('/')}/{base}"
         filesystem = filesystem.base_fs
+    kind = re.sub(r"\('(\w+)'.*\)", r"\1", filesystem.type_name.split("::")[-1])  # fsspec+('s3', 's3a')
+    prefix = f"{kind}://"
+    if path.startswith(prefix):  # as it does where it was read off a result
+        path = unquote(path.removeprefix(prefix).partition("?")[0])
+    elif (scheme := _scheme(path)) is not None:
+        path = path.split("://", 1)[1].split("?")[0] if scheme != "file" else unquote(urlsplit(path).path)
+    if not path.startswith(base):
+        path = base + path.lstrip("/")
     if isinstance(filesystem, fs.LocalFileSystem):
         return _local(path)
-    kind = filesystem.type_name
     if kind in ("s3", "gcs", "abfs"):
         path = path.strip("/")
     root = path.rstrip("/") or "/"
     opened: Callable[[bool], Any] = partial(_return_it, filesystem)
-    prefix = f"{kind.split('::')[-1]}://"
     return Location(RemoteFiles(opened, backoff, prefix), root, prefix + quote(root))
 
 

@@ -64,8 +64,15 @@ class RemoteFiles:
     def open_sink(self, path: str) -> RemoteSink:
         return RemoteSink(self, path)
 
+    def make_parent(self, path: str) -> None:
+        """Object stores have no folders to be made."""
+        if not self.appears_when_closed:
+            parent = path.rpartition("/")[0]
+            self.retry(lambda: self.filesystem().create_dir(parent, recursive=True), "create", parent)
+
     def put(self, path: str, data: bytes | bytearray) -> None:
         filesystem = self.filesystem()
+        self.make_parent(path)
 
         def put_once() -> None:
             stream = filesystem.open_output_stream(path)
@@ -79,6 +86,19 @@ class RemoteFiles:
     def open_read(self, path: str) -> BinaryIO:
         file = self.retry(lambda: self.filesystem().open_input_file(path), "read", path)
         return cast(BinaryIO, io.BufferedReader(_RemoteReader(self, path, file), READ_BUFFER_SIZE))
+
+    def read_bytes(self, path: str) -> bytes:
+        """Size and bytes come in two answers, between which the file may be replaced: then pyarrow gives a part of the
+        new one, or more than it has."""
+
+        def read_once() -> bytes:
+            with self.filesystem().open_input_file(path) as file:
+                data: bytes = file.readall()
+            if self.filesystem().get_file_info(path).size != len(data):
+                raise OSError("it was replaced while it was being read")
+            return data
+
+        return self.retry(read_once, "read", path)
 
     def info(self, path: str) -> Entry | None:
         found = self.retry(lambda: self.filesystem().get_file_info(path), "look at", path)
@@ -202,15 +222,10 @@ class RemoteSink:
 
     def _open_stream(self) -> None:
         filesystem = self._files.filesystem(streaming=True)
-        self._make_parent(filesystem)
+        self._files.make_parent(self._path)
         self._stream = self._files.retry(lambda: filesystem.open_output_stream(self._target), "write", self._path)
         pending, self._pending = self._pending, bytearray()
         self._send(memoryview(pending))
-
-    def _make_parent(self, filesystem: fs.FileSystem) -> None:
-        if self._keeps_aside:
-            parent = self._path.rpartition("/")[0]
-            self._files.retry(lambda: filesystem.create_dir(parent, recursive=True), "create", parent)
 
     def _send(self, view: memoryview) -> None:
         for start in range(0, view.nbytes, SLICE_SIZE):

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raylight.messages import Message, Saved
+from raylight.errors import StorageError
+from raylight.messages import Message, Saved, SaveFailed
 from raylight.task import Place, Task
 from raylight.worker import state
 from raylight.worker.collectives import broadcast_object, gather_objects
@@ -100,15 +101,19 @@ def rescue(rank: Rank | None, task: Task, place: Place, control: Control) -> Ite
 
     Ranks whose last steps differ write to different directories, and neither checkpoint becomes whole.
     """
-    if rank is None or not rank.has_trained or task.files is None or state.committed_step(rank) == rank.global_step:
+    if rank is None or not rank.has_trained or task.files is None:
         return
     move(rank, task, place, control)
     results = rank.snapshots.close(FINAL_WRITE_TIMEOUT_S) if rank.snapshots is not None else []
     yield from results
-    if any(
-        isinstance(result, Saved) and result.directory == state.checkpoint_directory(rank.global_step, rank.attempt)
-        for result in results
-    ):
+    directory = state.checkpoint_directory(rank.global_step, rank.attempt)
+    if any(isinstance(result, Saved) and result.directory == directory for result in results):
+        return
+    try:
+        if state.committed_step(rank) == rank.global_step:
+            return
+    except StorageError as error:  # raised, it would count as the failure of this rank's own code
+        yield SaveFailed(directory, rank.global_step, str(error))
         return
     rank.snapshots = Snapshots(task.files, place.rank, place.world_size)
     state.take_snapshot(rank, wait=True)
