@@ -52,6 +52,7 @@ class RayGroup:
         self._record: Record | None = None
         self._stream: Stream | None = None
         self._requests: list[tuple[str, dict[str, Any]]] = []
+        self._end: tuple[str, dict[str, Any]] | None = None  # the request that ends this run
         self.watch: Callable[[], None] | None = None
         """Called a few times a second while messages of a run are waited for."""
         self.in_use = True
@@ -138,6 +139,8 @@ class RayGroup:
         if self._stream is None or self._delivery is None or not self.is_idle:
             raise RuntimeError("rejoin needs a run that has broken, and whose ranks have all ended")
         self.in_use = True
+        if self._end is not None:  # ranks of the broken generation may have left before they came to it
+            self._requests.insert(0, self._end)
         self._delivery.forget_actor_segments()
         changes, _ = handover.dump(replace(task, module=None, loaders=Loaders(), callbacks=[]))
         self._begin(changes)
@@ -146,7 +149,7 @@ class RayGroup:
     def forget(self) -> None:
         """Gives back the memory of the last run, here and in the workers; it cannot be rejoined after that."""
         self._requests.clear()
-        self.watch = None
+        self.watch = self._end = None
         self._roster.dismiss_recruits()
         if self._delivery is None:
             return
@@ -210,8 +213,13 @@ class RayGroup:
     # ---- acting on ranks that run
 
     def request(self, action: str, **arguments: Any) -> None:
-        """As `hold_and_release`, done by the stream when it is next waited for. Safe in a signal handler."""
+        """As `hold_and_release`, done by the stream when it is next waited for. Safe in a signal handler.
+
+        "stop" and "interrupt" are asked for again in every later generation of the run.
+        """
         self._requests.append((action, arguments))
+        if action in ("stop", "interrupt"):
+            self._end = (action, arguments)
 
     def hold_and_release(self, action: str, **arguments: Any) -> int | None:
         """Makes all running ranks do `action` ("stop", "save", "resize", "interrupt") at one step boundary, which is

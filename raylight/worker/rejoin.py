@@ -81,12 +81,15 @@ def meet(rank: Rank) -> None:
     source = standings.index(furthest)
     mine = state.collect(rank) if rank.global_rank == source else None
     if mine is not None:
-        mine.own = {"data": mine.own["data"], "saved_step": state.committed_step(rank)}
+        mine.own = {
+            "data": mine.own["data"], "saved_step": _saved_step(rank), "ends": (rank.should_stop, rank.status)
+        }  # fmt: skip
     received = broadcast_state(mine, rank.world_size, source)
     if standings[rank.global_rank] != furthest:
         state.restore_weights(rank, received)
         state.restore_training(rank, received)
     rank.saved_step = received.own["saved_step"]
+    rank.should_stop, rank.status = received.own["ends"]
     if received.own["data"]:
         rank.task.options["train_position"] = received.own["data"]
         rank.position = received.own["data"]["position"]
@@ -94,6 +97,14 @@ def meet(rank: Rank) -> None:
         for epoch, share in rank.task.options["carried"]:
             if epoch == rank.current_epoch:
                 rank.metrics.carried = merge(rank.metrics.carried, share)
+
+
+def _saved_step(rank: Rank) -> int:
+    """Where storage cannot say, what this rank has begun counts."""
+    try:
+        return state.committed_step(rank)
+    except StorageError:
+        return rank.saved_step
 
 
 def rescue(rank: Rank | None, task: Task, place: Place, control: Control) -> Iterator[Message]:

@@ -234,6 +234,27 @@ def test_ranks_that_stand_before_and_behind_a_validation_meet(step, tmp_path):
     assert sorted({row["step"] for row in rows if row["name"] == "val_loss"}) == [2, 4, 6, 8, 10, 12]
 
 
+class StopAndKill(pl.Callback):
+    """The run ends early, and one that stores its end is lost."""
+
+    def __init__(self, folder: Path):
+        self.marker = folder / "killed"
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.should_stop |= trainer.global_step == 5
+
+    def on_train_end(self, trainer, module):
+        if trainer.global_rank == 1 and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_one_that_dies_after_the_run_was_told_to_stop_does_not_make_it_go_on(tmp_path):
+    _, result = fit(tmp_path, faults=[StopAndKill(tmp_path)])
+    assert (result.status, result.num_steps) == ("finished", 5)
+    assert result.last_checkpoint.step == 5
+
+
 class KillAtTheEnd(pl.Callback):
     """Once the last checkpoint is committed, its worker is lost."""
 

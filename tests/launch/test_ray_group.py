@@ -393,6 +393,28 @@ def wait_for_action(task: Task, place: Place, control: Control) -> Iterator[Mess
         yield PeerLost(step, halted.reason) if halted.broken else Finished("interrupted", step, 0)
 
 
+def test_a_stop_that_meets_a_death_is_asked_for_again():
+    """The ranks that are left answer, and leave before they come to the boundary."""
+    group = acquire(wait_for_action)
+    pids: dict[int, int] = {}
+    for rank, message in group.run(make_task()):
+        if isinstance(message, Started):
+            pids[rank] = message.pid
+            if len(pids) == 2:
+                os.kill(pids[1], signal.SIGKILL)
+        if isinstance(message, Died):
+            group.request("stop")
+    assert group.replace(1) is not None
+    stream = group.rejoin(make_task())
+    timer = threading.Timer(20.0, group.halt)
+    timer.start()
+    assert [messages[-1].status for messages in collect(stream).values()] == ["stopped", "stopped"]
+    timer.cancel()
+    stream = group.run(make_task())  # another run is not ended by it
+    assert group.hold_and_release("stop") is not None
+    collect(stream)
+
+
 def test_a_standby_takes_over_and_is_made_anew():
     group = ray_actors.acquire_group(CONFIG, 2, num_standby=1, entry=die_or_survive)
     group.steady_after_s = 0.0
