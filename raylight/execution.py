@@ -127,6 +127,8 @@ class Execution:
             driver.tell(resume.notice)
         if attempt:
             driver.redo_from(resume.checkpoint.step if resume.checkpoint is not None else 0)
+            if resume.checkpoint is not None:
+                driver.take_over(resume.checkpoint)
         has_summary = any(type(callback).__name__.endswith("ModelSummary") for callback in self.callbacks)
         if self.stage == "fit" and config.enable_model_summary and not has_summary:
             console.show_model(self.module)

@@ -12,6 +12,7 @@ from raylight.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArgume
 from raylight.storage.checkpoints import (
     Checkpoint,
     check_whole,
+    committed_folders,
     find_checkpoint,
     first_whole,
     list_checkpoints,
@@ -115,13 +116,19 @@ def find_seed(checkpoint: Any) -> int | None:
 
 
 def _find_last(storage: Storage, name: str) -> Resume:
-    for version in reversed(list_versions(storage, name)):
+    versions = list_versions(storage, name)
+    for version in reversed(versions):
         checkpoint = newest_whole(version.storage, resumable=True)
         if checkpoint is not None:
             seed = version.read_run().get("seed")
             return Resume(checkpoint, version, seed, f"continues {version.path} at step {checkpoint.step}")
         for weights in list_checkpoints(version.storage)[-1:]:
             _check_resumable(weights, "fit")
+    if damaged := [folder.uri for version in versions for folder in committed_folders(version.storage)]:
+        raise CheckpointCorrupt(
+            f"resume='last': none of the checkpoints of run {name!r} is whole: {', '.join(damaged[-3:])}. "
+            "raylight verify says what is wrong; to start anew, leave resume out."
+        )
     return Resume(notice=f"resume='last': run {name!r} in {storage.uri} has no checkpoint yet, so that it starts anew")
 
 

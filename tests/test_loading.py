@@ -146,6 +146,17 @@ def test_weights_alone_are_not_resumed_from_and_that_is_told_before_anything_sta
     assert make_trainer(tmp_path).test(Net(), LOADER, ckpt_path=given)
 
 
+@pytest.mark.parametrize("manifest", [False, True])
+def test_where_all_checkpoints_are_damaged_last_does_not_start_anew(tmp_path: Path, manifest: bool) -> None:
+    result = make_trainer(tmp_path).fit(Net(), LOADER)
+    if manifest:
+        Path(result.last_checkpoint.path, "manifest.json").write_text("{")
+    else:
+        damage(result.last_checkpoint)
+    with pytest.raises(CheckpointCorrupt, match=r"none of the checkpoints of run 'default' is whole: .*step-00000002"):
+        make_trainer(tmp_path).fit(Net(), LOADER, ckpt_path="last")
+
+
 def test_last_is_the_newest_that_can_be_resumed_from(tmp_path: Path) -> None:
     make_trainer(tmp_path, max_steps=1).fit(Net(), LOADER)
     options = {"checkpoint": {"save_weights_only": True}}

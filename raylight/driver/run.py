@@ -22,6 +22,7 @@ from raylight.errors import StorageError, Superseded
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Checkpoint, Manifest
 from raylight.storage.fence import check_attempt
+from raylight.storage.summaries import is_number
 from raylight.storage.versions import Version
 
 RECORDED_PACKAGES = ("raylight", "torch", "torchvision", "ray", "pyarrow", "numpy", "tensorboard")
@@ -168,6 +169,13 @@ class Run:
                 logger.drop_after(step)
         self.saved.clear()
         self.checkpoints = [checkpoint for checkpoint in self.checkpoints if checkpoint.step <= step]
+
+    def take_over(self, checkpoint: Checkpoint) -> None:
+        """The metrics of this version as of a checkpoint of its own, until the run measures others."""
+        if self.version is not None and checkpoint.storage.parent().parent().uri == self.version.path:
+            recorded = self.record.get("metrics", {}).items()
+            earlier = {name: float(value) for name, value in recorded if is_number(value)}
+            self.callback_metrics = {**earlier, **checkpoint.metrics}
 
     def _on_hyperparameters(self, rank: int, message: m.Hyperparameters) -> None:
         self.hyperparameters |= message.values
@@ -324,10 +332,12 @@ class Run:
         for step, epoch, moment, values in self.aggregator.flush():
             self._write_values(step, epoch, moment, values)
         if not self.is_follow_up:
+            attempts = self.record.get("attempts") or [{}]
+            attempts[-1]["duration_s"] = time.time() - self.began
             self.record |= {
                 "status": status,
                 "finished_at": time.time(),
-                "duration_s": time.time() - self.began,
+                "duration_s": sum(attempt.get("duration_s", 0.0) for attempt in attempts),
                 "goodput": self.goodput,
             }
         for close in [self._close_journal, *(_closer(log, status) for log in self.loggers)]:

@@ -19,9 +19,9 @@ from raylight.storage.manifest import Manifest, check_inside
 from raylight.storage.retention import best, retain
 
 __all__ = [
-    "Checkpoint", "Manifest", "best", "check_whole", "commit", "delete", "directory_of", "find_checkpoint",
-    "first_whole", "list_checkpoints", "newest_whole", "raise_fence", "read_checkpoint", "retain", "sweep_leftovers",
-    "verify",
+    "Checkpoint", "Manifest", "best", "check_whole", "commit", "committed_folders", "delete", "directory_of",
+    "find_checkpoint", "first_whole", "list_checkpoints", "newest_whole", "raise_fence", "read_checkpoint", "retain",
+    "sweep_leftovers", "verify",
 ]  # fmt: skip
 
 logger = logging.getLogger("raylight.storage")
@@ -149,6 +149,12 @@ def _folders(version: Storage) -> list[str]:
     return [entry.name for entry in version.list(CHECKPOINTS) if entry.is_directory]
 
 
+def committed_folders(version: Storage) -> list[Storage]:
+    """Those that hold a manifest, damaged ones too."""
+    folders = [version.child(CHECKPOINTS, name) for name in _folders(version)]
+    return [folder for folder in folders if folder.exists(MANIFEST_FILE)]
+
+
 def _read_or_warn(version: Storage, name: str, fence: Fence) -> Checkpoint | None:
     folder = version.child(CHECKPOINTS, name)
     try:
@@ -175,17 +181,20 @@ def read_checkpoint(folder: Storage) -> Checkpoint:
         raise CheckpointCorrupt(f"{folder.uri_of(MANIFEST_FILE)} is damaged: {error}.") from error
 
 
-def verify(checkpoint: Checkpoint, digests: bool = True) -> list[str]:
+def verify(checkpoint: Checkpoint, digests: bool = True, must_answer: bool = False) -> list[str]:
     """What is wrong with the files, one line each; empty where they are those that were written.
 
-    Sizes are always compared, at the cost of one listing; with `digests` every byte is read.
+    Sizes are always compared, at the cost of one listing; with `digests` every byte is read. With `must_answer`, remote
+    storage that cannot be reached is no damage: it raises StorageError.
     """
     sizes = {entry.name: entry.size for entry in checkpoint.storage.walk()}
     files = checkpoint.manifest.files
     problems = [_size_problem(file, sizes) for file in files if sizes.get(file.path) != file.size]
     if digests:
         whole = [file for file in files if sizes.get(file.path) == file.size]
-        found = checkpoint.storage.map(lambda file: _digest_problem(checkpoint, file), whole, os.cpu_count() or 1)
+        found = checkpoint.storage.map(
+            lambda file: _digest_problem(checkpoint, file, must_answer), whole, os.cpu_count() or 1
+        )
         problems += [problem for problem in found if problem is not None]
     return problems
 
@@ -196,7 +205,7 @@ def _size_problem(file: SavedFile, sizes: dict[str, int]) -> str:
     return f"{file.path} has {sizes[file.path]} bytes instead of {file.size}"
 
 
-def _digest_problem(checkpoint: Checkpoint, file: SavedFile) -> str | None:
+def _digest_problem(checkpoint: Checkpoint, file: SavedFile, must_answer: bool) -> str | None:
     algorithm = file.digest.partition(":")[0]
     try:
         with checkpoint.open_read(file.path) as opened:
@@ -204,6 +213,8 @@ def _digest_problem(checkpoint: Checkpoint, file: SavedFile) -> str | None:
     except ValueError:
         return f"{file.path} has a digest of an unknown kind, {algorithm!r}"
     except (StorageError, CheckpointCorrupt, OSError) as error:
+        if must_answer and not checkpoint.storage.is_local and not isinstance(error, MissingFile | CheckpointCorrupt):
+            raise
         return f"{file.path} cannot be read ({error})"
     return None if digest == file.digest else f"{file.path} has other bytes than were written ({algorithm} differs)"
 
@@ -220,7 +231,7 @@ def newest_whole(version: Storage, digests: bool = True, resumable: bool = False
 def first_whole(checkpoints: Iterable[Checkpoint], digests: bool = True) -> Checkpoint | None:
     """The first whose files are as they were written; damaged ones are passed over with a warning."""
     for checkpoint in checkpoints:
-        problems = verify(checkpoint, digests)
+        problems = verify(checkpoint, digests, must_answer=True)
         if not problems:
             return checkpoint
         logger.warning("%s is damaged: %s. Passed over for another one.", checkpoint.path, _listed(problems))

@@ -288,6 +288,16 @@ def test_resumed_by_path_without_a_seed_it_goes_on_in_the_same_order(tmp_path):
     assert sorted(first.ids + second.ids) == list(range(12))
 
 
+def test_a_finished_run_that_is_begun_once_more_keeps_its_metrics_and_its_duration(tmp_path):
+    first = fit(Net(), 0, tmp_path, max_epochs=2)
+    duration_s = pl.open_run(str(tmp_path)).record["duration_s"]
+    again = fit(Net(), 0, tmp_path, max_epochs=2, resume="last")
+    assert again.metrics == first.metrics != {}
+    record = pl.open_run(str(tmp_path)).record
+    assert record["metrics"] == first.metrics
+    assert record["duration_s"] > duration_s
+
+
 class Onwards(Sampler):
     """Each epoch begins where the one before ended."""
 

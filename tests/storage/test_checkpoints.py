@@ -22,6 +22,7 @@ from raylight.storage.digests import ALGORITHM, digest_of
 from raylight.storage.fence import claim_attempt
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version
+from tests.faults_storage import Fault, FaultProxy
 
 
 def save(
@@ -409,3 +410,16 @@ def test_a_disk_that_cannot_read_a_file_makes_its_checkpoint_a_damaged_one(
     monkeypatch.setattr(store, "digest_of_file", fail)
     assert store.newest_whole(version).step == 10
     assert "cannot be read ([Errno 5] Input/output error)" in store.verify(newest)[0]
+
+
+def test_storage_that_does_not_answer_is_no_damage(proxy: FaultProxy, behind_proxy: Storage) -> None:
+    """Taken for damage, a resume would have begun at an older checkpoint, and thrown good steps away."""
+    version = behind_proxy
+    save(version, 10)
+    newest = save(version, 20)
+    proxy.inject(Fault("403", count=1000, method="GET", path="step-00000020/model"))
+    with pytest.raises(StorageError):
+        store.newest_whole(version)
+    assert any("cannot be read" in problem for problem in store.verify(newest))
+    proxy.inject()
+    assert store.newest_whole(version).step == 20
