@@ -164,10 +164,15 @@ def load_module(owner: type, path: Any, map_location: Any, strict: bool | None, 
     """`Module.load_from_checkpoint`."""
     from raylight.worker.restore import apply_weights, load_any
 
-    state = load_any(_to_saved(path), map_location)
+    saved = _to_saved(path)
+    state = load_any(saved, map_location)
     hparams = {**state.module.get("hyper_parameters", {}), **overrides}
     module = owner(**_accepted(owner, hparams, overrides))
-    checkpoint = {"state_dict": state.model, "hyper_parameters": hparams, **state.module.get("extra", {})}
+    progress = {"epoch": saved.epoch, "global_step": saved.step} if isinstance(saved, Checkpoint) else {}
+    checkpoint = {
+        "state_dict": state.model, "hyper_parameters": hparams, **state.module.get("extra", {}), **progress,
+        **state.module.get("progress", {}),
+    }  # fmt: skip
     module.on_load_checkpoint(checkpoint)
     apply_weights(module, checkpoint["state_dict"], strict=module.strict_loading if strict is None else strict)
     return module

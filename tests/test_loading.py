@@ -180,6 +180,30 @@ def test_the_weights_of_a_lightning_file_are_evaluated_and_not_resumed_from(tmp_
         make_trainer(tmp_path).fit(Net(), LOADER, ckpt_path=path)
 
 
+class Speaking(Net):
+    """Keeps something of its own in its checkpoints."""
+
+    vocabulary: list | None = None
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["vocabulary"] = ["a", "b"]
+
+    def on_load_checkpoint(self, checkpoint):
+        self.vocabulary = [*checkpoint["vocabulary"], checkpoint["epoch"], checkpoint["global_step"]]
+
+
+def test_what_a_module_keeps_in_its_checkpoints_comes_back_from_lightnings_too(tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    content = {"state_dict": Net().state_dict(), "epoch": 3, "global_step": 70, "vocabulary": ["a", "b"]}
+    torch.save({**content, "optimizer_states": [], "pytorch-lightning_version": "2.6.0"}, path)
+    assert Speaking.load_from_checkpoint(path).vocabulary == ["a", "b", 3, 70]
+    tested = Speaking()
+    make_trainer(tmp_path).test(tested, LOADER, ckpt_path=path)
+    assert tested.vocabulary == ["a", "b", 3, 70]
+    result = make_trainer(tmp_path).fit(Speaking(), LOADER)
+    assert Speaking.load_from_checkpoint(result.last_checkpoint.path).vocabulary == ["a", "b", 1, 2]
+
+
 def test_a_copy_of_the_weights_alone(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.fit(Net(), LOADER)

@@ -138,7 +138,8 @@ def apply_weights(module: torch.nn.Module, weights: dict[str, Any], strict: bool
 
 
 def load_lightning(path: str, map_location: Any = "cpu") -> State:
-    """Read weights (`model`) and hyperparameters (`module`) of a Lightning `.ckpt` file.
+    """Read weights (`model`), hyperparameters and all else that `on_load_checkpoint` may ask for (`module`) of a
+    Lightning `.ckpt` file.
 
     Raises `CheckpointCorrupt` where the file holds objects that only running its code would rebuild.
     """
@@ -151,6 +152,9 @@ def load_lightning(path: str, map_location: Any = "cpu") -> State:
         if key in content:
             values = content[key]
             module[key] = dict(vars(values) if isinstance(values, argparse.Namespace) else values)
+    module["progress"] = {key: content.get(key, 0) for key in ("epoch", "global_step")}
+    known = {"state_dict", *module, *module["progress"]}
+    module["extra"] = {key: value for key, value in content.items() if key not in known}
     return State(model=content["state_dict"], module=module)
 
 

@@ -118,6 +118,7 @@ def restore_weights(rank: Rank, state: State) -> None:
         **state.module.get("extra", {}),
         "epoch": state.replicated.get("loop", {}).get("current_epoch", 0),
         "global_step": state.replicated.get("loop", {}).get("global_step", 0),
+        **state.module.get("progress", {}),
     }  # fmt: skip
     rank.call("on_load_checkpoint", checkpoint)
     apply_weights(rank.module, checkpoint["state_dict"], strict=rank.module.strict_loading)
