@@ -23,6 +23,7 @@ from raylight.worker.data import TrainBatch, TrainBatches
 from raylight.worker.evaluation import evaluate, gather_outputs, open_evaluation_data
 from raylight.worker.evidence import keep_evidence
 from raylight.worker.gradients import Gradients
+from raylight.worker.moving_buffers import MovingBuffers
 from raylight.worker.optimization import step_schedulers
 from raylight.worker.profiler import Profiler
 from raylight.worker.rank import Rank, takes_outputs
@@ -102,6 +103,7 @@ class Loop:
     def __init__(self, rank: Rank):
         self.rank, self.config = rank, rank.config
         self.gradients = rank.gradients = Gradients(rank)
+        self.buffers = rank.moving_buffers = MovingBuffers(rank.module)
         self.schedule = Schedule(rank)
         self.transfers = rank.transfers
         self.several = rank.world_size > 1
@@ -170,6 +172,8 @@ class Loop:
             rank.torch_rng = torch.default_generator.get_state()
             if not self.gradients.window:
                 rank.window_rng = rank.torch_rng
+        if self.buffers and not self.gradients.window:
+            self.buffers.keep()
         rank.metrics.begin_batch(batch.size)
         self.num_samples += batch.size
         if batch.size:

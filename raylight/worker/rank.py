@@ -22,6 +22,7 @@ from raylight.worker.collectives import all_gather, broadcast_object
 from raylight.worker.control import Control
 from raylight.worker.logger_proxy import LoggerProxy
 from raylight.worker.metrics import Metrics
+from raylight.worker.moving_buffers import MovingBuffers
 from raylight.worker.optimization import SchedulerConfig
 from raylight.worker.precision import make_precision
 from raylight.worker.profiler import make_profiler
@@ -77,6 +78,7 @@ class Rank(TrainerNames):
         self.batch_done = False  # its step is made, and only what comes behind it is not
         self.suspect: int | None = None  # index of a finished batch whose loss was not finite
         self.torch_rng: Tensor | None = None  # before that batch, where steps have no random numbers of their own
+        self.moving_buffers: MovingBuffers | None = None  # as they were before that step
         self.window_rng: Tensor | None = None  # before the first batch since the last optimizer step
         self.train_dataloader: Any = None
         self.val_dataloaders: Any = None

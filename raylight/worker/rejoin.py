@@ -30,8 +30,9 @@ FINAL_WRITE_TIMEOUT_S = 3600.0
 
 
 def settle(rank: Rank) -> None:
-    """Takes back what a broken step left: gradients, logged values, batches of an accumulation window, and what was
-    drawn from torch's random numbers on the CPU (noting numpy's before each batch would cost as much as a small step).
+    """Takes back what a broken step left: gradients, logged values, batches of an accumulation window, running
+    statistics, and what was drawn from torch's random numbers on the CPU (to note numpy's before each batch would cost
+    as much as a small step).
     """
     window = rank.gradients.window if rank.gradients is not None else 0
     if rank.batch is not None and rank.batch_done:  # made on this rank: what failed came behind it
@@ -41,8 +42,11 @@ def settle(rank: Rank) -> None:
             if rank.global_step % rank.config.log_every_n_steps == 0:
                 rank.metrics.record(rank.global_step, rank.current_epoch)
             rank.metrics.end_step()
-    if rank.window_rng is not None and (window or (rank.batch is not None and not rank.batch_done)):
-        torch.default_generator.set_state(rank.window_rng)
+    if window or (rank.batch is not None and not rank.batch_done):
+        if rank.window_rng is not None:
+            torch.default_generator.set_state(rank.window_rng)
+        if rank.moving_buffers is not None:
+            rank.moving_buffers.put_back()
     rank.gradients = None  # and with it DDP, which holds on to the broken group
     rank.batch_idx -= window
     rank.num_batches_seen -= window

@@ -210,6 +210,22 @@ class QuietNet(Net):
         return self.net(batch[0]).pow(2).mean()
 
 
+class NormedNet(QuietNet):
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Linear(16, 1))
+
+
+def test_running_statistics_move_once_in_a_step_that_is_made_again(tmp_path):
+    """Those of rank 0 are everybody's; a replacement gets them."""
+    options = {"kind": NormedNet, "global_batch_size": 7, "max_epochs": 2}
+    expected, _ = fit(tmp_path / "whole", **options)
+    fault = FailAt(1, 5, "backward", "kill", tmp_path)
+    module, result = fit(tmp_path / "faulty", faults=[fault], **options)
+    assert result.num_restarts == 1
+    assert_same(module, expected)
+
+
 class FailAfterValidation(pl.Callback):
     """Once, on rank 1, while rank 0 goes on."""
 

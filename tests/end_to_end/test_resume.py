@@ -182,10 +182,19 @@ class Dropping(Net):
         return self.net(batch[0]).pow(2).mean()
 
 
+class NormedAndDropping(Dropping):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize(("kind", "moment"), [(Net, "start"), (Dropping, "backward"), (Net, "end")])
+@pytest.mark.parametrize(
+    ("kind", "moment"), [(Net, "start"), (Dropping, "backward"), (NormedAndDropping, "backward"), (Net, "end")]
+)
 def test_stopped_by_an_exception(kind, moment, accumulate, tmp_path):
-    whole, again, options = kind(), kind(), {"max_steps": 14, "accumulate_grad_batches": accumulate}
+    whole, again = kind(), kind()
+    options = {"max_steps": 14, "accumulate_grad_batches": accumulate, "batch_size": 3}  # 41 leaves two for the last
     never_stopped = fit(whole, 0, tmp_path / "whole", **options)
     with pytest.raises(pl.WorkerFailed, match="once"):
         fit(kind(), 0, tmp_path / "parts", callbacks=[FailingOnce(6, moment)], **options)
