@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 
 from raylight.errors import MissingFile, StorageError
+from raylight.storage.local_files import Entry, LocalFiles
 from raylight.task import Chunk, Files
 
 CHUNK_BYTES = 1 << 20
@@ -23,7 +24,7 @@ class LocalDirectory:
 
     def __init__(self, files: Files):
         self._files = files
-        self._copied: dict[str, tuple[int, int]] = {}  # size and time of change, by name
+        self._copied: dict[str, Entry] = {}  # as each file was then, by name
         self._next_copy = 0.0
         self._temporary: str | None = None
 
@@ -63,12 +64,10 @@ class LocalDirectory:
 
     def _copy(self, directory: str) -> None:
         started = time.monotonic()
-        for name in sorted(os.listdir(directory)):
-            path = os.path.join(directory, name)
-            state = os.stat(path)
-            if self._copied.get(name) != (state.st_size, state.st_mtime_ns):
-                self._files.write(name, _Head(path, state.st_size))
-                self._copied[name] = (state.st_size, state.st_mtime_ns)
+        for entry in sorted(LocalFiles().walk(directory), key=lambda entry: entry.name):
+            if self._copied.get(entry.name) != entry:
+                self._files.write(entry.name, _Head(os.path.join(directory, entry.name), entry.size))
+                self._copied[entry.name] = entry
         took = time.monotonic() - started
         self._next_copy = time.monotonic() + max(MIN_COPY_INTERVAL_S, took / MAX_COPY_SHARE)
 

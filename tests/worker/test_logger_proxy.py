@@ -41,8 +41,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def read_events(uri: str, folder: Path) -> EventAccumulator:
     storage = Storage(uri)
-    for entry in storage.list():
+    for entry in storage.walk():
         if "tfevents" in entry.name:
+            (folder / entry.name).parent.mkdir(parents=True, exist_ok=True)
             (folder / entry.name).write_bytes(storage.read_bytes(entry.name))
     events = EventAccumulator(str(folder))
     return events.Reload()
@@ -55,13 +56,28 @@ def test_texts_and_histograms_are_stored(place, num_workers, tmp_path, request):
         request.getfixturevalue("ray_cluster")
     loader = DataLoader(TensorDataset(torch.randn(16, 2)), batch_size=2)
     result = pl.fit(Net(), loader, num_workers=num_workers, use_gpu=False, max_epochs=1, storage_path=place)
-    folder = tmp_path / "fetched"
-    folder.mkdir()
-    events = read_events(result.path, folder)
+    events = read_events(result.path, tmp_path / "fetched")
     assert [tag for tag in events.Tags()["tensors"] if tag.startswith("rank")] == ["rank 0/text_summary"]
     assert len(events.Tensors("rank 0/text_summary")) == 16 // 2 // max(1, num_workers)
     assert events.Tags()["histograms"] == ["weights"]
     assert "by_hand" in {row["name"] for row in result.history().to_pylist()}
+
+
+@pytest.mark.parametrize("place", ["local", "s3"], indirect=True)
+def test_curves_that_share_a_chart_are_stored_too(place, tmp_path):
+    """`add_scalars` writes each curve to a folder of its own."""
+
+    class Comparing(Net):
+        def on_train_end(self):
+            self.logger.experiment.add_scalars("accuracy", {"train": 0.75, "val": 0.5}, self.global_step)
+
+    loader = DataLoader(TensorDataset(torch.randn(4, 2)), batch_size=2)
+    result = pl.fit(Comparing(), loader, num_workers=0, use_gpu=False, max_epochs=1, storage_path=place)
+    events = read_events(result.path, tmp_path / "fetched")
+    assert len(events.Tensors("rank 0/text_summary")) == 2
+    for name, value in (("train", 0.75), ("val", 0.5)):
+        curve = EventAccumulator(str(tmp_path / "fetched" / f"accuracy_{name}")).Reload()
+        assert [(event.step, event.value) for event in curve.Scalars("accuracy")] == [(2, value)]
 
 
 def test_a_run_that_fails_has_stored_them_too(s3_port, tmp_path):
