@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import pickle
 import uuid
+from collections.abc import Iterator
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import raylight as pl
-from raylight.errors import InvalidArguments
+from raylight.errors import InvalidArguments, StorageError
 from raylight.loggers import CSVLogger, Logger, TensorBoardLogger, make_loggers
 from raylight.storage.filesystem import Storage
+from raylight.storage.retry import Backoff
+from tests.faults_storage import Fault, FaultProxy
 
 
 @pytest.fixture
 def files(tmp_path) -> Storage:
     return Storage(tmp_path / "runs" / "default" / "version_0")
+
+
+@pytest.fixture
+def proxy(s3_port: int) -> Iterator[FaultProxy]:
+    proxy = FaultProxy(s3_port)
+    yield proxy
+    proxy.close()
 
 
 def start(setting, files: Storage) -> list:
@@ -183,6 +194,20 @@ def test_a_csv_on_remote_storage_goes_on_when_the_version_is_resumed():
         logger.log_metrics({"loss": float(step)}, step)
         logger.finalize("success")
     assert remote.read_bytes("metrics.csv").decode().split() == ["loss,step", "1.0,1", "2.0,2"]
+
+
+def test_earlier_rows_that_could_not_be_read_at_first_are_kept(proxy):
+    remote = Storage(proxy.uri(uuid.uuid4().hex), backoff=Backoff(num_attempts=1))
+    for step in (1, 2):
+        (logger,) = start(CSVLogger(), remote)
+        proxy.inject(*[Fault("500", method="GET", path="metrics.csv")] * (step == 2))
+        logger.log_metrics({"loss": float(step)}, step)
+        with contextlib.suppress(StorageError):
+            logger.save()
+        logger.log_metrics({"loss": float(step)}, step)
+        logger.finalize("success")
+    assert [request[0] for request in proxy.requests if "metrics.csv" in request[1]].count("GET") == 2
+    assert remote.read_bytes("metrics.csv").decode().split() == ["loss,step", "1.0,1", "1.0,1", "2.0,2", "2.0,2"]
 
 
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 from raylight.errors import MissingFile, StorageError
-from raylight.storage.local_files import Entry, LocalFiles
+from raylight.storage.local_files import HIDDEN_PREFIX, Entry, LocalFiles
 from raylight.task import Chunk, Files
 
 CHUNK_BYTES = 1 << 20
@@ -43,8 +43,8 @@ class LocalDirectory:
         """The path of a file that is to go on where an earlier process left it on storage."""
         path = os.path.join(self.path, name)
         if self._temporary is not None and not os.path.exists(path):
-            with contextlib.suppress(MissingFile), self._files.open_read(name) as there, open(path, "wb") as here:
-                shutil.copyfileobj(there, here)
+            with contextlib.suppress(MissingFile):
+                self._fetch(name, path)
         return path
 
     def copy(self) -> None:
@@ -61,6 +61,13 @@ class LocalDirectory:
                 raise StorageError(f"{error}\nWhat could not be copied is kept in {self._temporary}") from error
             shutil.rmtree(self._temporary)
             self._temporary = None
+
+    def _fetch(self, name: str, path: str) -> None:
+        """Aside and renamed, so that what could not be read is fetched anew, and never copied over the whole file."""
+        aside = os.path.join(os.path.dirname(path), f"{HIDDEN_PREFIX}{os.path.basename(path)}")
+        with self._files.open_read(name) as there, open(aside, "wb") as here:
+            shutil.copyfileobj(there, here)
+        os.replace(aside, path)
 
     def _copy(self, directory: str) -> None:
         started = time.monotonic()
