@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylight as pl
+from raylight.storage import local_directory
 from raylight.storage.filesystem import Storage
-from tests.faults_storage import uri_at
+from raylight.storage.retry import Backoff
+from raylight.worker import logger_proxy
+from tests.faults_storage import Fault, FaultProxy, uri_at
 
 
 class Net(pl.Module):
@@ -90,3 +95,33 @@ def test_a_run_that_fails_has_stored_them_too(s3_port, tmp_path):
     with pytest.raises(pl.WorkerFailed):
         pl.fit(Failing(), loader, num_workers=0, max_epochs=1, storage_path=place, name="failing")
     assert len(read_events(pl.open_run(place).path, tmp_path).Tensors("rank 0/text_summary")) == 2
+
+
+def test_after_an_outage_copying_goes_on(s3_port, tmp_path, monkeypatch):
+    monkeypatch.setattr(logger_proxy, "FLUSH_EVERY_S", 0.02)
+    monkeypatch.setattr(local_directory, "MIN_COPY_INTERVAL_S", 0.0)
+    monkeypatch.setattr(local_directory, "MAX_COPY_SHARE", 1e9)
+    proxy, told = FaultProxy(s3_port), []
+    files = Storage(proxy.uri(uuid.uuid4().hex), backoff=Backoff(num_attempts=1))
+    task = SimpleNamespace(files=files)
+    rank = SimpleNamespace(is_global_zero=True, task=task, notice=lambda text, level: told.append(text))
+    logger = logger_proxy.LoggerProxy(rank)
+
+    def wait_for(reached) -> None:
+        deadline = time.monotonic() + 30
+        while not reached():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    try:
+        for outage in (1, 2):
+            proxy.inject(Fault("500", count=1000, method="PUT"))
+            logger.experiment.add_text(f"outage {outage}", "hello")
+            wait_for(lambda: len(proxy.requests) > 10)  # three tries of three requests each
+            assert len(told) == outage
+            proxy.inject()
+            wait_for(lambda: len(read_events(files.uri, tmp_path).Tags()["tensors"]) == len(told))
+        logger.close()
+        assert len(told) == 2
+    finally:
+        proxy.close()
