@@ -254,8 +254,10 @@ class CSVLogger(FileLogger):
     def finalize(self, status: str) -> None:
         writer, self._writer = self._writer, None
         if writer is not None and self._directory is not None:
-            writer.close()
-            self._directory.close()
+            try:
+                writer.close()
+            finally:  # where storage is away, the directory tells where the rows are
+                self._directory.close()
 
     def _attached(self) -> RowWriter[dict[str, float] | int]:
         if self._writer is None:

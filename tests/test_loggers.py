@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import pickle
+import shutil
 import uuid
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import raylight as pl
-from raylight.errors import InvalidArguments
+from raylight.errors import InvalidArguments, StorageError
 from raylight.loggers import CSVLogger, Logger, TensorBoardLogger, make_loggers
+from raylight.storage import local_directory
 from raylight.storage.filesystem import Storage
+from raylight.storage.retry import Backoff
+from tests.faults_storage import Fault, FaultProxy
 
 
 @pytest.fixture
 def files(tmp_path) -> Storage:
     return Storage(tmp_path / "runs" / "default" / "version_0")
+
+
+@pytest.fixture
+def proxy(s3_port: int) -> Iterator[FaultProxy]:
+    proxy = FaultProxy(s3_port)
+    yield proxy
+    proxy.close()
 
 
 def start(setting, files: Storage) -> list:
@@ -183,6 +197,37 @@ def test_a_csv_on_remote_storage_goes_on_when_the_version_is_resumed():
         logger.log_metrics({"loss": float(step)}, step)
         logger.finalize("success")
     assert remote.read_bytes("metrics.csv").decode().split() == ["loss,step", "1.0,1", "2.0,2"]
+
+
+def test_earlier_rows_that_could_not_be_read_at_first_are_kept(proxy):
+    remote = Storage(proxy.uri(uuid.uuid4().hex), backoff=Backoff(num_attempts=1))
+    for step in (1, 2):
+        (logger,) = start(CSVLogger(), remote)
+        proxy.inject(*[Fault("500", method="GET", path="metrics.csv")] * (step == 2))
+        logger.log_metrics({"loss": float(step)}, step)
+        with contextlib.suppress(StorageError):
+            logger.save()
+        logger.log_metrics({"loss": float(step)}, step)
+        logger.finalize("success")
+    assert [request[0] for request in proxy.requests if "metrics.csv" in request[1]].count("GET") == 2
+    assert remote.read_bytes("metrics.csv").decode().split() == ["loss,step", "1.0,1", "1.0,1", "2.0,2", "2.0,2"]
+
+
+@pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
+def test_where_storage_stays_away_the_person_is_told_where_the_files_are(proxy, monkeypatch, kind):
+    monkeypatch.setattr(local_directory, "MIN_COPY_INTERVAL_S", 0.0)  # so that a copy is due when the rows are written
+    proxy.inject(Fault("500", count=1000, method="PUT"))
+    remote = Storage(proxy.uri(uuid.uuid4().hex), backoff=Backoff(num_attempts=1))
+    (logger,) = start(kind(), remote)
+    logger.log_metrics({"loss": 1.0}, 1)
+    with pytest.raises(StorageError, match="What could not be copied is kept in") as caught:
+        logger.finalize("success")
+    folder = Path(str(caught.value).rpartition("kept in ")[2])
+    if kind is CSVLogger:
+        assert [row["loss"] for row in rows(folder / "metrics.csv")] == ["1.0"]
+    else:
+        assert scalars(folder, "loss") == [(1, 1.0)]
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])

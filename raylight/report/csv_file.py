@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,18 +22,26 @@ class CsvFile:
                 self._columns = next(csv.reader(file), [])
 
     def append(self, rows: Sequence[Row | int]) -> None:
-        """A number among the rows takes out what is before it and beyond that step."""
+        """Append all rows, or none where the file system refuses. A number among them takes out what is before it and
+        beyond that step."""
         added = [row for row in rows if not isinstance(row, int)]
         new = [name for name in dict.fromkeys(name for row in added for name in row) if name not in self._columns]
         if new or len(added) < len(rows):
             kept: list[Row] = self._read()
             for row in rows:
                 kept = [old for old in kept if int(old["step"]) <= row] if isinstance(row, int) else [*kept, row]
-            self._columns += new
-            self._rewrite(kept)
+            self._rewrite([*self._columns, *new], kept)
         else:
+            self._extend(added)
+
+    def _extend(self, rows: Iterable[Row]) -> None:
+        size = os.path.getsize(self.path)
+        try:
             with open(self.path, "a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self._columns).writerows(added)
+                csv.DictWriter(file, self._columns).writerows(rows)
+        except BaseException:
+            os.truncate(self.path, size)
+            raise
 
     def _read(self) -> list[Row]:
         if not self._columns:
@@ -40,11 +49,17 @@ class CsvFile:
         with open(self.path, newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
-    def _rewrite(self, rows: Iterable[Row]) -> None:
+    def _rewrite(self, columns: list[str], rows: Iterable[Row]) -> None:
         """Aside and renamed, so that a reader, or a crash, never meets half a file."""
         aside = f"{self.path}.partial"
-        with open(aside, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(aside, self.path)
+        try:
+            with open(aside, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(aside, self.path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first cause is on its way out already
+                os.unlink(aside)
+            raise
+        self._columns = columns

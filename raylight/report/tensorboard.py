@@ -59,10 +59,12 @@ class TensorBoard:
     def close(self, succeeded: bool = True) -> None:
         if self._hyperparameters:
             self._writer.add(partial(_encode_session_end, succeeded, time.time()))
-        self._writer.close()
-        if self._event_file is not None:
-            self._event_file.close()
-        self._directory.close()
+        try:
+            self._writer.close()
+        finally:  # where storage is away, the directory tells where the events are
+            if self._event_file is not None:
+                self._event_file.close()
+            self._directory.close()
 
     def _append(self, rows: list[ScalarRow | Event]) -> None:
         if self._event_file is None:

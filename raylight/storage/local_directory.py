@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 
 from raylight.errors import MissingFile, StorageError
+from raylight.storage.local_files import HIDDEN_PREFIX, Entry, LocalFiles
 from raylight.task import Chunk, Files
 
 CHUNK_BYTES = 1 << 20
@@ -23,7 +24,7 @@ class LocalDirectory:
 
     def __init__(self, files: Files):
         self._files = files
-        self._copied: dict[str, tuple[int, int]] = {}  # size and time of change, by name
+        self._copied: dict[str, Entry] = {}  # as each file was then, by name
         self._next_copy = 0.0
         self._temporary: str | None = None
 
@@ -42,8 +43,8 @@ class LocalDirectory:
         """The path of a file that is to go on where an earlier process left it on storage."""
         path = os.path.join(self.path, name)
         if self._temporary is not None and not os.path.exists(path):
-            with contextlib.suppress(MissingFile), self._files.open_read(name) as there, open(path, "wb") as here:
-                shutil.copyfileobj(there, here)
+            with contextlib.suppress(MissingFile):
+                self._fetch(name, path)
         return path
 
     def copy(self) -> None:
@@ -61,14 +62,19 @@ class LocalDirectory:
             shutil.rmtree(self._temporary)
             self._temporary = None
 
+    def _fetch(self, name: str, path: str) -> None:
+        """Aside and renamed, so that what could not be read is fetched anew, and never copied over the whole file."""
+        aside = os.path.join(os.path.dirname(path), f"{HIDDEN_PREFIX}{os.path.basename(path)}")
+        with self._files.open_read(name) as there, open(aside, "wb") as here:
+            shutil.copyfileobj(there, here)
+        os.replace(aside, path)
+
     def _copy(self, directory: str) -> None:
         started = time.monotonic()
-        for name in sorted(os.listdir(directory)):
-            path = os.path.join(directory, name)
-            state = os.stat(path)
-            if self._copied.get(name) != (state.st_size, state.st_mtime_ns):
-                self._files.write(name, _Head(path, state.st_size))
-                self._copied[name] = (state.st_size, state.st_mtime_ns)
+        for entry in sorted(LocalFiles().walk(directory), key=lambda entry: entry.name):
+            if self._copied.get(entry.name) != entry:
+                self._files.write(entry.name, _Head(os.path.join(directory, entry.name), entry.size))
+                self._copied[entry.name] = entry
         took = time.monotonic() - started
         self._next_copy = time.monotonic() + max(MIN_COPY_INTERVAL_S, took / MAX_COPY_SHARE)
 

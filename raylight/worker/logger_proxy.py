@@ -85,15 +85,20 @@ class LoggerProxy:
         self._experiment = self._directory = self._copying = None
 
     def _keep_copying(self) -> None:
+        works = True
         while not self._closing.wait(FLUSH_EVERY_S):
-            if not (self._try(self._experiment.flush) and self._try(self._directory.copy)):
-                return  # the last copy, at the end, is of all there is
+            works = self._try(self._bring, tell=works)  # once for each outage
 
-    def _try(self, copy: Callable[[], None]) -> bool:
+    def _bring(self) -> None:
+        self._experiment.flush()
+        self._directory.copy()
+
+    def _try(self, copy: Callable[[], None], tell: bool = True) -> bool:
         try:
             copy()
         except (OSError, StorageError) as error:
-            self._rank.notice(f"what was logged to trainer.logger.experiment is not on storage: {error}", "warning")
+            if tell:
+                self._rank.notice(f"what was logged to trainer.logger.experiment is not on storage: {error}", "warning")
             return False
         return True
 
