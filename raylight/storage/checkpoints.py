@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, BinaryIO
 
-from raylight.errors import CheckpointCorrupt, MissingFile, StorageError
+from raylight.errors import CheckpointCorrupt, MissingFile, StorageError, Superseded
 from raylight.messages import SavedFile
 from raylight.storage.digests import digest_of_file
 from raylight.storage.fence import Fence, check_attempt, read_fence, write_fence
@@ -107,7 +107,7 @@ def commit(version: Storage, directory: str, manifest: Manifest, fence: int | No
 
     `fence` is the attempt that commits where that is not the manifest's: survivors may finish what an earlier attempt
     began. Raises StorageError where a file is missing or has another size, or a newer attempt has begun; then nothing
-    is committed.
+    is committed. Where storage fails behind the write, what is there decides.
     """
     attempt = manifest.attempt if fence is None else fence
     check_inside(directory)
@@ -115,9 +115,25 @@ def commit(version: Storage, directory: str, manifest: Manifest, fence: int | No
     folder = version.child(directory)
     check_attempt(version, attempt)
     _check_arrived(folder, manifest.files)
-    folder.write(MANIFEST_FILE, [manifest.to_bytes()])
-    check_attempt(version, attempt)
+    content = manifest.to_bytes()
+    try:
+        folder.write(MANIFEST_FILE, [content])
+        check_attempt(version, attempt)
+    except Superseded:
+        raise
+    except StorageError:
+        if not _has_arrived(folder, content):
+            raise
+        check_attempt(version, attempt)
     return Checkpoint(folder, manifest)
+
+
+def _has_arrived(folder: Storage, manifest: bytes) -> bool:
+    """A write may be done though its answer is lost."""
+    try:
+        return folder.read_bytes(MANIFEST_FILE) == manifest
+    except StorageError:
+        return False
 
 
 def _check_arrived(folder: Storage, files: Collection[SavedFile]) -> None:
