@@ -304,14 +304,13 @@ class Run:
             return
         if self.is_follow_up:
             self.record["metrics"] = {**self.record.get("metrics", {}), **to_plain(self.callback_metrics)}
-            self.version.write_run(self.record)
-            return
-        self.record |= {
-            "hyperparameters": {**self.record["hyperparameters"], **to_plain(self.hyperparameters)},
-            "best_checkpoint": self.best.path if self.best else None,
-            "last_checkpoint": self.last.path if self.last else None,
-            "metrics": to_plain(self.callback_metrics),
-        }
+        else:
+            self.record |= {
+                "hyperparameters": {**self.record["hyperparameters"], **to_plain(self.hyperparameters)},
+                "best_checkpoint": self.best.path if self.best else None,
+                "last_checkpoint": self.last.path if self.last else None,
+                "metrics": to_plain(self.callback_metrics),
+            }
         try:
             self.version.write_run(self.record)
         except StorageError as error:

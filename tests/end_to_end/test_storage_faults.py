@@ -306,6 +306,21 @@ def test_an_exception_while_storage_is_away(proxy, prefix, direct, undisturbed, 
     check_weights(again, undisturbed)
 
 
+@pytest.mark.usefixtures("quick", "temporary")
+def test_what_a_test_has_measured_when_storage_goes_away(proxy, prefix, capsys):
+    """It comes to the caller, though it cannot be added to the record of the fit."""
+    trainer = pl.Trainer(
+        num_workers=0, use_gpu=False, max_steps=8, storage_path=proxy.uri(prefix), enable_progress_bar=False,
+        enable_model_summary=False, checkpoint=False,
+        callbacks=[pl.callbacks.LambdaCallback(on_test_end=lambda *_: proxy.inject(Fault("reset", count=FOR_EVER)))],
+    )  # fmt: skip
+    module = Net()
+    trainer.fit(module, make_loader())
+    [measured] = trainer.test(module, make_loader())
+    assert measured["test_loss"] > 0.0
+    assert "warning: run.json could not be written" in capsys.readouterr().out
+
+
 KINDS = ("500", "503", "reset", "unanswered", "truncated")
 
 
