@@ -173,7 +173,10 @@ class Run:
         self.hyperparameters |= message.values
         for logger in self.loggers:
             if hasattr(logger, "log_hyperparams"):
-                logger.log_hyperparams(to_plain(self.hyperparameters))
+                try:
+                    logger.log_hyperparams(to_plain(self.hyperparameters))
+                except (OSError, StorageError) as error:
+                    self.tell(f"{type(logger).__name__} could not log the hyperparameters: {error}", "warning")
         self._later(self.write_record)
 
     # ---- checkpoints

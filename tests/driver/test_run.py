@@ -1,4 +1,4 @@
-"""What a driver may still write once another has taken over its version."""
+"""What a driver writes: also beside another that has taken over its version, and where storage fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from raylight.config import Config
 from raylight.driver.journal import read_metrics
 from raylight.driver.run import Run
 from raylight.errors import StorageError
-from raylight.messages import EpochMetrics, Message, Notice, Progress, Saved
+from raylight.loggers import CSVLogger, make_loggers
+from raylight.messages import EpochMetrics, Hyperparameters, Message, Notice, Progress, Saved
 from raylight.storage.checkpoints import Checkpoint, list_checkpoints, raise_fence
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
@@ -89,6 +90,17 @@ def test_what_a_rank_logged_is_kept_while_it_accumulates(version: Version) -> No
     run.handle(1, Progress("train", 0, 4, 8, 16, share=share))
     run.handle(1, Progress("train", 0, 4, 9, 18))  # in the middle of a step nothing new counts
     assert run.shares[1] == [(0, share)]
+
+
+def test_a_logger_that_cannot_write_hyperparameters_costs_a_warning(version: Version) -> None:
+    Path(version.path, "hparams.yaml").mkdir()
+    run = begin(version, 0)
+    run.loggers = make_loggers(CSVLogger(), version.storage, version.path)
+    run.handle(0, Hyperparameters({"lr": 0.1}))
+    run.close("finished")
+    assert version.read_run()["hyperparameters"] == {"lr": 0.1}
+    [said] = heard(run)
+    assert said.startswith("CSVLogger could not log the hyperparameters: could not write ")
 
 
 # ---- checkpoints of a group that has changed
