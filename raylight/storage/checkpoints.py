@@ -19,9 +19,9 @@ from raylight.storage.manifest import Manifest, check_inside
 from raylight.storage.retention import best, retain
 
 __all__ = [
-    "Checkpoint", "Manifest", "best", "check_whole", "commit", "delete", "directory_of", "find_checkpoint",
-    "first_whole", "list_checkpoints", "newest_whole", "raise_fence", "read_checkpoint", "retain", "sweep_leftovers",
-    "verify",
+    "Checkpoint", "Manifest", "best", "check_there", "check_whole", "commit", "delete", "directory_of",
+    "find_checkpoint", "first_whole", "list_checkpoints", "newest_whole", "raise_fence", "read_checkpoint", "retain",
+    "sweep_leftovers", "verify",
 ]  # fmt: skip
 
 logger = logging.getLogger("raylight.storage")
@@ -259,13 +259,22 @@ def find_checkpoint(path: str | os.PathLike[str], filesystem: Any = None, digest
 
 
 def check_whole(checkpoint: Checkpoint, digests: bool = True) -> Checkpoint:
-    """The same checkpoint. Raises CheckpointCorrupt saying what is wrong with its files."""
+    """The same checkpoint. Raises CheckpointCorrupt saying what is wrong with its files, MissingFile where it was
+    deleted meanwhile."""
     if problems := verify(checkpoint, digests):
+        check_there(checkpoint)
         raise CheckpointCorrupt(
             f"{checkpoint.path} is damaged: {_listed(problems)}.\n"
             "Use another checkpoint of the version, or resume='last', which takes the newest whole one."
         )
     return checkpoint
+
+
+def check_there(checkpoint: Checkpoint) -> None:
+    """For a checkpoint whose files are not what they should be. Raises MissingFile where it was deleted since it was
+    found, as those that a run which goes on does not need any more."""
+    if not checkpoint.storage.exists(MANIFEST_FILE):
+        raise MissingFile(f"{checkpoint.path} was deleted meanwhile, as a run that goes on does. Take another one.")
 
 
 def _nothing_committed(folder: Storage) -> CheckpointCorrupt | MissingFile:
