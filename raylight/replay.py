@@ -52,14 +52,16 @@ class Evidence:
 def read_evidence(path: str) -> Evidence:
     """`path` is a file of a version's folder `failures`, or a version, whose newest is taken. Raises MissingFile or
     CheckpointCorrupt."""
-    folder, _, name = path.rstrip("/").rpartition("/")
+    place, mark, query = path.partition("?") if "://" in path else (path, "", "")
+    folder, _, name = place.rstrip("/").rpartition("/")
     if not name.endswith(".pt"):
-        folder, name = path, ""
-    run = open_run(folder.removesuffix(f"/{FOLDER}"))
+        folder, name = place, ""
+    run = open_run(folder.removesuffix(f"/{FOLDER}") + mark + query)
     names = sorted(entry.name for entry in run.storage.list(FOLDER)) if run.storage.exists(FOLDER) else []
     name = name or (names[-1] if names else "")
     if name not in names:
-        raise MissingFile(f"{run.path}/{FOLDER}/{name} is not there; there are: {', '.join(names) or 'none'}")
+        where = run.storage.uri_of(f"{FOLDER}/{name}")
+        raise MissingFile(f"{where} is not there; there are: {', '.join(names) or 'none'}")
     with run.storage.open_read(f"{FOLDER}/{name}") as file:
         facts = read_file(file, run.storage.uri_of(f"{FOLDER}/{name}"))
     return Evidence(run, restore_arrays(facts))

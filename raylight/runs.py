@@ -6,21 +6,25 @@ import difflib
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from raylight.driver.journal import read_metrics
-from raylight.errors import CheckpointCorrupt, InvalidArguments, MissingFile
+from raylight.errors import CheckpointCorrupt, InvalidArguments, MissingFile, StorageError
 from raylight.storage.checkpoints import (
     CHECKPOINTS,
     MANIFEST_FILE,
     Checkpoint,
     best,
+    check_there,
+    check_whole,
     find_checkpoint,
     list_checkpoints,
     read_checkpoint,
     verify,
 )
+from raylight.storage.fence import read_fence
 from raylight.storage.filesystem import Storage
 from raylight.storage.summaries import Summary, leftover_folders, monitor_of, read_run_or_status, summarize
 from raylight.storage.versions import Version, list_runs, number_of, versions_in
@@ -199,20 +203,36 @@ def verify_path(
 
 
 def _verify_version(version: Version, digests: bool) -> dict[str, list[str]]:
+    """Those that a run which goes on deletes meanwhile are left out."""
     checkpoints = list_checkpoints(version.storage)
-    results = {checkpoint.path: verify(checkpoint, digests) for checkpoint in checkpoints}
+    results = {}
+    for checkpoint in checkpoints:
+        with suppress(MissingFile):
+            results[checkpoint.path] = _problems_of(checkpoint, digests)
     for name in leftover_folders(version, checkpoints):
         folder = version.storage.child(CHECKPOINTS, name)
-        if folder.exists(MANIFEST_FILE):  # without one it never was a checkpoint, and nothing is wrong with that
-            results[folder.uri] = _problems_in(folder, digests) or ["it is of an attempt that had been replaced"]
+        with suppress(MissingFile):  # without a manifest it never was a checkpoint, and nothing is wrong with that
+            results[folder.uri] = _problems_in(folder, digests) or _attempt_problems(version, folder)
     return results
 
 
 def _problems_in(folder: Storage, digests: bool) -> list[str]:
     try:
-        return verify(read_checkpoint(folder), digests)
+        return _problems_of(read_checkpoint(folder), digests)
     except CheckpointCorrupt as error:
         return [str(error)]
+
+
+def _problems_of(checkpoint: Checkpoint, digests: bool) -> list[str]:
+    if problems := verify(checkpoint, digests):
+        check_there(checkpoint)
+    return problems
+
+
+def _attempt_problems(version: Version, folder: Storage) -> list[str]:
+    """None where it was committed since the others were listed."""
+    is_allowed = read_fence(version.storage).allows(read_checkpoint(folder).manifest.attempt, folder.name)
+    return [] if is_allowed else ["it is of an attempt that had been replaced"]
 
 
 def find_versions(path: str | os.PathLike[str], filesystem: Any = None) -> list[Version]:
@@ -243,9 +263,7 @@ def checkpoint_at(path: str | os.PathLike[str], which: str = "best", filesystem:
     found = run.best if which == "best" else run.last
     if found is None:
         raise MissingFile(f"{run.path} has no checkpoint.")
-    if problems := verify(found):
-        raise CheckpointCorrupt(f"{found.path} is damaged: {', '.join(problems)}.")
-    return found
+    return check_whole(found)
 
 
 def export(checkpoint: Checkpoint | str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
@@ -263,7 +281,11 @@ def export(checkpoint: Checkpoint | str | os.PathLike[str], out: str | os.PathLi
     from raylight.worker.restore import load_weights
 
     found = checkpoint if isinstance(checkpoint, Checkpoint) else checkpoint_at(checkpoint)
-    weights = load_weights(found)
+    try:
+        weights = load_weights(found)
+    except (CheckpointCorrupt, StorageError):
+        check_there(found)
+        raise
     with Storage(folder or ".").open_write(name) as file:
         if suffix == ".safetensors":
             file.write(_to_safetensors(weights, found))

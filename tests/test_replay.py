@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
 import torch
 
+import raylight as pl
 from raylight import cli
+from raylight.replay import read_evidence
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import claim_version
+from tests.faults_storage import uri_at
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -102,6 +107,41 @@ def test_a_loss_that_is_not_finite_comes_again(tmp_path):
     assert again.returncode == 1
     assert "29" in again.stdout.split("samples [")[1].split("]")[0]
     assert "returned nan values" in again.stderr
+
+
+class Failing(pl.Module):
+    """The loss of the third step is not finite, the fifth raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 4:
+            raise ValueError("mine")
+        return self.net(batch).mean() * (float("nan") if batch_idx == 2 else 1.0)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_commands_are_told_that_a_shell_takes_where_storage_is_s3(s3_port, monkeypatch, capsys):
+    monkeypatch.setattr("raylight.worker.loop.REPORT_EVERY_S", 0.0)
+    with pytest.raises(pl.WorkerFailed) as caught:
+        pl.fit(
+            Failing(), torch.utils.data.DataLoader(torch.ones(8, 4)), num_workers=0, use_gpu=False, seed=5,
+            storage_path=uri_at(s3_port, uuid.uuid4().hex), max_epochs=1, enable_progress_bar=False,
+        )  # fmt: skip
+    for told, step, kind in ((capsys.readouterr().out, 2, "NaN"), (str(caught.value), 4, "ValueError")):
+        [command] = re.findall(r"raylight replay ([^;\n]+)", told)
+        [path] = shlex.split(command)
+        assert re.search(r"/failures/step-\d+-rank-0\.pt\?scheme=http&", path)
+        facts = read_evidence(path).facts
+        assert (facts["step"], facts["kind"]) == (step, kind)
+    newest = read_evidence(read_evidence(path).run.path).facts
+    assert newest["kind"] == "ValueError"
+    with pytest.raises(pl.RaylightError, match=r"failures/step-9\.pt\?scheme=.* is not there; there are: step-"):
+        read_evidence(re.sub(r"step-\d+-rank-0", "step-9", path))
 
 
 def test_a_debugger_is_entered_where_the_step_fails(raised):

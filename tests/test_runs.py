@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,53 @@ def test_verification_finds_what_is_damaged(place: str) -> None:
     assert "has other bytes" in dict(verify_path(damaged.uri))[damaged.uri][0]
     assert "is damaged: it has no format number" in dict(verify_path(unreadable.uri))[unreadable.uri][0]
     assert open_run(place).verify() == dict(verify_path(version.path))
+
+
+def at_first_verification(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """What a run that goes on does once its checkpoints are listed and before their files are looked at."""
+    verify = store.verify
+
+    def act_then_verify(*arguments: object) -> list[str]:
+        monkeypatch.undo()
+        action()
+        return verify(*arguments)
+
+    for module in ("raylight.runs", "raylight.storage.checkpoints"):
+        monkeypatch.setattr(f"{module}.verify", act_then_verify)
+
+
+def test_what_a_running_version_deletes_or_commits_meanwhile_is_not_damaged(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = make_run(place, "digits")
+    first, second, third = store.list_checkpoints(version.storage)
+
+    def go_on() -> None:
+        store.delete(first)
+        save(version, 40, weights(4), {"val_loss": 0.1})
+
+    at_first_verification(monkeypatch, go_on)
+    results = dict(verify_path(place))
+    fourth = version.storage.uri_of("checkpoints/step-00000040")
+    assert results == {second.path: [], third.path: [], fourth: []}
+    store.raise_fence(version.storage, 1)
+    late = version.storage.child(store.directory_of(50))
+    late.write("manifest.json", [Manifest(50, 5, ()).to_bytes()])
+    assert dict(verify_path(place))[late.uri] == ["it is of an attempt that had been replaced"]
+
+
+@pytest.mark.parametrize("which", ["version", "checkpoint"])
+def test_a_checkpoint_that_is_deleted_meanwhile_is_missing_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    version = make_run(str(tmp_path / "runs"), "digits")
+    last = store.list_checkpoints(version.storage)[-1]
+    at_first_verification(monkeypatch, lambda: store.delete(last))
+    with pytest.raises(MissingFile, match=r"step-00000030 was deleted meanwhile"):
+        checkpoint_at(version.path if which == "version" else last.path, "last")
+    with pytest.raises(MissingFile, match=r"step-00000030 was deleted meanwhile"):
+        export(last, tmp_path / "weights.pt")
+    assert not (tmp_path / "weights.pt").exists()
 
 
 # ---- export

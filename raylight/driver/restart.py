@@ -110,7 +110,8 @@ def make_error(failures: dict[int, Failed], run: Run, reason: str) -> WorkerFail
     cause = failures[rank]
     node = run.outcome.nodes[rank].node if rank in run.outcome.nodes else "unknown node"
     step = _step_of(cause, run.step) if isinstance(cause, Failure | Died) else run.step
-    log = f"{run.version.path}/logs/rank-{rank}.log" if run.version is not None and run.world_size > 1 else None
+    files = run.version.storage if run.version is not None else None
+    log = files.uri_of(f"logs/rank-{rank}.log") if files is not None and run.world_size > 1 else None
     lines = [f"rank {rank} on {node} failed at step {step} (attempt {run.attempt + 1}; {reason})."]
     lines.append(cause.traceback if isinstance(cause, Failure) else f"The process is gone: {cause.reason}")
     lines += cause.notes if isinstance(cause, Failure) else []
@@ -119,8 +120,8 @@ def make_error(failures: dict[int, Failed], run: Run, reason: str) -> WorkerFail
         lines.append(f"{followed} other rank{'s' if followed > 1 else ''} stopped because of it.")
     if log is not None:
         lines.append(f"Log: {log}")
-    if isinstance(cause, Failure) and cause.evidence is not None and run.version is not None:
-        lines.append(f"Run that step again: raylight replay {run.version.path}/{cause.evidence}")
+    if isinstance(cause, Failure) and cause.evidence is not None and files is not None:
+        lines.append(f"Run that step again: raylight replay {files.argument_of(cause.evidence)}")
     if run.last is not None:
         call, resume = ("sweep", True) if run.record.get("trial") else ("fit", "last")
         lines.append(f"Resume with: raylight.{call}(..., name={run.config.name!r}, resume={resume!r})")

@@ -181,7 +181,10 @@ class Run:
         self.hyperparameters |= message.values
         for logger in self.loggers:
             if hasattr(logger, "log_hyperparams"):
-                logger.log_hyperparams(to_plain(self.hyperparameters))
+                try:
+                    logger.log_hyperparams(to_plain(self.hyperparameters))
+                except (OSError, StorageError) as error:
+                    self.tell(f"{type(logger).__name__} could not log the hyperparameters: {error}", "warning")
         self._later(self.write_record)
 
     # ---- checkpoints
@@ -225,8 +228,8 @@ class Run:
             self._retain()
         except Superseded as error:
             self.superseded = error
-        except StorageError as error:
-            self.tell(f"the checkpoint of step {first.step} is lost: {error}", "warning")
+        except Exception as error:
+            self.tell(f"the checkpoint of step {first.step} is lost: {_describe(error)}", "warning")
         self.write_record()
 
     def _retain(self) -> None:
@@ -237,8 +240,8 @@ class Run:
         for checkpoint in extra:
             try:
                 store.delete(checkpoint)
-            except StorageError as error:
-                self.tell(f"a checkpoint that is not needed any more stays on storage: {error}", "warning")
+            except Exception as error:
+                self.tell(f"a checkpoint that is not needed any more stays on storage: {_describe(error)}", "warning")
         gone = {checkpoint.path for checkpoint in extra}
         self.checkpoints = [c for c in self.checkpoints if c.path not in gone]
 
@@ -310,20 +313,20 @@ class Run:
     def write_record(self) -> None:
         if self.version is None or not self.record or self.superseded is not None:
             return
+        metrics, hyperparameters = dict(self.callback_metrics), dict(self.hyperparameters)  # may grow meanwhile
         if self.is_follow_up:
-            self.record["metrics"] = {**self.record.get("metrics", {}), **to_plain(self.callback_metrics)}
-            self.version.write_run(self.record)
-            return
-        self.record |= {
-            "hyperparameters": {**self.record["hyperparameters"], **to_plain(self.hyperparameters)},
-            "best_checkpoint": self.best.path if self.best else None,
-            "last_checkpoint": self.last.path if self.last else None,
-            "metrics": to_plain(self.callback_metrics),
-        }
+            self.record["metrics"] = {**self.record.get("metrics", {}), **to_plain(metrics)}
+        else:
+            self.record |= {
+                "hyperparameters": {**self.record["hyperparameters"], **to_plain(hyperparameters)},
+                "best_checkpoint": self.best.path if self.best else None,
+                "last_checkpoint": self.last.path if self.last else None,
+                "metrics": to_plain(metrics),
+            }
         try:
             self.version.write_run(self.record)
-        except StorageError as error:
-            self.tell(f"run.json could not be written: {error}", "warning")
+        except Exception as error:
+            self.tell(f"run.json could not be written: {_describe(error)}", "warning")
 
     def close(self, status: str) -> None:
         """Brings everything to storage. Called once, whatever happened."""
@@ -361,6 +364,11 @@ class Run:
         except StorageError as error:
             self.superseded = error if isinstance(error, Superseded) else None
             self.tell(str(error), "warning")
+
+
+def _describe(error: Exception) -> str:
+    """A file system that the user made may raise anything."""
+    return str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
 
 
 def _timed(logger: Any) -> Callable[[dict[str, float], int, float], None]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, BinaryIO
 
-from raylight.errors import CheckpointCorrupt, MissingFile, StorageError
+from raylight.errors import CheckpointCorrupt, MissingFile, StorageError, Superseded
 from raylight.messages import SavedFile
 from raylight.storage.digests import digest_of_file
 from raylight.storage.fence import Fence, check_attempt, read_fence, write_fence
@@ -19,9 +19,9 @@ from raylight.storage.manifest import Manifest, check_inside
 from raylight.storage.retention import best, retain
 
 __all__ = [
-    "Checkpoint", "Manifest", "best", "check_whole", "commit", "committed_folders", "delete", "directory_of",
-    "find_checkpoint", "first_whole", "list_checkpoints", "newest_whole", "raise_fence", "read_checkpoint", "retain",
-    "sweep_leftovers", "verify",
+    "Checkpoint", "Manifest", "best", "check_there", "check_whole", "commit", "committed_folders", "delete",
+    "directory_of", "find_checkpoint", "first_whole", "list_checkpoints", "newest_whole", "raise_fence",
+    "read_checkpoint", "retain", "sweep_leftovers", "verify",
 ]  # fmt: skip
 
 logger = logging.getLogger("raylight.storage")
@@ -107,7 +107,7 @@ def commit(version: Storage, directory: str, manifest: Manifest, fence: int | No
 
     `fence` is the attempt that commits where that is not the manifest's: survivors may finish what an earlier attempt
     began. Raises StorageError where a file is missing or has another size, or a newer attempt has begun; then nothing
-    is committed.
+    is committed. Where storage fails behind the write, what is there decides.
     """
     attempt = manifest.attempt if fence is None else fence
     check_inside(directory)
@@ -115,9 +115,25 @@ def commit(version: Storage, directory: str, manifest: Manifest, fence: int | No
     folder = version.child(directory)
     check_attempt(version, attempt)
     _check_arrived(folder, manifest.files)
-    folder.write(MANIFEST_FILE, [manifest.to_bytes()])
-    check_attempt(version, attempt)
+    content = manifest.to_bytes()
+    try:
+        folder.write(MANIFEST_FILE, [content])
+        check_attempt(version, attempt)
+    except Superseded:
+        raise
+    except StorageError:
+        if not _has_arrived(folder, content):
+            raise
+        check_attempt(version, attempt)
     return Checkpoint(folder, manifest)
+
+
+def _has_arrived(folder: Storage, manifest: bytes) -> bool:
+    """A write may be done though its answer is lost."""
+    try:
+        return folder.read_bytes(MANIFEST_FILE) == manifest
+    except StorageError:
+        return False
 
 
 def _check_arrived(folder: Storage, files: Collection[SavedFile]) -> None:
@@ -254,13 +270,22 @@ def find_checkpoint(path: str | os.PathLike[str], filesystem: Any = None, digest
 
 
 def check_whole(checkpoint: Checkpoint, digests: bool = True) -> Checkpoint:
-    """The same checkpoint. Raises CheckpointCorrupt saying what is wrong with its files."""
+    """The same checkpoint. Raises CheckpointCorrupt saying what is wrong with its files, MissingFile where it was
+    deleted meanwhile."""
     if problems := verify(checkpoint, digests):
+        check_there(checkpoint)
         raise CheckpointCorrupt(
             f"{checkpoint.path} is damaged: {_listed(problems)}.\n"
             "Use another checkpoint of the version, or resume='last', which takes the newest whole one."
         )
     return checkpoint
+
+
+def check_there(checkpoint: Checkpoint) -> None:
+    """For a checkpoint whose files are not what they should be. Raises MissingFile where it was deleted since it was
+    found, as those that a run which goes on does not need any more."""
+    if not checkpoint.storage.exists(MANIFEST_FILE):
+        raise MissingFile(f"{checkpoint.path} was deleted meanwhile, as a run that goes on does. Take another one.")
 
 
 def _nothing_committed(folder: Storage) -> CheckpointCorrupt | MissingFile:

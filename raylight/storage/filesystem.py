@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import copy
 import os
+import shlex
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,10 @@ class Storage:
 
     def uri_of(self, path: str) -> str:
         return self._shown_at(path) + self._query
+
+    def argument_of(self, path: str) -> str:
+        """As `uri_of`, for a command that a person puts into a shell, where the "&" of a query ends a command."""
+        return shlex.quote(self.uri_of(path))
 
     def child(self, *parts: str) -> Storage:
         """The storage rooted at a folder in this one."""

@@ -363,8 +363,8 @@ class Loop:
             raise FloatingPointError(text)
         if not rank.said_not_finite:
             rank.said_not_finite = True
-            path = keep_evidence(rank, "NaN", text)
-            again = f"; run that step again: raylight replay {rank.log_dir}/{path}" if path is not None else ""
+            files, path = rank.task.files, keep_evidence(rank, "NaN", text)
+            again = f"; run that step again: raylight replay {files.argument_of(path)}" if files and path else ""
             rank.notice(f"{text}; detect_anomaly=True stops at it and shows where it came from{again}", "warning")
 
     def _say_skipped(self, done: int, total: int) -> None:

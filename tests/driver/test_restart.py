@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import uuid
+
 import pytest
 
-from raylight.driver.restart import BACKOFF_S, Decision, History, decide, find_first
+from raylight.config import Config
+from raylight.driver.restart import BACKOFF_S, Decision, History, decide, find_first, make_error
+from raylight.driver.run import Run
 from raylight.messages import Died, Failure, PeerLost
+from raylight.storage.filesystem import Storage
+from raylight.storage.versions import claim_version
+from tests.faults_storage import uri_at
 
 
 def failure(kind: str = "KeyError", text: str = "x", step: int = 3, stage: str = "train") -> Failure:
@@ -72,3 +79,11 @@ def test_attempts_without_progress_wait_longer():
 )
 def test_the_first_cause_is_what_the_user_reads(failures, rank):
     assert find_first(failures) == rank
+
+
+def test_the_log_is_named_as_it_can_be_opened(s3_port):
+    version = claim_version(Storage(uri_at(s3_port, uuid.uuid4().hex)), "run")
+    run = Run(version, Config(name="run"), 2, [], [])
+    error = make_error({1: failure()}, run, "the same would happen again")
+    assert error.log == version.storage.uri_of("logs/rank-1.log")
+    assert f"Log: {error.log}" in str(error)

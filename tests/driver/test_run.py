@@ -1,4 +1,4 @@
-"""What a driver may still write once another has taken over its version."""
+"""What a driver writes: also beside another that has taken over its version, and where storage fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from raylight.config import Config
 from raylight.driver.journal import read_metrics
 from raylight.driver.run import Run
 from raylight.errors import StorageError
-from raylight.messages import EpochMetrics, Message, Notice, Progress, Saved
+from raylight.loggers import CSVLogger, make_loggers
+from raylight.messages import EpochMetrics, Hyperparameters, Message, Notice, Progress, Saved
 from raylight.storage.checkpoints import Checkpoint, list_checkpoints, raise_fence
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
@@ -91,6 +92,17 @@ def test_what_a_rank_logged_is_kept_while_it_accumulates(version: Version) -> No
     assert run.shares[1] == [(0, share)]
 
 
+def test_a_logger_that_cannot_write_hyperparameters_costs_a_warning(version: Version) -> None:
+    Path(version.path, "hparams.yaml").mkdir()
+    run = begin(version, 0)
+    run.loggers = make_loggers(CSVLogger(), version.storage, version.path)
+    run.handle(0, Hyperparameters({"lr": 0.1}))
+    run.close("finished")
+    assert version.read_run()["hyperparameters"] == {"lr": 0.1}
+    [said] = heard(run)
+    assert said.startswith("CSVLogger could not log the hyperparameters: could not write ")
+
+
 # ---- checkpoints of a group that has changed
 
 
@@ -153,3 +165,43 @@ def test_an_old_checkpoint_that_cannot_be_deleted_costs_no_new_one(
     assert run.last.step == 3
     assert not [text for text in heard(run) if "is lost" in text]
     assert len([text for text in heard(run) if "stays on storage" in text]) == 2
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("checkpoints.commit", "the checkpoint of step 1 is lost"),
+        ("checkpoints.delete", "a checkpoint that is not needed any more stays on storage"),
+        ("versions.Version.write_run", "run.json could not be written"),
+    ],
+)
+def test_whatever_a_file_system_of_the_users_raises_is_told_at_once_and_ends_nothing(
+    version: Version, monkeypatch: pytest.MonkeyPatch, broken: str, said: str
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise ValueError("mine")
+
+    run = begin(version, 0)
+    monkeypatch.setattr(f"raylight.storage.{broken}", fail)
+    for step in (1, 2):
+        run.handle(0, save(run, version, step))
+        run.wait_for_storage()
+    assert f"{said}: ValueError: mine" in heard(run)
+    run.close("finished")
+
+
+def test_values_may_be_logged_while_the_record_is_written(version: Version) -> None:
+    class Number:
+        ndim = 0
+
+        def item(self) -> float:
+            for values in (run.callback_metrics, run.hyperparameters):
+                values[f"logged meanwhile {len(values)}"] = 2.0
+            return 1.0
+
+    run = begin(version, 0)
+    run.callback_metrics["loss"] = run.hyperparameters["lr"] = Number()
+    run.write_record()
+    assert heard(run) == []
+    record = version.read_run()
+    assert record["metrics"]["loss"] == record["hyperparameters"]["lr"] == 1.0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from raylight.errors import CheckpointCorrupt, MissingFile, StorageError
+from raylight.errors import CheckpointCorrupt, MissingFile, StorageError, Superseded
 from raylight.messages import SavedFile
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Checkpoint, Manifest
@@ -82,6 +82,34 @@ def test_a_file_that_did_not_arrive_stops_the_commit(version: Storage, monkeypat
     with pytest.raises(StorageError, match=r"model\.pt has 7 bytes instead of 9, other\.pt is missing"):
         store.commit(version, directory, manifest)
     assert store.list_checkpoints(version) == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("unanswered", count=100, method="PUT", path=r"manifest\.json"),
+        Fault("403", first=2, path=r"fence\.json"),
+    ],
+    ids=["manifest", "fence"],
+)
+def test_what_is_on_storage_is_committed_though_no_answer_comes(
+    fault: Fault, proxy: FaultProxy, behind_proxy: Storage
+) -> None:
+    proxy.inject(fault)
+    saved = save(behind_proxy, 10, world_size=1)
+    assert saved.manifest == store.list_checkpoints(behind_proxy)[0].manifest
+
+
+def test_a_manifest_without_an_answer_is_no_way_past_the_fence(proxy: FaultProxy, behind_proxy: Storage) -> None:
+    def take_over(number: int) -> None:
+        if "manifest.json" in proxy.requests[-1][1]:
+            proxy.after = None
+            store.raise_fence(behind_proxy, 1)
+
+    proxy.inject(Fault("unanswered", count=100, method="PUT", path=r"manifest"))
+    proxy.after = take_over
+    with pytest.raises(Superseded, match="attempt 1 has taken over"):
+        save(behind_proxy, 10, world_size=1)
 
 
 def test_paths_of_files_may_be_given_relative_to_the_version(version: Storage) -> None:
