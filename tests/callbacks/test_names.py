@@ -75,6 +75,15 @@ def test_accumulation_that_cannot_be_is_refused(scheduling):
         GradientAccumulationScheduler(scheduling)
 
 
+def test_accumulation_is_not_set_in_two_places():
+    scheduler = GradientAccumulationScheduler({2: 4})
+    assert scheduler.find_mistakes(Config()) == []
+    for given in ({"accumulate_grad_batches": 2}, {"global_batch_size": 64}):
+        (mistake,) = scheduler.find_mistakes(Config(**given))
+        [(name, value)] = given.items()
+        assert f"{name}={value} and GradientAccumulationScheduler both set the accumulation" in mistake
+
+
 def test_a_progress_bar_says_whether_it_is_wanted():
     assert RichProgressBar(leave=True, theme=object()).is_enabled
     assert TQDMProgressBar(refresh_rate=0).is_disabled
