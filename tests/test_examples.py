@@ -29,7 +29,10 @@ def read_status(version: Path) -> str:
     return json.loads((version / "run.json").read_text())["status"]
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+IN_PROCESS, ON_RAY = pytest.param(0, marks=pytest.mark.soak), pytest.param(2, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("num_workers", [IN_PROCESS, ON_RAY])
 def test_digits_reaches_97_percent_and_says_where_it_is_stored(tmp_path: Path, num_workers: int) -> None:
     done = run_example("digits.py", "--num-workers", str(num_workers), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -44,6 +47,7 @@ def test_digits_reaches_97_percent_and_says_where_it_is_stored(tmp_path: Path, n
     assert list(version.glob("checkpoints/step-*/manifest.json"))
 
 
+@pytest.mark.soak
 def test_digits_takes_its_arguments_and_resumes(tmp_path: Path) -> None:
     arguments = ["--num-workers", "0", "--precision", "bf16-mixed", "--storage-path", "elsewhere", "--name", "mine"]
     first = run_example("digits.py", *arguments, "--max-epochs", "2", cwd=tmp_path)
@@ -99,7 +103,8 @@ def test_resnet_trains_in_bfloat16_on_fake_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sweep_digits_finds_a_good_network_and_goes_on_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("goes_on", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_sweep_digits_finds_a_good_network_and_goes_on_where_it_was(tmp_path: Path, goes_on: bool) -> None:
     arguments = ["--num-samples", "3", "--num-workers", "0", "--max-epochs", "3"]
     done = run_example("sweep_digits.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -110,6 +115,8 @@ def test_sweep_digits_finds_a_good_network_and_goes_on_where_it_was(tmp_path: Pa
     assert re.search(rf"^picture +{run}/sweep_0/sweep.html$", done.stdout, re.MULTILINE)
     assert (run / "sweep_0" / "sweep.html").exists()
     assert sorted(read_status(version) for version in run.glob("version_*"))[0] == "finished"
+    if not goes_on:
+        return
     again = run_example("sweep_digits.py", *arguments, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.endswith(done.stdout.splitlines()[-1] + "\n")

@@ -480,6 +480,7 @@ class Hides(Line):
         self.log("_".join(("some", "loss")), 1.0)
 
 
+@pytest.mark.soak
 def test_where_no_trial_reports_the_metric_its_error_is_raised(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(InvalidArguments, match=r"'other_loss', which was never logged; logged were: some_loss"):
         raylight.sweep(

@@ -144,6 +144,7 @@ def test_nothing_is_served_without_the_token(cluster: OnPrem, tunnel: None) -> N
     assert "InvalidAuthToken" in cluster.at_desk(asked, check=False, RAY_AUTH_TOKEN="guessed")
 
 
+@pytest.mark.soak
 def test_job_trains_with_a_worker_on_each_machine(cluster: OnPrem, tunnel: None) -> None:
     output = cluster.submit("/mnt/runs")
     assert "Test accuracy" in output
@@ -162,6 +163,7 @@ def test_job_trains_on_object_storage(cluster: OnPrem, tunnel: None, object_stor
     assert "finished 26" in cluster.at_desk(f"python -c {shlex.quote(read)}", **CREDENTIALS)
 
 
+@pytest.mark.soak
 def test_ray_down_and_ray_stop_leave_nothing(cluster: OnPrem) -> None:
     """`ray down` stops Ray on the head alone, so cluster/README.md has the workers stopped one by one."""
     cluster.at_desk("ray down --yes on-prem.yaml")

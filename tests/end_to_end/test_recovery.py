@@ -167,7 +167,7 @@ def unions(items: list[list[int]]) -> list[list[int]]:
     return [list(itertools.chain(*some)) for some in chosen]
 
 
-@pytest.mark.parametrize("kind", ["exit", "exception", "memory"])
+@pytest.mark.parametrize("kind", [pytest.param("exit", marks=pytest.mark.soak), "exception", "memory"])
 def test_other_ends_of_a_worker(kind, undisturbed, tmp_path):
     expected, whole = undisturbed
     module, result = fit(tmp_path, faults=[FailAt(1, 5, "forward", kind, tmp_path)])
@@ -238,7 +238,7 @@ class FailAfterValidation(pl.Callback):
             raise OSError("the share is away")
 
 
-@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize("step", [4, pytest.param(6, marks=pytest.mark.soak)])
 def test_ranks_that_stand_before_and_behind_a_validation_meet(step, tmp_path):
     """In the middle of an epoch and at its end: they would enter different collectives."""
     _, result = fit(
@@ -363,7 +363,7 @@ def test_an_elastic_group_goes_on_with_fewer_and_takes_on_who_comes(tmp_path):
         assert read_ids(tmp_path, 2, epoch) == list(range(NUM_SAMPLES))
 
 
-@pytest.mark.parametrize("point", ["snapshot", "data"])
+@pytest.mark.parametrize("point", ["snapshot", pytest.param("data", marks=pytest.mark.soak)])
 def test_a_group_that_shrinks_during_a_checkpoint_commits_no_half_of_it(point, tmp_path):
     """The one that is left has begun its share, or has written it: the other is missing for good."""
     _, result = fit(

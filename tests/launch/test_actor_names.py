@@ -65,6 +65,7 @@ def test_actors_carry_the_version_that_they_were_started_for(tmp_path: Path) -> 
     assert names() == {"raylight:named:v2:rank0", "raylight:named:v0:rank1"}
 
 
+@pytest.mark.soak
 def test_of_a_run_that_goes_on_and_of_one_that_writes_nothing(tmp_path: Path) -> None:
     make_trainer(tmp_path).fit(Net(), DATA)
     ray_actors.release_all()

@@ -92,6 +92,7 @@ if __name__ == "__main__":
     script.assert_nothing_is_left(within_s=20)
 
 
+@pytest.mark.soak
 def test_when_the_driver_is_killed_its_workers_and_its_ray_end(start_script):
     script = start_script("""
 def main():

@@ -676,6 +676,7 @@ def test_a_halted_run_that_nobody_listens_to_leaves_its_workers_for_the_next():
     assert {result["pid"] for result in returned(collect(again.run(make_task())))} == pids
 
 
+@pytest.mark.soak
 def test_an_idle_group_gives_way_where_there_is_no_room_for_both():
     ray_actors.release_all()
     two = [result["pid"] for result in returned(run(report_place))]
@@ -748,6 +749,7 @@ def test_what_cannot_fit_is_told_before_any_actor_is_made(arguments: dict[str, A
     assert not [actor for actor in ray.util.list_named_actors(all_namespaces=True) if "raylight:" in actor["name"]]
 
 
+@pytest.mark.soak
 def test_what_is_in_use_is_waited_for_and_told():
     ray_actors.release_all()
     holder = acquire(wait_for_action, resources_per_worker={"CPU": 4})

@@ -61,6 +61,7 @@ def scrape_until(run: str, wanted: set[tuple[str, str]]) -> dict[tuple[str, str]
     return found
 
 
+@pytest.mark.soak
 def test_prometheus_reads_a_run_from_ray(tmp_path: Path) -> None:
     data = DataLoader(TensorDataset(torch.randn(24, 2)), batch_size=2)
     arguments = {"num_workers": 2, "use_gpu": False, "storage_path": str(tmp_path), "name": "watched"}
