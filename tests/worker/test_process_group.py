@@ -283,6 +283,7 @@ def _meet_again(place: Place, tell: Callable[..., None], ports: Any) -> None:
     except RuntimeError as error:
         if not process_group.is_peer_loss(error):
             raise
+    process_group.abort()  # as the driver tells all: the other may wait for this rank, and not for the dead one
     if place.rank == 0:
         _, port = process_group.open_store("127.0.0.1")
         ports.put(port)
