@@ -6,7 +6,7 @@ a second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -25,7 +25,7 @@ from raylight.worker.evidence import keep_evidence
 from raylight.worker.gradients import Gradients
 from raylight.worker.moving_buffers import MovingBuffers
 from raylight.worker.optimization import step_schedulers
-from raylight.worker.profiler import Profiler
+from raylight.worker.profiler import profile
 from raylight.worker.rank import Rank, takes_outputs
 from raylight.worker.schedule import Schedule
 
@@ -374,42 +374,6 @@ class Loop:
 
     def _agree(self, flag: bool) -> bool:
         return agree(flag, self.rank.world_size)
-
-
-def profile(loop: Loop, profiler: Profiler) -> None:
-    """Puts sections around the pieces of a step; a loop without a profiler has none of these wrappers."""
-    rank, gradients = loop.rank, loop.gradients
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **keywords: Any) -> Any:
-            with profiler.section(name):
-                return function(*arguments, **keywords)
-
-        return run
-
-    def timed_batches(*arguments: Any, **keywords: Any) -> Iterator[TrainBatch]:
-        batches = iterate(*arguments, **keywords)
-        while True:
-            with profiler.section("data"):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-            profiler.step()
-
-    iterate = rank.train_batches.iterate
-    setattr(rank.train_batches, "iterate", timed_batches)  # noqa: B010
-    backward = gradients.backward or Tensor.backward
-    for owner, name, section, function in (
-        (gradients, "forward", "training_step", gradients.forward),
-        (gradients, "backward", "backward", backward),
-        (gradients, "step_optimizer", "optimizer_step", gradients.step_optimizer),
-        (rank, "transfer", "transfer", rank.transfer),
-    ):
-        setattr(owner, name, timed(section, function))
-    loop.on_batch_start = tuple(timed("on_train_batch_start", hook) for hook in loop.on_batch_start)
-    loop.on_batch_end = tuple(timed("on_train_batch_end", hook) for hook in loop.on_batch_end)
-    profiler.start()
 
 
 def _detach(outputs: Any) -> Any:
