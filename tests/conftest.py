@@ -12,6 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from raylight.launch.ray_cluster import Cluster
+    from tests.faults_storage import FaultProxy
 
 NUM_CPUS = 8
 """Logical ones, so that groups of several sizes fit whatever the machine has."""
@@ -35,6 +36,16 @@ def s3_port() -> Iterator[int]:
 
     with s3_server() as port:
         yield port
+
+
+@pytest.fixture
+def proxy(s3_port: int) -> Iterator[FaultProxy]:
+    """What stands before the S3 server, and fails where a test asks for it."""
+    from tests.faults_storage import FaultProxy
+
+    proxy = FaultProxy(s3_port)
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ import json
 import pickle
 import shutil
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,19 +20,12 @@ from raylight.loggers import CSVLogger, Logger, TensorBoardLogger, make_loggers
 from raylight.storage import local_directory
 from raylight.storage.filesystem import Storage
 from raylight.storage.retry import Backoff
-from tests.faults_storage import Fault, FaultProxy
+from tests.faults_storage import Fault
 
 
 @pytest.fixture
 def files(tmp_path) -> Storage:
     return Storage(tmp_path / "runs" / "default" / "version_0")
-
-
-@pytest.fixture
-def proxy(s3_port: int) -> Iterator[FaultProxy]:
-    proxy = FaultProxy(s3_port)
-    yield proxy
-    proxy.close()
 
 
 def start(setting, files: Storage) -> list:

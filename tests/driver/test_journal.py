@@ -17,7 +17,7 @@ from raylight.driver.journal import Journal, merge_metrics, read_metrics
 from raylight.errors import StorageError
 from raylight.storage.filesystem import Storage
 from raylight.storage.retry import Backoff
-from tests.faults_storage import Fault, FaultProxy
+from tests.faults_storage import Fault
 
 
 @pytest.fixture
@@ -287,13 +287,6 @@ def test_importing_it_loads_no_pyarrow():
         "j.Journal(Storage('nowhere')).close(); assert not {'pyarrow', 'torch', 'ray'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.fixture
-def proxy(s3_port):
-    proxy = FaultProxy(s3_port)
-    yield proxy
-    proxy.close()
 
 
 def test_on_s3_rows_are_kept_while_storage_is_away(proxy):

@@ -105,13 +105,6 @@ def logged_steps(result: pl.Result) -> list[int]:
 
 
 @pytest.fixture
-def proxy(s3_port: int) -> Iterator[FaultProxy]:
-    proxy = FaultProxy(s3_port)
-    yield proxy
-    proxy.close()
-
-
-@pytest.fixture
 def prefix() -> str:
     """On S3, of this test alone."""
     return uuid.uuid4().hex

@@ -23,13 +23,6 @@ def s3_uri(s3_port: int) -> str:
 
 
 @pytest.fixture
-def proxy(s3_port: int) -> Iterator[FaultProxy]:
-    proxy = FaultProxy(s3_port)
-    yield proxy
-    proxy.close()
-
-
-@pytest.fixture
 def behind_proxy(proxy: FaultProxy) -> Storage:
     """S3 reached through the proxy, with short waits between tries."""
     return Storage(proxy.uri(uuid.uuid4().hex), backoff=QUICK)
