@@ -16,10 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.figures import Figure, show
+from raylight.contract.messages import Progress, SavedFile, StageStarted, StepMetrics, StepRow, StepValue
 from raylight.driver.aggregate import StepAggregator
 from raylight.driver.journal import Journal, read_metrics
 from raylight.loggers import TensorBoardLogger
-from raylight.messages import Progress, SavedFile, StageStarted, StepMetrics, StepRow, StepValue
 from raylight.report.console import Console
 from raylight.report.gauges import Gauges
 from raylight.storage.checkpoints import Manifest, commit

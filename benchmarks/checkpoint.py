@@ -29,11 +29,11 @@ import torch
 from benchmarks import checkpoint_savers as savers
 from benchmarks.checkpoint_savers import Run, Saver, empty
 from benchmarks.figures import Figure, show
-from raylight.messages import Saved
+from raylight.contract.messages import Saved
 from raylight.storage.checkpoints import Manifest, commit, find_checkpoint
 from raylight.storage.filesystem import Storage
-from raylight.worker.restore import apply_weights, load_state
-from raylight.worker.snapshot import Snapshots, State
+from raylight.worker.checkpoint.restore import apply_weights, load_state
+from raylight.worker.checkpoint.snapshot import Snapshots, State
 
 NUM_ROUNDS, NUM_STEPS, NUM_CAPPED_ROUNDS = 7, 20, 2
 RIVALS = {

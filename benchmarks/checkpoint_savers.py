@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raylight.messages import Saved
+from raylight.contract.messages import Saved
 from raylight.storage.filesystem import Storage
-from raylight.worker.snapshot import Snapshots, State
+from raylight.worker.checkpoint.snapshot import Snapshots, State
 
 WIDTH, NUM_LAYERS, BATCH_SIZE = 2048, 12, 16
 

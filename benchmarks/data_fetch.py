@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from benchmarks.figures import Figure, show
-from raylight.worker.data import TrainBatches
+from raylight.worker.data.batches import TrainBatches
 
 NUM_SAMPLES, BATCH_SIZE, NUM_ROUNDS = 16384, 32, 15
 INPUTS, LABELS = torch.randn(NUM_SAMPLES, 784), torch.randint(0, 10, (NUM_SAMPLES,))

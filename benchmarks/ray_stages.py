@@ -12,12 +12,12 @@ from collections.abc import Iterator
 
 import torch
 
-from raylight.config import Config
+from raylight.contract.config import Config
+from raylight.contract.messages import Died, Finished, Message, PeerLost, Progress, Started
+from raylight.contract.task import Loaders, Place, Task
 from raylight.launch import ray_actors
-from raylight.messages import Died, Finished, Message, PeerLost, Progress, Started
-from raylight.task import Loaders, Place, Task
-from raylight.worker import process_group
-from raylight.worker.control import Control, Halted
+from raylight.worker.group import process_group
+from raylight.worker.group.control import Control, Halted
 
 CONFIG = Config(name="stages", num_workers=2)
 

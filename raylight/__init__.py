@@ -11,11 +11,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from raylight import callbacks, loggers
-    from raylight.callbacks.callback import Callback
-    from raylight.config import DDP, Checkpointing
-    from raylight.data_module import DataModule
-    from raylight.driver.result import Result
-    from raylight.errors import (
+    from raylight.contract.config import DDP, Checkpointing
+    from raylight.contract.errors import (
         CheckpointCorrupt,
         CheckpointMismatch,
         ClusterError,
@@ -27,12 +24,15 @@ if TYPE_CHECKING:
         WorkerFailed,
         WorkerHung,
     )
-    from raylight.module import Module
-    from raylight.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+    from raylight.contract.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+    from raylight.contract.seeding import seed_everything
+    from raylight.driver.result import Result
     from raylight.runs import Run, open_run
-    from raylight.seeding import seed_everything
     from raylight.sweep import sweep
     from raylight.trainer import Trainer, fit, predict, test, validate
+    from raylight.user.callback import Callback
+    from raylight.user.data_module import DataModule
+    from raylight.user.module import Module
 
     LightningModule, LightningDataModule = Module, DataModule
 
@@ -44,10 +44,10 @@ _ERRORS = (
 # Public name -> (module, name there); "" stands for the module itself. Loaded at first use, so that `import raylight`
 # costs next to nothing.
 _NAMES = {
-    "Module": ("module", "Module"),
-    "LightningModule": ("module", "Module"),
-    "DataModule": ("data_module", "DataModule"),
-    "LightningDataModule": ("data_module", "DataModule"),
+    "Module": ("user.module", "Module"),
+    "LightningModule": ("user.module", "Module"),
+    "DataModule": ("user.data_module", "DataModule"),
+    "LightningDataModule": ("user.data_module", "DataModule"),
     "Trainer": ("trainer", "Trainer"),
     "fit": ("trainer", "fit"),
     "validate": ("trainer", "validate"),
@@ -57,16 +57,16 @@ _NAMES = {
     "open_run": ("runs", "open_run"),
     "Run": ("runs", "Run"),
     "Result": ("driver.result", "Result"),
-    "Callback": ("callbacks.callback", "Callback"),
-    "Checkpointing": ("config", "Checkpointing"),
-    "DDP": ("config", "DDP"),
-    "seed_everything": ("seeding", "seed_everything"),
-    "rank_zero_only": ("rank_zero", "rank_zero_only"),
-    "rank_zero_info": ("rank_zero", "rank_zero_info"),
-    "rank_zero_warn": ("rank_zero", "rank_zero_warn"),
+    "Callback": ("user.callback", "Callback"),
+    "Checkpointing": ("contract.config", "Checkpointing"),
+    "DDP": ("contract.config", "DDP"),
+    "seed_everything": ("contract.seeding", "seed_everything"),
+    "rank_zero_only": ("contract.rank_zero", "rank_zero_only"),
+    "rank_zero_info": ("contract.rank_zero", "rank_zero_info"),
+    "rank_zero_warn": ("contract.rank_zero", "rank_zero_warn"),
     "callbacks": ("callbacks", ""),
     "loggers": ("loggers", ""),
-    **{name: ("errors", name) for name in _ERRORS},
+    **{name: ("contract.errors", name) for name in _ERRORS},
 }
 
 __all__ = list(_NAMES)

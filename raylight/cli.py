@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from raylight import __version__
-from raylight.errors import MissingFile, RaylightError
+from raylight.contract.errors import MissingFile, RaylightError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
-from raylight.errors import RaylightError
+from raylight.contract.errors import RaylightError
 
 Check = tuple[str, str, str]
 """State ("ok", "note" or "bad"), what was looked at, what was found."""

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from raylight.config import Config
+from raylight.contract.config import Config
+from raylight.contract.messages import Message
+from raylight.contract.task import Loaders, Task
 from raylight.driver.recovery import Recovery
 from raylight.driver.restart import History
 from raylight.driver.result import Result
@@ -20,14 +22,12 @@ from raylight.launch.in_process import InProcessGroup
 from raylight.launch.signals import stop_on_signal
 from raylight.loading import Resume, find_resume, find_seed
 from raylight.loggers import make_loggers
-from raylight.messages import Message
 from raylight.report.console import Console
 from raylight.report.gauges import GAUGES, Gauges
 from raylight.storage.checkpoints import raise_fence, sweep_leftovers
 from raylight.storage.fence import claim_attempt
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
-from raylight.task import Loaders, Task
 
 
 class Execution:

@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from raylight.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments, StorageError
+from raylight.contract.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments, StorageError
 from raylight.storage.checkpoints import (
     Checkpoint,
     check_whole,
@@ -162,7 +162,7 @@ def _nothing_whole(which: str, storage: Storage, name: str) -> InvalidArguments:
 
 def load_module(owner: type, path: Any, map_location: Any, strict: bool | None, overrides: dict[str, Any]) -> Any:
     """`Module.load_from_checkpoint`."""
-    from raylight.worker.restore import apply_weights, load_any
+    from raylight.worker.checkpoint.restore import apply_weights, load_any
 
     saved = _to_saved(path)
     state = load_any(saved, map_location)
@@ -180,7 +180,7 @@ def load_module(owner: type, path: Any, map_location: Any, strict: bool | None, 
 
 def load_data_module(owner: type, path: Any, overrides: dict[str, Any]) -> Any:
     """`DataModule.load_from_checkpoint`."""
-    from raylight.worker.restore import load_any
+    from raylight.worker.checkpoint.restore import load_any
 
     hparams = {**load_any(_to_saved(path)).module.get("datamodule_hyper_parameters", {}), **overrides}
     return owner(**_accepted(owner, hparams, overrides))

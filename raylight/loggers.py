@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from raylight.errors import InvalidArguments
+from raylight.contract.errors import InvalidArguments
 from raylight.report.csv_file import CsvFile
 from raylight.report.tensorboard import TensorBoard
 from raylight.storage.local_directory import LocalDirectory

@@ -15,20 +15,20 @@ from typing import Any
 
 import torch
 
-from raylight.errors import InvalidArguments, MissingFile
+from raylight.contract.errors import InvalidArguments, MissingFile
+from raylight.contract.seeding import seed_step, set_rng_state
+from raylight.contract.task import Loaders, Place, Task
 from raylight.runs import Run, open_run
-from raylight.seeding import seed_step, set_rng_state
 from raylight.storage.checkpoints import Checkpoint, list_checkpoints, verify
-from raylight.task import Loaders, Place, Task
-from raylight.worker.control import Control
-from raylight.worker.data import TrainBatch, TrainBatches
-from raylight.worker.entry import prepare, prepare_fit
-from raylight.worker.evidence import FOLDER
-from raylight.worker.failure import format_user_traceback
+from raylight.worker.checkpoint.plain_values import restore_arrays
+from raylight.worker.checkpoint.restore import read_file
+from raylight.worker.data.batches import TrainBatch, TrainBatches
+from raylight.worker.diagnosis.evidence import FOLDER
+from raylight.worker.diagnosis.failure import format_user_traceback
+from raylight.worker.group.control import Control
 from raylight.worker.loop import Loop
-from raylight.worker.plain import restore_arrays
 from raylight.worker.rank import Rank
-from raylight.worker.restore import read_file
+from raylight.worker.task_runner import prepare, prepare_fit
 
 PATH_VARIABLE, DEBUGGER_VARIABLE = "RAYLIGHT_REPLAY", "RAYLIGHT_DEBUGGER"
 

@@ -10,8 +10,8 @@ from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from raylight.contract.errors import CheckpointCorrupt, InvalidArguments, MissingFile, StorageError
 from raylight.driver.journal import read_metrics
-from raylight.errors import CheckpointCorrupt, InvalidArguments, MissingFile, StorageError
 from raylight.storage.checkpoints import (
     CHECKPOINTS,
     MANIFEST_FILE,
@@ -278,7 +278,7 @@ def export(checkpoint: Checkpoint | str | os.PathLike[str], out: str | os.PathLi
         raise InvalidArguments(f"{text!r}: the name must end in .pt, .pth or .safetensors, which says what is written.")
     if suffix == ".safetensors":
         _need_safetensors()
-    from raylight.worker.restore import load_weights
+    from raylight.worker.checkpoint.restore import load_weights
 
     found = checkpoint if isinstance(checkpoint, Checkpoint) else checkpoint_at(checkpoint)
     try:

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from raylight.arguments import as_list, resolve
-from raylight.config import Checkpointing, Config
-from raylight.errors import InvalidArguments, NotEnoughResources, RaylightError
-from raylight.seeding import isolate_rng
+from raylight.arguments.resolving import as_list, resolve
+from raylight.contract.config import Checkpointing, Config
+from raylight.contract.errors import InvalidArguments, NotEnoughResources, RaylightError
+from raylight.contract.seeding import isolate_rng
 from raylight.storage.filesystem import Storage
 from raylight.storage.location import locate
 from raylight.storage.remote_files import RemoteFiles
@@ -105,7 +105,7 @@ def trainable(
 
 
 def _find_argument_mistakes(arguments: dict[str, Any]) -> list[str]:
-    from raylight.tuning.room import plan as plan_room
+    from raylight.tuning.trial_resources import plan as plan_room
 
     mistakes: list[str] = []
     checks: tuple[Callable[[], Any], ...] = (
@@ -146,8 +146,8 @@ def _complete(arguments: Mapping[str, Any], metric: str | None, mode: str) -> di
 def _connect(scale: dict[str, Any], space: Mapping[str, Any]) -> None:
     """To a Ray that has room for each trial that the space may give, so that none of them waits for ever."""
     from raylight.launch import ray_cluster
-    from raylight.tuning.room import listed_scales
-    from raylight.tuning.room import plan as plan_room
+    from raylight.tuning.trial_resources import listed_scales
+    from raylight.tuning.trial_resources import plan as plan_room
 
     rooms = [plan_room(asked, find_available(asked)) for asked in (scale | listed for listed in listed_scales(space))]
     largest = max(rooms, key=lambda room: room.num_workers)
@@ -305,7 +305,7 @@ def _raise_if_all_failed(results: ResultGrid) -> None:
 def _report(plan: Plan, shape: Shape, results: ResultGrid, watcher: Watcher, run: Storage, folder: str) -> None:
     """Writes the picture, and prints what a person wants to know at the end."""
     from raylight.report.sweep_page import make_page
-    from raylight.tuning.ending import find_best, summarize, write_code
+    from raylight.tuning.best_trial import find_best, summarize, write_code
 
     state = watcher.state
     if state is None:

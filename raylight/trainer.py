@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from raylight import checks
-from raylight.arguments import as_list, resolve
-from raylight.config import Config
-from raylight.data_module import DataModule
-from raylight.errors import InvalidArguments
-from raylight.scale import Available
-from raylight.task import Loaders
+from raylight.arguments import checks
+from raylight.arguments.resolving import as_list, resolve
+from raylight.arguments.scale import Available
+from raylight.contract.config import Config
+from raylight.contract.errors import InvalidArguments
+from raylight.contract.task import Loaders
+from raylight.user.data_module import DataModule
 
 NAMES = {"fit": "train_dataloaders", "validate": "dataloaders", "test": "dataloaders", "predict": "dataloaders"}
 

@@ -21,7 +21,7 @@ NUM_CPUS = 8
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Cluster]:
     """A local Ray with NUM_CPUS logical CPUs, one for each process of pytest-xdist. Groups are kept between tests."""
-    from raylight.config import Config
+    from raylight.contract.config import Config
     from raylight.launch import ray_actors, ray_cluster
 
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # on a machine that is busy with other tests

@@ -11,14 +11,14 @@ from pyarrow import fs
 from torch.utils.data import DataLoader
 
 import raylight as pl
+from raylight.contract.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments
 from raylight.driver.result import Result
-from raylight.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments
 from raylight.loading import find_resume
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Checkpoint, Manifest
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
-from raylight.worker.restore import load_weights
+from raylight.worker.checkpoint.restore import load_weights
 
 
 @pytest.fixture

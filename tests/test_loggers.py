@@ -15,7 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import raylight as pl
-from raylight.errors import InvalidArguments, StorageError
+from raylight.contract.errors import InvalidArguments, StorageError
 from raylight.loggers import CSVLogger, Logger, TensorBoardLogger, make_loggers
 from raylight.storage import local_directory
 from raylight.storage.filesystem import Storage

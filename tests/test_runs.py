@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import raylight
+from raylight.contract.errors import CheckpointCorrupt, InvalidArguments, MissingFile
 from raylight.driver.journal import Journal
-from raylight.errors import CheckpointCorrupt, InvalidArguments, MissingFile
 from raylight.runs import Run, checkpoint_at, export, list_summaries, open_run, verify_path
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Checkpoint, Manifest

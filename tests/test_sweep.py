@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import raylight
 from raylight.cli import main
-from raylight.errors import InvalidArguments, NotEnoughResources
+from raylight.contract.errors import InvalidArguments, NotEnoughResources
 from raylight.launch import ray_actors
 from raylight.runs import list_summaries
 from tests.faults_storage import uri_at

@@ -7,7 +7,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raylight.callbacks.callback import Callback
     from raylight.callbacks.device_stats_monitor import DeviceStatsMonitor
     from raylight.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
     from raylight.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
@@ -23,12 +22,12 @@ if TYPE_CHECKING:
     from raylight.callbacks.throughput_monitor import ThroughputMonitor
     from raylight.callbacks.timer import Timer
     from raylight.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
+    from raylight.user.callback import Callback
 
 _FILES = {
     "BackboneFinetuning": "finetuning",
     "BaseFinetuning": "finetuning",
     "BasePredictionWriter": "prediction_writer",
-    "Callback": "callback",
     "DeviceStatsMonitor": "device_stats_monitor",
     "EMAWeightAveraging": "weight_averaging",
     "EarlyStopping": "early_stopping",
@@ -76,14 +75,18 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "Callback":
+        from raylight.user.callback import Callback
+
+        return Callback
     if name in _FILES:
         return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    near = difflib.get_close_matches(name, _FILES, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, __all__, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise AttributeError(f"raylight has no callback {name!r}.{hint} There are: {', '.join(_FILES)}.")
+    raise AttributeError(f"raylight has no callback {name!r}.{hint} There are: {', '.join(__all__)}.")
 
 
 def __dir__() -> list[str]:
-    return sorted(_FILES)
+    return sorted(__all__)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from raylight.callbacks.callback import Callback
 from raylight.callbacks.log_step import is_log_step
+from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
-    from raylight.config import Config
-    from raylight.module import Module
+    from raylight.contract.config import Config
+    from raylight.user.module import Module
     from raylight.worker.rank import Rank
 
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from raylight.callbacks.callback import Callback
 from raylight.callbacks.mistake_list import Mistakes, sort_by_nearness
-from raylight.errors import InvalidArguments
+from raylight.contract.errors import InvalidArguments
+from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
-    from raylight.module import Module
+    from raylight.user.module import Module
     from raylight.worker.rank import Rank
 
 

@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from raylight.callbacks.callback import Callback
 from raylight.callbacks.mistake_list import Mistakes
-from raylight.errors import CheckpointMismatch, InvalidArguments
+from raylight.contract.errors import CheckpointMismatch, InvalidArguments
+from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
-    from raylight.module import Module
+    from raylight.user.module import Module
     from raylight.worker.rank import Rank
 
 Modules = nn.Module | Iterable[Any]  # a module, or modules in nested containers

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from raylight.callbacks.callback import Callback
 from raylight.callbacks.mistake_list import Mistakes, is_int
-from raylight.errors import InvalidArguments
+from raylight.contract.errors import InvalidArguments
+from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
-    from raylight.config import Config
-    from raylight.module import Module
+    from raylight.contract.config import Config
+    from raylight.user.module import Module
     from raylight.worker.rank import Rank
 
 

@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from raylight.callbacks.callback import Callback
-from raylight.errors import InvalidArguments
+from raylight.contract.errors import InvalidArguments
+from raylight.user.callback import Callback
 
 HOOKS = tuple(
     name

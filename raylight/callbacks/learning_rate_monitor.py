@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from raylight.callbacks.callback import Callback
 from raylight.callbacks.log_step import find_log_step
 from raylight.callbacks.mistake_list import Mistakes
-from raylight.errors import InvalidArguments
+from raylight.contract.errors import InvalidArguments
+from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from raylight.config import Config
-    from raylight.module import Module
+    from raylight.contract.config import Config
+    from raylight.user.module import Module
     from raylight.worker.rank import Rank
 
 

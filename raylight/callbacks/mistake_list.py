@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from raylight.errors import InvalidArguments
+from raylight.contract.errors import InvalidArguments
 
 
 class Mistakes:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from raylight.callbacks.callback import Callback
 from raylight.callbacks.mistake_list import Mistakes, is_int
-from raylight.config import Checkpointing
+from raylight.contract.config import Checkpointing
+from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
-    from raylight.module import Module
     from raylight.storage.checkpoints import Checkpoint
+    from raylight.user.module import Module
     from raylight.worker.rank import Rank
 
 

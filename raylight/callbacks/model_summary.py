@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from raylight.callbacks.callback import Callback
 from raylight.callbacks.mistake_list import Mistakes
+from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
-    from raylight.module import Module
+    from raylight.user.module import Module
     from raylight.worker.rank import Rank
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from raylight.callbacks.callback import Callback
 from raylight.callbacks.mistake_list import Mistakes
+from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
-    from raylight.config import Config
-    from raylight.module import Module
+    from raylight.contract.config import Config
+    from raylight.user.module import Module
     from raylight.worker.rank import Rank
 
 

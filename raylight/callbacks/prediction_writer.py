@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from raylight.callbacks.callback import Callback
 from raylight.callbacks.mistake_list import Mistakes
+from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
-    from raylight.module import Module
-    from raylight.worker.data import EvaluationBatches
+    from raylight.user.module import Module
+    from raylight.worker.data.batches import EvaluationBatches
     from raylight.worker.rank import Rank
 
 
@@ -66,7 +66,7 @@ class BasePredictionWriter(Callback):
         if self.write_interval != "epoch":
             self.write_on_batch_end(trainer, module, outputs, indices, batch, batch_idx, dataloader_idx)
         if self.write_interval != "batch":
-            from raylight.worker.transfer import move_to_device
+            from raylight.worker.data.transfer import move_to_device
 
             self._predictions[dataloader_idx].append(move_to_device(outputs, torch.device("cpu")))
             self._indices[dataloader_idx].append(indices)

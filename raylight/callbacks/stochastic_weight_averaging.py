@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import SWALR
 
 from raylight.callbacks.averaged_weights import AveragedWeights, AverageOne
-from raylight.callbacks.callback import Callback
 from raylight.callbacks.mistake_list import Mistakes, is_int, is_number
+from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
-    from raylight.config import Config
-    from raylight.module import Module
+    from raylight.contract.config import Config
+    from raylight.user.module import Module
     from raylight.worker.rank import Rank
 
 
@@ -233,8 +233,8 @@ def measure_batch_norms(trainer: Rank, module: Module) -> None:
 def run_training_steps(trainer: Rank, module: Module, shares_batches: bool) -> None:
     """Calls training_step on each of this rank's batches; what it logs is dropped. With `shares_batches` its layers
     wait for one another over the ranks, so that a batch which some rank lacks is left out."""
-    from raylight.worker.collectives import agree
-    from raylight.worker.metrics import Metrics
+    from raylight.worker.group.collectives import agree
+    from raylight.worker.metrics.metrics import Metrics
     from raylight.worker.rank import bind_step
 
     step = bind_step(module.training_step)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from raylight.callbacks.callback import Callback
 from raylight.callbacks.log_step import is_log_step
 from raylight.callbacks.mistake_list import Mistakes
+from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
-    from raylight.config import Config
-    from raylight.module import Module
+    from raylight.contract.config import Config
+    from raylight.user.module import Module
     from raylight.worker.rank import Rank
 
 # Peak dense operations a second by device and by type of number: ("32-true" without TF32, TF32, 16 bit); NVIDIA's data

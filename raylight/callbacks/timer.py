@@ -7,11 +7,11 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from raylight.callbacks.callback import Callback
 from raylight.callbacks.mistake_list import Mistakes
+from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
-    from raylight.module import Module
+    from raylight.user.module import Module
     from raylight.worker.rank import Rank
 
 STAGES = ("train", "validate", "test", "predict")

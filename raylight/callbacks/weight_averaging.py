@@ -8,12 +8,12 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from raylight.callbacks.averaged_weights import AveragedWeights, AverageMany, AverageOne, unique_state
-from raylight.callbacks.callback import Callback
 from raylight.callbacks.mistake_list import Mistakes, is_number
-from raylight.worker.collectives import broadcast_tensors
+from raylight.user.callback import Callback
+from raylight.worker.group.collectives import broadcast_tensors
 
 if TYPE_CHECKING:
-    from raylight.module import Module
+    from raylight.user.module import Module
     from raylight.worker.rank import Rank
 
 

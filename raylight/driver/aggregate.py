@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raylight.messages import StepMetrics, StepRow, StepValue
+from raylight.contract.messages import StepMetrics, StepRow, StepValue
 
 Row = tuple[int, int, float, dict[str, float]]
 """(step, epoch, seconds since 1970, values by name)"""

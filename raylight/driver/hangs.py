@@ -82,7 +82,7 @@ def _comes_first(stage: str) -> bool:
 
 def waits_for_peers(stack: str) -> bool:
     """Whether the loop's thread, of all threads in `stack`, is inside torch or raylight's own waiting."""
-    loops = [part for part in stack.split("\n\n") if "worker/entry.py" in part]
+    loops = [part for part in stack.split("\n\n") if "worker/task_runner.py" in part]
     files = re.findall(r'File "([^"]+)"', loops[0] if loops else "")
     return bool(files) and re.search(r"/(torch|raylight)/", files[-1]) is not None
 

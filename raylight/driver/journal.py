@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from raylight.errors import MissingFile
+from raylight.contract.errors import MissingFile
 from raylight.storage.row_writer import RowWriter
 
 if TYPE_CHECKING:

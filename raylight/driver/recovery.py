@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from raylight.config import Config
+from raylight.contract.config import Config
+from raylight.contract.errors import NotEnoughResources, RaylightError, WorkerFailed
+from raylight.contract.messages import Died, Message, PeerLost
+from raylight.contract.task import Task
 from raylight.driver.restart import Decision, History, decide, find_first, make_error
 from raylight.driver.run import Run
 from raylight.driver.watch import Watch
-from raylight.errors import NotEnoughResources, RaylightError, WorkerFailed
-from raylight.messages import Died, Message, PeerLost
 from raylight.storage.checkpoints import newest_whole
-from raylight.task import Task
 
 Messages = Iterator[tuple[int, Message]]
 

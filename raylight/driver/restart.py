@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from raylight.errors import WorkerFailed, WorkerHung
-from raylight.messages import Died, Failure, PeerLost
+from raylight.contract.errors import WorkerFailed, WorkerHung
+from raylight.contract.messages import Died, Failure, PeerLost
 
 if TYPE_CHECKING:
     from raylight.driver.run import Run

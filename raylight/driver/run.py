@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
-from raylight import messages as m
-from raylight.config import Checkpointing, Config, describe, mask_command, to_plain
+from raylight.contract import messages as m
+from raylight.contract.config import Checkpointing, Config, describe, mask_command, to_plain
+from raylight.contract.errors import StorageError, Superseded
 from raylight.driver.aggregate import StepAggregator
+from raylight.driver.goodput import Ledger
 from raylight.driver.journal import Journal
-from raylight.driver.ledger import Ledger
-from raylight.errors import StorageError, Superseded
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Checkpoint, Manifest
 from raylight.storage.fence import check_attempt

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from raylight.config import Config
-from raylight.messages import Saved
+from raylight.contract.config import Config
+from raylight.contract.messages import Saved
 
 AUTO_FIRST_S = 30.0  # the first checkpoint of every_s="auto", which measures what one costs
 AUTO_LEAST_S = 10.0

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from raylight.config import Config
+from raylight.contract.config import Config
+from raylight.contract.messages import Message, Saved, SaveFailed
 from raylight.driver.hangs import FLOOR_S, HangDetector, format_stacks
 from raylight.driver.run import Run
 from raylight.driver.timetable import Timetable
-from raylight.messages import Message, Saved, SaveFailed
 
 LOOK_EVERY_S = 0.5
 DRAIN_LOOK_EVERY_S = 5.0

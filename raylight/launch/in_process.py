@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import torch
 
-from raylight.config import Config
-from raylight.messages import Message
-from raylight.task import Place, Task
-from raylight.worker import entry
-from raylight.worker.control import Control
+from raylight.contract.config import Config
+from raylight.contract.messages import Message
+from raylight.contract.task import Place, Task
+from raylight.worker import task_runner as entry
+from raylight.worker.group.control import Control
 
 
 class InProcessGroup:

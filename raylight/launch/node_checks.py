@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from raylight.errors import ClusterError, StorageError
-from raylight.task import Files
+from raylight.contract.errors import ClusterError, StorageError
+from raylight.contract.task import Files
 
 PACKAGES = ("raylight", "torch")
 MAX_CLOCK_DIFFERENCE_S = 30.0

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from raylight.config import Config
+from raylight.contract.config import Config
 from raylight.launch import ray_cluster
 from raylight.launch.ray_cluster import Cluster, connect, describe_cluster
 from raylight.launch.ray_group import Entry, RayGroup
@@ -30,7 +30,7 @@ def acquire_group(
     placement: str | None = None,
     label: Callable[[], str] | None = None,
     num_standby: int | None = None,
-    entry: Entry = "raylight.worker.entry:run",
+    entry: Entry = "raylight.worker.task_runner:run",
     tell: Callable[[str], Any] | None = None,
 ) -> RayGroup:
     """A group for one run, as `config` says where an argument is None: one that an earlier run has left, with its dead

@@ -18,8 +18,8 @@ from typing import Any
 import ray
 from ray._private import state as ray_state
 
-from raylight.config import Config
-from raylight.errors import ClusterError, InvalidArguments, NotEnoughResources
+from raylight.contract.config import Config
+from raylight.contract.errors import ClusterError, InvalidArguments, NotEnoughResources
 from raylight.launch.lifeline import answers, end_process, hold_on_to
 from raylight.launch.ray_local import LocalRay, silence
 

@@ -10,7 +10,9 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from raylight.config import Config
+from raylight.contract.config import Config
+from raylight.contract.messages import Died, Message
+from raylight.contract.task import Files, Loaders, Place, Task
 from raylight.launch import handover, ray_cluster
 from raylight.launch.node_checks import Record
 from raylight.launch.ray_delivery import Delivery
@@ -19,8 +21,6 @@ from raylight.launch.ray_placement import Placement
 from raylight.launch.ray_roster import Roster, describe_death
 from raylight.launch.ray_stream import Stream
 from raylight.launch.ray_worker import Order
-from raylight.messages import Died, Message
-from raylight.task import Files, Loaders, Place, Task
 
 Entry = str | Callable[..., Iterator[Message]]
 
@@ -42,7 +42,7 @@ class RayGroup:
     can_recover = True  # those that are left outlive one that is lost
 
     def __init__(self, roster: Roster):
-        self.entry: Entry = "raylight.worker.entry:run"
+        self.entry: Entry = "raylight.worker.task_runner:run"
         self.steady_after_s = 5.0
         """How long training runs before standbys are made, so that they take nothing from its start."""
         self.generation = -1

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from raylight.errors import ClusterError
+from raylight.contract.errors import ClusterError
 from raylight.launch.node_checks import Node, Record, check_nodes, check_storage, find_versions
 from raylight.launch.ray_roster import NO_RAYLIGHT, Member
 

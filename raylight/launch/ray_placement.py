@@ -10,7 +10,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raylight.errors import NotEnoughResources
+from raylight.contract.errors import NotEnoughResources
 from raylight.launch import ray_cluster
 from raylight.launch.ray_cluster import Resources
 

@@ -12,9 +12,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raylight.contract.task import Place
 from raylight.launch.ray_placement import Placement, Slot
 from raylight.launch.ray_worker import RankActor, Site
-from raylight.task import Place
 
 NO_RAYLIGHT = "raylight cannot be imported"
 RETRY_EVERY_S = 0.5

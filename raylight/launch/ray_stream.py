@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
+from raylight.contract.messages import Died, Failure, Message, PeerLost, Progress
 from raylight.launch.ray_cluster import is_node_alive
 from raylight.launch.ray_roster import describe_death
 from raylight.launch.ray_worker import Packed, unpack
-from raylight.messages import Died, Failure, Message, PeerLost, Progress
 
 WAKE_EVERY_S = 0.2
 """How long a wait lasts at most, so that a signal or a request is seen. A message ends it at once."""

@@ -15,15 +15,15 @@ from typing import Any
 
 import ray
 
-from raylight.errors import NotEnoughResources
+from raylight.contract.errors import NotEnoughResources
+from raylight.contract.messages import Finished, Hyperparameters, Message, Notice, Output
+from raylight.contract.task import Files, Place, Task
 from raylight.launch import node_checks, ray_cluster
 from raylight.launch.shared_memory import Segment, SegmentAddress, map_segment, memory_domain
 from raylight.launch.worker_logs import WorkerLog
 from raylight.launch.worker_reset import WorkerReset, free_memory
-from raylight.messages import Finished, Hyperparameters, Message, Notice, Output
-from raylight.task import Files, Place, Task
-from raylight.worker.control import Control
-from raylight.worker.failure import describe_failure
+from raylight.worker.diagnosis.failure import describe_failure
+from raylight.worker.group.control import Control
 
 FOLLOW_EVERY_S = 0.25
 _PACKED = (Finished, Hyperparameters)
@@ -177,7 +177,7 @@ class RankWorker:
     def open_store(self, host: str) -> int:
         """The port of a rendezvous store, hosted here."""
         self._imports.join()
-        from raylight.worker import process_group
+        from raylight.worker.group import process_group
 
         return process_group.open_store(host)[1]
 
@@ -243,7 +243,7 @@ class RankWorker:
         control = self._control_of(generation)
         control.abort(reason) if broken else control.stop_now(reason)
         self._imports.join()
-        from raylight.worker import process_group
+        from raylight.worker.group import process_group
 
         process_group.abort(generation)
 
@@ -275,14 +275,14 @@ def _import_torch(is_standby: bool) -> None:
     if is_standby:
         importlib.import_module("torch._dynamo")  # which others load in their first step
     importlib.import_module("raylight.launch.handover")
-    importlib.import_module("raylight.worker.entry")
+    importlib.import_module("raylight.worker.task_runner")
     # What is imported stays; the garbage collector need not look through it again, in training or between runs.
     gc.freeze()
 
 
 def _leave_group() -> None:
     """In case the rank has not: those that wait for it would wait as long as its process lives."""
-    from raylight.worker import process_group
+    from raylight.worker.group import process_group
 
     process_group.leave()
 

@@ -13,8 +13,8 @@ import time
 import weakref
 from collections.abc import Iterator
 
-from raylight.errors import StorageError
-from raylight.task import Files
+from raylight.contract.errors import StorageError
+from raylight.contract.task import Files
 
 UPLOAD_EVERY_S = 30.0
 _CHUNK_BYTES = 1 << 20

@@ -10,7 +10,7 @@ import sys
 import time
 from types import ModuleType
 
-from raylight.worker.failure import is_users
+from raylight.worker.diagnosis.failure import is_users
 
 
 class WorkerReset:

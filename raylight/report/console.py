@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from raylight.messages import Message, Notice, Output, Progress
+from raylight.contract.messages import Message, Notice, Output, Progress
 from raylight.report.bars import describe, label, render
 from raylight.report.drawing import Drawing
 from raylight.report.progress import RunProgress

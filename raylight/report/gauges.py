@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from raylight.messages import Died, Failure, Finished, Message, PeerLost, Progress, Saved, StageStarted
+from raylight.contract.messages import Died, Failure, Finished, Message, PeerLost, Progress, Saved, StageStarted
 from raylight.report.progress import Rate
 
 if TYPE_CHECKING:

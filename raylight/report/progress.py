@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from raylight.messages import EpochMetrics, Message, Progress, StageFinished, StageStarted
+from raylight.contract.messages import EpochMetrics, Message, Progress, StageFinished, StageStarted
 
 RATE_WINDOW_S = 10.0
 RATE_STEP_S = 0.2

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from raylight.contract.task import Files
 from raylight.report.event_file import Event, EventFile, ScalarRow, encode_restart
 from raylight.storage.local_directory import LocalDirectory
 from raylight.storage.row_writer import RowWriter
-from raylight.task import Files
 
 WRITE_INTERVAL_S = 1.0
 MAX_TEXT_LENGTH = 500

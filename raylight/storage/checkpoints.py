@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, BinaryIO
 
-from raylight.errors import CheckpointCorrupt, MissingFile, StorageError, Superseded
-from raylight.messages import SavedFile
+from raylight.contract.errors import CheckpointCorrupt, MissingFile, StorageError, Superseded
+from raylight.contract.messages import SavedFile
 from raylight.storage.digests import digest_of_file
 from raylight.storage.fence import Fence, check_attempt, read_fence, write_fence
 from raylight.storage.filesystem import Storage

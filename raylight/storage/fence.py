@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from raylight.errors import MissingFile, StorageError, Superseded
+from raylight.contract.errors import MissingFile, StorageError, Superseded
 from raylight.storage.filesystem import Storage
 from raylight.storage.json_text import to_json
 from raylight.storage.local_files import HIDDEN_PREFIX

@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import quote
 
-from raylight.errors import InvalidArguments, StorageError
-from raylight.messages import SavedFile
+from raylight.contract.errors import InvalidArguments, StorageError
+from raylight.contract.messages import SavedFile
 from raylight.storage.digests import format_digest, new_digest
 from raylight.storage.local_directory import LocalDirectory
 from raylight.storage.local_files import HIDDEN_PREFIX, Entry, LocalFiles, LocalSink

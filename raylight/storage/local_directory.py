@@ -9,9 +9,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-from raylight.errors import MissingFile, StorageError
+from raylight.contract.errors import MissingFile, StorageError
+from raylight.contract.task import Chunk, Files
 from raylight.storage.local_files import HIDDEN_PREFIX, Entry, LocalFiles
-from raylight.task import Chunk, Files
 
 CHUNK_BYTES = 1 << 20
 MIN_COPY_INTERVAL_S = 5.0

@@ -11,8 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
-from raylight.config import mask_uri
-from raylight.errors import InvalidArguments
+from raylight.contract.config import mask_uri
+from raylight.contract.errors import InvalidArguments
 from raylight.storage.local_files import LocalFiles
 from raylight.storage.remote_files import NUM_TRIES_OF_A_PART, RemoteFiles
 from raylight.storage.retry import Backoff

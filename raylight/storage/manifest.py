@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raylight import __version__
-from raylight.errors import CheckpointCorrupt
-from raylight.messages import SavedFile
+from raylight.contract.errors import CheckpointCorrupt
+from raylight.contract.messages import SavedFile
 from raylight.storage.digests import ALGORITHM, digest_of
 from raylight.storage.json_text import plain
 

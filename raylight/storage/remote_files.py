@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
-from raylight.errors import StorageError
+from raylight.contract.errors import StorageError
 from raylight.storage.local_files import HIDDEN_PREFIX, Entry
 from raylight.storage.retry import Backoff, retry
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from raylight.errors import MissingFile, StorageError
+from raylight.contract.errors import MissingFile, StorageError
 
 logger = logging.getLogger("raylight.storage")
 Result = TypeVar("Result")

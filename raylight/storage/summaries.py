@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from raylight.errors import StorageError
+from raylight.contract.errors import StorageError
 from raylight.storage.checkpoints import CHECKPOINTS, Checkpoint, list_checkpoints
 from raylight.storage.retention import DEFAULT_MONITOR, best
 from raylight.storage.versions import Version

@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from raylight.config import RUN_NAMES, is_run_name
-from raylight.errors import InvalidArguments, MissingFile, StorageError
+from raylight.contract.config import RUN_NAMES, is_run_name
+from raylight.contract.errors import InvalidArguments, MissingFile, StorageError
 from raylight.storage.filesystem import Storage
 from raylight.storage.json_text import to_json
 

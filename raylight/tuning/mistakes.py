@@ -14,15 +14,15 @@ from ray.tune.schedulers import HyperBandScheduler, PopulationBasedTraining, Tri
 from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.variant_generator import generate_variants, parse_spec_vars
 
-from raylight import checks
-from raylight.argument_rules import RULES, say_nearest
-from raylight.arguments import as_list, resolve
-from raylight.errors import InvalidArguments, NotEnoughResources
-from raylight.module import Module
-from raylight.scale import Available
-from raylight.seeding import isolate_rng
+from raylight.arguments import checks
+from raylight.arguments.resolving import as_list, resolve
+from raylight.arguments.rules import RULES, say_nearest
+from raylight.arguments.scale import Available
+from raylight.contract.errors import InvalidArguments, NotEnoughResources
+from raylight.contract.seeding import isolate_rng
 from raylight.trainer import Trainer
 from raylight.tuning.recipe import SCALE_ARGUMENTS, Made, Recipe
+from raylight.user.module import Module
 
 _EXAMPLE = "{'lr': tune.loguniform(1e-4, 1e-1), 'hidden': tune.choice([32, 64])}"
 _ARRIVES_AS = ("_epoch", "_step")

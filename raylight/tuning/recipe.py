@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raylight.argument_rules import RULES
-from raylight.data_module import DataModule
-from raylight.errors import InvalidArguments
-from raylight.module import Module
-from raylight.task import Loaders
+from raylight.arguments.rules import RULES
+from raylight.contract.errors import InvalidArguments
+from raylight.contract.task import Loaders
+from raylight.user.data_module import DataModule
+from raylight.user.module import Module
 
 LIGHTNINGS_SCALE = ("devices", "gpus", "num_nodes", "accelerator")
 SCALE_ARGUMENTS = ("num_workers", "use_gpu", "resources_per_worker", "strategy", *LIGHTNINGS_SCALE)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import ray
 from ray import tune
 
-from raylight.errors import InvalidArguments
+from raylight.contract.errors import InvalidArguments
 from raylight.storage.filesystem import Storage
-from raylight.tuning.notes import Notes
+from raylight.tuning.trial_notes import Notes
 
 if TYPE_CHECKING:
     from raylight.loading import Pointer
     from raylight.tuning.recipe import Recipe
-    from raylight.tuning.room import Room
+    from raylight.tuning.trial_resources import Room
     from raylight.tuning.trial_run import TrialRun
 
 
@@ -73,7 +73,7 @@ class Trial(tune.Trainable):
     def plan_room(cls, config: dict[str, Any]) -> Room:
         from raylight.trainer import find_available
         from raylight.tuning.recipe import SCALE_ARGUMENTS
-        from raylight.tuning.room import plan
+        from raylight.tuning.trial_resources import plan
 
         from_space = {key: config[key] for key in SCALE_ARGUMENTS if key in config and cls.takes_scale_from_space}
         arguments = cls.scale | from_space
@@ -135,7 +135,7 @@ class Trial(tune.Trainable):
     # ---- one run
 
     def _make_run(self, notes: Notes) -> TrialRun:
-        from raylight.seeding import seed_process
+        from raylight.contract.seeding import seed_process
         from raylight.tuning.trial_run import TrialRun
 
         recipe = self.shipment.open()

@@ -6,14 +6,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from raylight import checks
-from raylight.arguments import as_list, resolve
-from raylight.config import Config, to_plain
-from raylight.driver.run import Run
-from raylight.errors import CheckpointCorrupt, InvalidArguments, MissingFile
-from raylight.execution import Execution
-from raylight.loading import Pointer, Resume
-from raylight.messages import (
+from raylight.arguments import checks
+from raylight.arguments.resolving import as_list, resolve
+from raylight.contract.config import Config, to_plain
+from raylight.contract.errors import CheckpointCorrupt, InvalidArguments, MissingFile
+from raylight.contract.messages import (
     Died,
     Failure,
     Hyperparameters,
@@ -24,15 +21,18 @@ from raylight.messages import (
     StageFinished,
     StageStarted,
 )
-from raylight.module import Module
+from raylight.driver.run import Run
+from raylight.execution import Execution
+from raylight.loading import Pointer, Resume
 from raylight.storage.checkpoints import CHECKPOINTS, Checkpoint, delete, list_checkpoints, read_checkpoint, verify
 from raylight.storage.fence import newest_attempt
 from raylight.storage.filesystem import Storage
 from raylight.storage.summaries import is_number
 from raylight.storage.versions import Version, claim_version, open_version
 from raylight.trainer import find_available
-from raylight.tuning.notes import Notes
 from raylight.tuning.recipe import Made
+from raylight.tuning.trial_notes import Notes
+from raylight.user.module import Module
 
 NUM_PINNED = 2
 """How many checkpoints that Tune was told of are kept besides the best and the last: other trials may clone them."""
@@ -251,7 +251,7 @@ class TrialRun:
 
 def has_validation(made: Made, config: Config) -> bool:
     """Whether results come at validations; else they come at the end of each training epoch."""
-    from raylight.data_module import DataModule
+    from raylight.user.data_module import DataModule
 
     if not config.limit_val_batches or not checks.is_overridden(made.module, "validation_step", Module):
         return False

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raylight.messages import Message, Progress, StageFinished, StageStarted
-from raylight.worker.collectives import broadcast_tensors, gather_objects
-from raylight.worker.data import EvaluationBatches, batch_size_of, move_to_device
+from raylight.contract.messages import Message, Progress, StageFinished, StageStarted
+from raylight.worker.data.batches import EvaluationBatches, batch_size_of, move_to_device
+from raylight.worker.group.collectives import broadcast_tensors, gather_objects
 from raylight.worker.rank import HOOK_PREFIX, Rank, bind_step, interleave, takes_outputs
 
 REPORT_EVERY_S = 0.25

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raylight.errors import DataError
-from raylight.messages import Message, Paused, Progress, StageFinished, StageStarted
-from raylight.seeding import seed_step, set_rng_state
-from raylight.worker import state
-from raylight.worker.collectives import agree
-from raylight.worker.control import Action, Halted
-from raylight.worker.data import TrainBatch, TrainBatches
+from raylight.contract.errors import DataError
+from raylight.contract.messages import Message, Paused, Progress, StageFinished, StageStarted
+from raylight.contract.seeding import seed_step, set_rng_state
+from raylight.worker.checkpoint import contents as state
+from raylight.worker.data.batches import TrainBatch, TrainBatches
+from raylight.worker.diagnosis.evidence import keep_evidence
+from raylight.worker.diagnosis.profiler import profile
 from raylight.worker.evaluation import evaluate, gather_outputs, open_evaluation_data
-from raylight.worker.evidence import keep_evidence
-from raylight.worker.gradients import Gradients
-from raylight.worker.moving_buffers import MovingBuffers
-from raylight.worker.optimization import step_schedulers
-from raylight.worker.profiler import profile
+from raylight.worker.group.collectives import agree
+from raylight.worker.group.control import Action, Halted
 from raylight.worker.rank import Rank, takes_outputs
 from raylight.worker.schedule import Schedule
+from raylight.worker.step.gradients import Gradients
+from raylight.worker.step.moving_buffers import MovingBuffers
+from raylight.worker.step.optimizers import step_schedulers
 
 REPORT_EVERY_S = 0.25
 FINAL_WRITE_TIMEOUT_S = 3600.0

@@ -13,20 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raylight.callbacks.callback import Callback
-from raylight.errors import DataError
-from raylight.messages import Message, Notice
-from raylight.module import Module
-from raylight.task import Place, Task
-from raylight.worker.collectives import all_gather, broadcast_object
-from raylight.worker.control import Control
-from raylight.worker.logger_proxy import LoggerProxy
-from raylight.worker.metrics import Metrics
-from raylight.worker.moving_buffers import MovingBuffers
-from raylight.worker.optimization import SchedulerConfig
-from raylight.worker.precision import make_precision
-from raylight.worker.profiler import make_profiler
-from raylight.worker.snapshot import Snapshots
+from raylight.contract.errors import DataError
+from raylight.contract.messages import Message, Notice
+from raylight.contract.task import Place, Task
+from raylight.user.callback import Callback
+from raylight.user.module import Module
+from raylight.worker.checkpoint.snapshot import Snapshots
+from raylight.worker.diagnosis.profiler import make_profiler
+from raylight.worker.group.collectives import all_gather, broadcast_object
+from raylight.worker.group.control import Control
+from raylight.worker.metrics.logger_proxy import LoggerProxy
+from raylight.worker.metrics.metrics import Metrics
+from raylight.worker.step.moving_buffers import MovingBuffers
+from raylight.worker.step.optimizers import SchedulerConfig
+from raylight.worker.step.precision import make_precision
 from raylight.worker.trainer_names import TrainerNames
 
 HOOK_PREFIX = {"sanity": "validation", "validate": "validation", "test": "test", "predict": "predict"}
@@ -262,7 +262,7 @@ def _bind(callback: Any, name: str, rank: Rank) -> Callable[..., Any]:
 
 
 def _data_module_class() -> type:
-    from raylight.data_module import DataModule
+    from raylight.user.data_module import DataModule
 
     return DataModule
 

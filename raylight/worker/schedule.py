@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raylight.errors import InvalidArguments
+from raylight.contract.errors import InvalidArguments
 from raylight.worker.evaluation import count_evaluation_batches, open_evaluation_data
 from raylight.worker.rank import Rank
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylight as pl
-from raylight.config import Config
+from raylight.contract.config import Config
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
 

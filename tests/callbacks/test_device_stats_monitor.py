@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raylight.callbacks import DeviceStatsMonitor, device_stats_monitor
-from raylight.config import Config
+from raylight.contract.config import Config
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raylight.callbacks import EarlyStopping, EarlyStoppingReason
-from raylight.errors import InvalidArguments
+from raylight.contract.errors import InvalidArguments
 
 
 def run_epochs(stopping, rank, values, name="val_loss"):

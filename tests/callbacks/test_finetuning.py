@@ -6,8 +6,8 @@ from torch import nn
 
 from raylight.callbacks import BackboneFinetuning, BaseFinetuning, Callback
 from raylight.callbacks.finetuning import extend_schedulers
-from raylight.errors import InvalidArguments
-from raylight.worker.optimization import SchedulerConfig
+from raylight.contract.errors import InvalidArguments
+from raylight.worker.step.optimizers import SchedulerConfig
 
 
 class Recorder(Callback):

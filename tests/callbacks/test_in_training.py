@@ -17,7 +17,7 @@ from raylight.callbacks import (
     ThroughputMonitor,
     Timer,
 )
-from raylight.errors import InvalidArguments
+from raylight.contract.errors import InvalidArguments
 
 
 def logged(trainer, prefix):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from raylight.callbacks import LearningRateMonitor
-from raylight.config import Config
-from raylight.errors import InvalidArguments
-from raylight.worker.optimization import SchedulerConfig
+from raylight.contract.config import Config
+from raylight.contract.errors import InvalidArguments
+from raylight.worker.step.optimizers import SchedulerConfig
 
 
 def parameter():

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from raylight.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from raylight.config import Checkpointing, Config
-from raylight.errors import InvalidArguments
+from raylight.contract.config import Checkpointing, Config
+from raylight.contract.errors import InvalidArguments
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from torch import nn
 
 from raylight.callbacks import ModelSummary
 from raylight.callbacks.model_summary import list_layers, summarize
-from raylight.errors import InvalidArguments
+from raylight.contract.errors import InvalidArguments
 
 
 class Net(nn.Module):

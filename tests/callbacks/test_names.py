@@ -9,8 +9,8 @@ import pytest
 
 import raylight.callbacks as callbacks
 from raylight.callbacks import Callback, GradientAccumulationScheduler, LambdaCallback, RichProgressBar, TQDMProgressBar
-from raylight.config import Config
-from raylight.errors import InvalidArguments
+from raylight.contract.config import Config
+from raylight.contract.errors import InvalidArguments
 
 
 def test_every_name_leads_to_a_callback():

@@ -6,7 +6,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 
 import raylight as pl
 from raylight.callbacks import BasePredictionWriter
-from raylight.errors import InvalidArguments
+from raylight.contract.errors import InvalidArguments
 
 
 class Writer(BasePredictionWriter):

@@ -8,8 +8,8 @@ from torch.optim.swa_utils import SWALR, update_bn
 from torch.utils.data import DataLoader
 
 from raylight.callbacks import Callback, StochasticWeightAveraging
-from raylight.config import Config
-from raylight.errors import InvalidArguments
+from raylight.contract.config import Config
+from raylight.contract.errors import InvalidArguments
 
 
 class Recorder(Callback):

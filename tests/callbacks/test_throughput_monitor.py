@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raylight.callbacks import ThroughputMonitor, throughput_monitor
-from raylight.errors import InvalidArguments
+from raylight.contract.errors import InvalidArguments
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 
 from raylight.callbacks import Timer, timer
-from raylight.errors import InvalidArguments
+from raylight.contract.errors import InvalidArguments
 
 
 @pytest.fixture

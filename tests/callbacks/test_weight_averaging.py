@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from raylight.callbacks import Callback, EMAWeightAveraging, WeightAveraging
-from raylight.errors import InvalidArguments
+from raylight.contract.errors import InvalidArguments
 
 
 class Recorder(Callback):

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
+from raylight.contract.messages import StepMetrics, StepRow, StepValue
 from raylight.driver import aggregate
 from raylight.driver.aggregate import StepAggregator
-from raylight.messages import StepMetrics, StepRow, StepValue
 
 
 def message(*rows: tuple[int, dict[str, tuple[float, float, str]]], time: float = 1.0, epoch: int = 0) -> StepMetrics:

@@ -7,7 +7,7 @@ from raylight.driver.hangs import FLOOR_S, HangDetector, waits_for_peers
 IN_TORCH = '  File "/site-packages/torch/autograd/graph.py", line 1, in backward\n'
 IN_USER = '  File "/home/me/train.py", line 3, in training_step\n'
 IN_STDLIB = '  File "/usr/lib/python3.11/threading.py", line 3, in wait\n'
-LOOP = 'Thread T:\n  File "/site-packages/raylight/worker/entry.py", line 1, in run\n'
+LOOP = 'Thread T:\n  File "/site-packages/raylight/worker/task_runner.py", line 1, in run\n'
 
 
 class Clock:

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raylight.contract.errors import StorageError
 from raylight.driver import journal as journal_module
 from raylight.driver.journal import Journal, merge_metrics, read_metrics
-from raylight.errors import StorageError
 from raylight.storage.filesystem import Storage
 from raylight.storage.retry import Backoff
 from tests.faults_storage import Fault

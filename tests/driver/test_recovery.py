@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raylight.config import Config
+from raylight.contract.config import Config
+from raylight.contract.messages import Died, Message, Saved
+from raylight.contract.task import Loaders, Task
 from raylight.driver.recovery import Recovery
 from raylight.driver.run import Run
 from raylight.driver.watch import Watch
-from raylight.messages import Died, Message, Saved
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import claim_version
-from raylight.task import Loaders, Task
 
 
 class Group:

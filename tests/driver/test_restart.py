@@ -6,10 +6,10 @@ import uuid
 
 import pytest
 
-from raylight.config import Config
+from raylight.contract.config import Config
+from raylight.contract.messages import Died, Failure, PeerLost
 from raylight.driver.restart import BACKOFF_S, Decision, History, decide, find_first, make_error
 from raylight.driver.run import Run
-from raylight.messages import Died, Failure, PeerLost
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import claim_version
 from tests.faults_storage import uri_at

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from raylight.config import Config
+from raylight.contract.config import Config
+from raylight.contract.errors import StorageError
+from raylight.contract.messages import EpochMetrics, Hyperparameters, Message, Notice, Progress, Saved
 from raylight.driver.journal import read_metrics
 from raylight.driver.run import Run
-from raylight.errors import StorageError
 from raylight.loggers import CSVLogger, make_loggers
-from raylight.messages import EpochMetrics, Hyperparameters, Message, Notice, Progress, Saved
 from raylight.storage.checkpoints import Checkpoint, list_checkpoints, raise_fence
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version

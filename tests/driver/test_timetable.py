@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from raylight.config import Checkpointing, Config
+from raylight.contract.config import Checkpointing, Config
+from raylight.contract.messages import Saved
 from raylight.driver.timetable import AUTO_FIRST_S, AUTO_LEAST_S, Timetable
-from raylight.messages import Saved
 
 
 class Clock:

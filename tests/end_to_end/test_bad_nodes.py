@@ -40,7 +40,7 @@ for name in sys.argv[1:]:
 
 ONLY_CONNECT = """
 import raylight as pl
-from raylight.config import Config
+from raylight.contract.config import Config
 from raylight.launch import ray_actors
 try:
     print(ray_actors.connect(Config(num_workers=1)))

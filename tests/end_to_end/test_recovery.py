@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import raylight as pl
 from raylight.storage.checkpoints import verify
 from raylight.worker import loop
-from raylight.worker.restore import load_state
+from raylight.worker.checkpoint.restore import load_state
 from tests.faults import FailAt
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 import raylight as pl
 from raylight.driver import timetable
 from raylight.storage.checkpoints import verify
-from raylight.worker.precision import Precision
+from raylight.worker.step.precision import Precision
 
 pytestmark = pytest.mark.usefixtures("ray_if_marked")
 NUM_SAMPLES = 41

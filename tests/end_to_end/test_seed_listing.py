@@ -75,7 +75,7 @@ def test_without_gpus_the_error_says_what_was_asked_what_is_there_and_what_runs(
     failed = run_without_gpus(LISTING, tmp_path)
     assert failed.returncode == 1
     last_line = failed.stderr.strip().splitlines()[-1]
-    assert last_line.startswith("raylight.errors.NotEnoughResources: ")
+    assert last_line.startswith("raylight.contract.errors.NotEnoughResources: ")
     assert "gpus=4 asks for 4 GPUs" in last_line
     assert "this machine has none" in last_line
     assert "num_workers=" in find_advice(last_line)

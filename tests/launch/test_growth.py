@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from raylight.errors import NotEnoughResources
+from raylight.contract.errors import NotEnoughResources
 from raylight.launch import ray_cluster
 from raylight.launch.ray_cluster import GROWTH_PATIENCE_S, Growth
 

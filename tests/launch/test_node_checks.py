@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raylight.errors import ClusterError, StorageError
+from raylight.contract.errors import ClusterError, StorageError
 from raylight.launch import node_checks
 from raylight.launch.node_checks import Node, Record, check_nodes, check_storage, find_versions, look_for
 from raylight.storage.filesystem import Storage

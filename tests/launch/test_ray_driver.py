@@ -16,10 +16,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 PREAMBLE = """
 import os, signal, sys, threading, time
 import torch
-from raylight.config import Config
+from raylight.contract.config import Config
 from raylight.launch import ray_actors
-from raylight.messages import *
-from raylight.task import Loaders, Task
+from raylight.contract.messages import *
+from raylight.contract.task import Loaders, Task
 
 CONFIG = Config(name="script", num_workers=2, num_standby=0)
 

@@ -20,11 +20,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from raylight.config import Config
-from raylight.errors import NotEnoughResources
-from raylight.launch import ray_actors, ray_cluster
-from raylight.launch.ray_group import RayGroup
-from raylight.messages import (
+from raylight.contract.config import Config
+from raylight.contract.errors import NotEnoughResources
+from raylight.contract.messages import (
     Died,
     Failure,
     Finished,
@@ -36,10 +34,12 @@ from raylight.messages import (
     Progress,
     Started,
 )
+from raylight.contract.task import Loaders, Place, Task
+from raylight.launch import ray_actors, ray_cluster
+from raylight.launch.ray_group import RayGroup
 from raylight.storage.filesystem import Storage
-from raylight.task import Loaders, Place, Task
-from raylight.worker import process_group
-from raylight.worker.control import Control, Halted
+from raylight.worker.group import process_group
+from raylight.worker.group.control import Control, Halted
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 

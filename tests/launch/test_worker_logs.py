@@ -10,7 +10,7 @@ import time
 import pytest
 from pyarrow import fs
 
-from raylight.errors import StorageError
+from raylight.contract.errors import StorageError
 from raylight.launch.worker_logs import WorkerLog
 from raylight.storage.filesystem import Storage
 

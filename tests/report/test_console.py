@@ -14,8 +14,8 @@ import types
 import pytest
 import torch
 
+from raylight.contract.messages import Notice, Output, Progress, Saved, StageFinished, StageStarted
 from raylight.driver.result import Result
-from raylight.messages import Notice, Output, Progress, Saved, StageFinished, StageStarted
 from raylight.report import console as console_module
 from raylight.report.console import Console, find_place
 
@@ -165,7 +165,7 @@ def test_places(monkeypatch):
 def test_neither_building_a_console_nor_plain_lines_import_rich():
     code = """
 import io, sys
-from raylight.messages import Progress, StageStarted
+from raylight.contract.messages import Progress, StageStarted
 from raylight.report.console import Console
 console = Console(stream=io.StringIO())
 console.handle(0, StageStarted("train", 0, 0, 10))
@@ -178,7 +178,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("rich", "torc
 
 SCRIPT = """
 import sys, time
-from raylight.messages import Notice, Output, Progress, StageFinished, StageStarted
+from raylight.contract.messages import Notice, Output, Progress, StageFinished, StageStarted
 from raylight.report import drawing
 from raylight.report.console import Console
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raylight.messages import Died, Finished, Message, Progress, Saved, StageStarted
+from raylight.contract.messages import Died, Finished, Message, Progress, Saved, StageStarted
 from raylight.report.gauges import GAUGES, Gauges, find_loss
 
 

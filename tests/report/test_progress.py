@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raylight.messages import EpochMetrics, Progress, StageFinished, StageStarted
+from raylight.contract.messages import EpochMetrics, Progress, StageFinished, StageStarted
 from raylight.report.progress import Rate, RunProgress
 
 

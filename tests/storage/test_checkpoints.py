@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from raylight.errors import CheckpointCorrupt, MissingFile, StorageError, Superseded
-from raylight.messages import SavedFile
+from raylight.contract.errors import CheckpointCorrupt, MissingFile, StorageError, Superseded
+from raylight.contract.messages import SavedFile
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Checkpoint, Manifest
 from raylight.storage.digests import ALGORITHM, digest_of

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raylight.errors import StorageError
+from raylight.contract.errors import StorageError
 from raylight.storage import checkpoints as store
 from raylight.storage.filesystem import Storage
 from tests.storage import crash_sequence

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from raylight.errors import InvalidArguments, MissingFile, StorageError
-from raylight.messages import SavedFile
+from raylight.contract.errors import InvalidArguments, MissingFile, StorageError
+from raylight.contract.messages import SavedFile
 from raylight.storage.digests import digest_of
 from raylight.storage.filesystem import Storage
 

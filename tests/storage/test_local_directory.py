@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from raylight.errors import StorageError
+from raylight.contract.errors import StorageError
 from raylight.storage import local_directory
 from raylight.storage.filesystem import Storage
 from raylight.storage.local_directory import LocalDirectory

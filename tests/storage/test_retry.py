@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from raylight.errors import MissingFile, StorageError
+from raylight.contract.errors import MissingFile, StorageError
 from raylight.storage.filesystem import Storage
 from raylight.storage.retry import Backoff, is_worth_retrying, retry
 from tests.faults_storage import CREDENTIALS, Fault, FaultProxy

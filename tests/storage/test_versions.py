@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from raylight.errors import InvalidArguments, StorageError
+from raylight.contract.errors import InvalidArguments, StorageError
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import claim_version, list_runs, list_versions, open_version
 

@@ -16,13 +16,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import raylight
-from raylight.arguments import resolve
-from raylight.errors import InvalidArguments
-from raylight.scale import Available
+from raylight.arguments.resolving import resolve
+from raylight.arguments.scale import Available
+from raylight.contract.errors import InvalidArguments
 from raylight.tuning.mistakes import Plan, find_metric_mistake, find_mistakes, find_run_mistakes
 from raylight.tuning.recipe import Recipe
-from raylight.tuning.room import listed_scales
-from raylight.tuning.room import plan as plan_room
+from raylight.tuning.trial_resources import listed_scales
+from raylight.tuning.trial_resources import plan as plan_room
 
 LOADER = DataLoader([torch.ones(2)], batch_size=1)
 

@@ -10,8 +10,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 import raylight
-from raylight.errors import InvalidArguments
-from raylight.tuning.ending import write_code
+from raylight.contract.errors import InvalidArguments
+from raylight.tuning.best_trial import write_code
 from raylight.tuning.recipe import Recipe, Shape, as_loaders
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylight as pl
-from raylight.worker import snapshot as snapshot_module
+from raylight.worker.checkpoint import snapshot as snapshot_module
 
 QUIET = {"num_workers": 0, "use_gpu": False, "enable_progress_bar": False, "enable_model_summary": False}
 

@@ -1,0 +1,396 @@
+"""What each argument of the trainer may be: how it is read, and in words what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from numbers import Integral, Real
+from typing import Any
+
+from raylight.contract.config import DDP, RUN_NAMES, Checkpointing, is_run_name
+from raylight.contract.seeding import MAX_SEED
+
+
+class Refused(Exception):
+    """A value that a rule does not allow; the text, where there is one, is advice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`allowed` ends the sentence "it must be ..."; `parse` returns the value in its one spelling or raises Refused."""
+
+    allowed: str
+    parse: Callable[[Any], Any]
+
+
+def say_nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+# ---- kinds of values
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, float) and value.is_integer():
+        raise Refused(f"write {int(value)}")
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise Refused
+    return int(value)
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or value != value:
+        raise Refused
+    return float(value)
+
+
+def whole(least: int, note: str = "", most: int | None = None) -> Rule:
+    def parse(value: Any) -> int:
+        number = _to_int(value)
+        if number < least or (most is not None and number > most):
+            raise Refused
+        return number
+
+    limit = f"from {least} to {most}" if most is not None else f"of at least {least}"
+    return Rule(f"a whole number {limit}{note}", parse)
+
+
+def number(allowed: str, is_allowed: Callable[[float], bool]) -> Rule:
+    def parse(value: Any) -> float:
+        parsed = _to_float(value)
+        if not is_allowed(parsed):
+            raise Refused
+        return parsed
+
+    return Rule(allowed, parse)
+
+
+def choice(spellings: Iterable[Any] | Mapping[Any, Any]) -> Rule:
+    """One of the given, strings in any case; of a mapping, one of its keys, which stands for its value."""
+    known = dict(spellings) if isinstance(spellings, Mapping) else {value: value for value in spellings}
+    texts = {text.lower(): text for text in known if isinstance(text, str)}
+
+    def parse(value: Any) -> Any:
+        if isinstance(value, str):
+            if value.lower() in texts:
+                return known[texts[value.lower()]]
+            near = difflib.get_close_matches(value.lower(), texts, n=1)
+            raise Refused(f"did you mean {texts[near[0]]!r}?" if near else "")
+        for spelling, meaning in known.items():
+            # By type too: True is no 1.
+            if type(spelling) is type(value) and spelling == value:
+                return meaning
+        raise Refused
+
+    return Rule("one of " + ", ".join(repr(value) for value in known), parse)
+
+
+def either(*rules: Rule) -> Rule:
+    def parse(value: Any) -> Any:
+        advice = ""
+        for rule in rules:
+            try:
+                return rule.parse(value)
+            except Refused as refused:
+                advice = str(refused) or advice
+        raise Refused(advice)
+
+    return Rule(" or ".join(rule.allowed for rule in rules), parse)
+
+
+def optional(rule: Rule) -> Rule:
+    return Rule(f"{rule.allowed}, or None", lambda value: None if value is None else rule.parse(value))
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise Refused
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise Refused
+    return value
+
+
+FLAG = Rule("True or False", _flag)
+TEXT = Rule("a string that is not empty", _text)
+
+# ---- values of single arguments
+
+
+def _limit(value: Any) -> int | float:
+    if isinstance(value, Integral):
+        return whole(0).parse(value)
+    parsed = _to_float(value)
+    if 0 <= parsed <= 1:
+        return parsed
+    if parsed > 1 and parsed.is_integer():
+        return int(parsed)
+    raise Refused
+
+
+def _validation_interval(value: Any) -> int | float:
+    if isinstance(value, (str, timedelta, Mapping)):
+        raise Refused("intervals in time are Lightning's alone")
+    parsed = _limit(value)
+    if parsed == 0:
+        raise Refused("to run no validation: limit_val_batches=0")
+    return parsed
+
+
+def _num_workers(value: Any) -> int | tuple[int, int] | str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, (list, tuple)):
+        if len(value) != 2:
+            raise Refused
+        low, high = (whole(1).parse(item) for item in value)
+        if low > high:
+            raise Refused(f"write ({high}, {low})")
+        return low, high
+    return whole(0).parse(value)
+
+
+def _devices(value: Any, name: str, least: int) -> int | str:
+    """Lightning's ways to say how many: a number, all of them, or single ones by index."""
+    if isinstance(value, str) and "," in value:
+        value = [int(part) for part in value.split(",") if part.strip().isdigit()]
+    if isinstance(value, (list, tuple)):
+        if list(value) != list(range(len(value))) or not value:
+            indices = ",".join(str(item) for item in value)
+            raise Refused(
+                f"Ray chooses the GPUs; for these alone, set CUDA_VISIBLE_DEVICES={indices} and {name}={len(value)}"
+            )
+        return len(value)
+    if isinstance(value, str) and value.lstrip("-").isdigit():
+        value = int(value)
+    if value in ("auto", -1):
+        return "auto"
+    return whole(least).parse(value)
+
+
+def _resources(value: Any) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        raise Refused
+    parsed = {}
+    for name, amount in value.items():
+        if not isinstance(name, str) or (name not in ("CPU", "GPU") and name.upper() in ("CPU", "GPU")):
+            raise Refused(f"Ray writes {str(name).upper()!r}")
+        parsed[name] = _to_float(amount)
+        if parsed[name] < 0:
+            raise Refused(f"{name} is negative")
+    return parsed
+
+
+def _strategy(value: Any) -> DDP:
+    if isinstance(value, DDP):
+        return value
+    if not isinstance(value, str):
+        is_lightning = type(value).__module__.startswith(("pytorch_lightning.", "lightning."))
+        raise Refused("pass raylight.DDP(...) in place of Lightning's object" if is_lightning else "")
+    name = value.lower()
+    unused = name.endswith("_find_unused_parameters_true")
+    name = name.removesuffix("_find_unused_parameters_true").removesuffix("_find_unused_parameters_false")
+    if name == "fsdp":
+        raise Refused('strategy="fsdp" is not yet here; use "ddp"')
+    if name not in ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook"):  # here workers start in one way
+        raise Refused
+    return replace(DDP(), find_unused_parameters=unused)
+
+
+def _max_time(value: Any) -> float:
+    """Seconds."""
+    try:
+        if isinstance(value, str):
+            days, hours, minutes, seconds = (int(part) for part in value.strip().split(":"))
+            value = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+        elif isinstance(value, Mapping):
+            value = timedelta(**value)
+    except (TypeError, ValueError):
+        raise Refused from None
+    if not isinstance(value, timedelta) or value <= timedelta(0):
+        raise Refused
+    return value.total_seconds()
+
+
+def _fast_dev_run(value: Any) -> int:
+    return int(value) if isinstance(value, bool) else whole(0).parse(value)
+
+
+def _path(value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or isinstance(os.fspath(value), bytes):
+        raise Refused
+    return str(os.fspath(value))
+
+
+def _run_name(value: Any) -> str:
+    if not is_run_name(_text(value)):
+        raise Refused
+    return value
+
+
+def _filesystem(value: Any) -> Any:
+    if not hasattr(value, "open_output_stream"):
+        wrap = "wrap it: pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))"
+        raise Refused(wrap if hasattr(value, "protocol") else "")
+    return value
+
+
+def _checkpoint(value: Any) -> Any:
+    if not isinstance(value, (bool, Checkpointing, Mapping)):
+        raise Refused
+    return value
+
+
+def _logger(value: Any) -> bool | list[Any]:
+    if isinstance(value, bool):
+        return value
+    loggers = list(value) if isinstance(value, (list, tuple)) else [value]
+    if any(not hasattr(logger, "log_metrics") for logger in loggers):
+        raise Refused
+    return loggers or False
+
+
+def _gradient_clip_val(value: Any) -> float | None:
+    parsed = _to_float(value)
+    if parsed < 0:
+        raise Refused
+    return parsed or None
+
+
+def _accumulate_grad_batches(value: Any) -> int:
+    if isinstance(value, Mapping):
+        raise Refused("to change it while training: callbacks=[GradientAccumulationScheduler(scheduling={...})]")
+    return whole(1).parse(value)
+
+
+def _plugins(value: Any) -> tuple[Any, ...]:
+    plugins = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    for plugin in plugins:
+        if hasattr(plugin, "unscale") and hasattr(plugin, "forward_context"):
+            continue
+        kinds = {kind.__name__ for kind in type(plugin).__mro__}
+        if "Precision" in kinds:
+            raise Refused("Lightning's precision is said by precision=...")
+        if "ClusterEnvironment" in kinds:
+            raise Refused("Ray knows the nodes: leave it out")
+        if "CheckpointIO" in kinds:
+            raise Refused("where checkpoints go is said by storage_path=... and storage_filesystem=...")
+        raise Refused
+    if len(plugins) > 1:
+        raise Refused("one precision is enough")
+    return plugins
+
+
+def _callbacks(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+_DEVICES = 'a whole number of at least {least}, -1 or "auto" for all there are'
+_LIMIT = Rule("a whole number of batches of at least 0, or a share from 0.0 to 1.0", _limit)
+_PRECISIONS = {
+    "32-true": "32-true", "16-mixed": "16-mixed", "bf16-mixed": "bf16-mixed", "16-true": "16-true",
+    "bf16-true": "bf16-true", "64-true": "64-true", 16: "16-mixed", 32: "32-true", 64: "64-true", "bf16": "bf16-mixed",
+    "16": "16-mixed", "32": "32-true", "64": "64-true",
+}  # fmt: skip
+_SECONDS = "a number of seconds above 0"
+
+
+def _is_positive(value: float) -> bool:
+    return value > 0
+
+
+RULES: dict[str, Rule] = {
+    # scale
+    "num_workers": Rule(
+        '"auto", 0 (in this process), a number of Ray workers, or (min, max) of at least 1 each', _num_workers
+    ),
+    "use_gpu": FLAG,
+    "resources_per_worker": Rule('a dict such as {"CPU": 2, "GPU": 1} with numbers of at least 0', _resources),
+    "strategy": Rule('"ddp", "ddp_find_unused_parameters_true", "auto", or a raylight.DDP(...)', _strategy),
+    "devices": Rule(_DEVICES.format(least=1), lambda value: _devices(value, "devices", 1)),
+    "gpus": Rule(_DEVICES.format(least=0), lambda value: _devices(value, "gpus", 0)),
+    "num_nodes": whole(1),
+    "accelerator": choice({"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}),
+    # length
+    "max_epochs": whole(-1, " (-1: no limit)"),
+    "min_epochs": whole(0),
+    "max_steps": whole(-1, " (-1: no limit)"),
+    "min_steps": whole(0),
+    "max_time": Rule('"DD:HH:MM:SS", a timedelta, or a dict such as {"hours": 2}, above zero', _max_time),
+    "limit_train_batches": _LIMIT,
+    "limit_val_batches": _LIMIT,
+    "limit_test_batches": _LIMIT,
+    "limit_predict_batches": _LIMIT,
+    "overfit_batches": _LIMIT,
+    "fast_dev_run": Rule("True, False, or a number of batches of at least 0", _fast_dev_run),
+    "val_check_interval": Rule(
+        "a whole number of batches of at least 1, or a share of the epoch above 0.0, at most 1.0", _validation_interval
+    ),
+    "check_val_every_n_epoch": optional(whole(1)),
+    "num_sanity_val_steps": whole(-1, " (-1: all)"),
+    "reload_dataloaders_every_n_epochs": whole(0),
+    # numerics
+    "precision": choice(_PRECISIONS),
+    "accumulate_grad_batches": Rule(whole(1).allowed, _accumulate_grad_batches),
+    "global_batch_size": whole(1),
+    "gradient_clip_val": Rule("a number of at least 0", _gradient_clip_val),
+    "gradient_clip_algorithm": choice(("norm", "value")),
+    "deterministic": either(FLAG, choice(("warn",))),
+    "benchmark": FLAG,
+    "sync_batchnorm": FLAG,
+    "detect_anomaly": FLAG,
+    "inference_mode": FLAG,
+    "seed": whole(0, most=MAX_SEED),
+    "use_distributed_sampler": FLAG,
+    # storage
+    "storage_path": Rule("a path or a URI that pyarrow.fs reads", _path),
+    "default_root_dir": Rule("a path or a URI that pyarrow.fs reads", _path),
+    "storage_filesystem": Rule("a pyarrow.fs.FileSystem", _filesystem),
+    "name": Rule(f"a string that can be a folder: {RUN_NAMES}", _run_name),
+    "checkpoint": Rule("True, False, a raylight.Checkpointing(...), or a dict of its fields", _checkpoint),
+    "enable_checkpointing": FLAG,
+    # report
+    "logger": Rule("True, False, an object with log_metrics(metrics, step), or a list of them", _logger),
+    "log_every_n_steps": whole(1),
+    "enable_progress_bar": FLAG,
+    "enable_model_summary": FLAG,
+    "profiler": choice({"simple": "simple", "torch": "torch", "pytorch": "torch"}),
+    # failure
+    "max_restarts": whole(0),
+    "hang_timeout_s": number(f"{_SECONDS} (inf: never)", _is_positive),
+    "replacement_timeout_s": number("a number of seconds of at least 0", lambda value: value >= 0),
+    "num_standby": whole(0),
+    # extension
+    "callbacks": Rule("a raylight.Callback or a list of them", _callbacks),
+    "plugins": Rule("a list with a raylight Precision", _plugins),
+}
+
+CHECKPOINTING_RULES: dict[str, Rule] = {
+    "every_n_steps": optional(whole(1)),
+    "every_n_epochs": optional(whole(1)),
+    "every_s": optional(either(number(_SECONDS, _is_positive), choice(("auto",)))),
+    "monitor": optional(TEXT),
+    "mode": choice(("min", "max")),
+    "keep_best": whole(-1, " (-1: all)"),
+    "keep_last": whole(-1, " (-1: all)"),
+    "save_weights_only": FLAG,
+    "on_exception": FLAG,
+}
+
+DDP_RULES: dict[str, Rule] = {
+    "find_unused_parameters": FLAG,
+    "static_graph": FLAG,
+    "gradient_as_bucket_view": FLAG,
+    "bucket_cap_mb": optional(number("a number above 0", _is_positive)),
+    "broadcast_buffers": FLAG,
+    "placement": choice(("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")),
+    "backend": optional(choice(("gloo", "nccl"))),
+    "timeout_s": number(_SECONDS, _is_positive),
+}

@@ -1,0 +1,219 @@
+"""What a worker tells the driver: plain, small, picklable values, yielded by the loop of each rank."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+Values = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The rank is alive and about to call the user's code."""
+
+    node: str
+    pid: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageStarted:
+    """A loop over data begins. `num_batches` counts all ranks' batches in evaluation and one rank's steps in
+    training; None where the data has no length."""
+
+    stage: str  # "sanity", "train", "validate", "test", "predict"
+    epoch: int
+    step: int
+    num_batches: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StageFinished:
+    stage: str
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Sent a few times a second at most. `num_samples` counts this rank's samples since the stage began,
+    `batch` its finished batches; `values` are the newest that were logged with `prog_bar=True`; `data_wait_s` are the
+    seconds of training in which this rank has waited for batches; `share` is what it has logged so far in the epoch of
+    training, for the rank that takes over should it die (see worker/metrics/epoch_shares.py)."""
+
+    stage: str
+    epoch: int
+    step: int
+    batch: int
+    num_samples: int
+    values: Values = field(default_factory=dict)
+    data_wait_s: float = 0.0
+    share: dict[str, Any] = field(default_factory=dict)
+
+
+# A thousand ranks send tens of thousands of these a second; a tuple is unpickled in a third of a dataclass's time.
+class StepValue(NamedTuple):
+    """One rank's value of one name at one step; ranks are merged by `reduce` ("mean", "sum", "min", "max")."""
+
+    value: float
+    weight: float
+    reduce: str
+
+
+class StepRow(NamedTuple):
+    step: int
+    epoch: int
+    time: float  # seconds since 1970
+    values: dict[str, StepValue]
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """Step values of one rank since its last such message. Every rank sends the same steps."""
+
+    rows: tuple[StepRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EpochMetrics:
+    """Epoch values, already reduced over all ranks and so sent by rank 0 alone."""
+
+    stage: str
+    epoch: int
+    step: int
+    time: float
+    values: Values  # callback_metrics: all of them
+    logged: frozenset[str]  # names that go to loggers and to the table
+    shown: frozenset[str]  # names that go to the progress bar
+
+
+@dataclass(frozen=True, slots=True)
+class SavedFile:
+    """One file of a checkpoint: its path relative to the checkpoint's directory, size in bytes, and digest
+    as "algorithm:hex"."""
+
+    path: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """This rank's share of a checkpoint is on storage. The driver commits it when all ranks have said so."""
+
+    directory: str  # relative to the version, e.g. "checkpoints/step-00001200"
+    step: int
+    epoch: int
+    files: tuple[SavedFile, ...]
+    metrics: Values
+    weights_only: bool
+    stall_s: float  # how long training stood still for the snapshot
+    write_s: float
+    world_size: int = 1  # of the group whose checkpoint it is, which may have changed since
+
+
+@dataclass(frozen=True, slots=True)
+class SaveFailed:
+    """This rank could not write its share; training goes on. `is_torn`: user code wrote into what was being copied,
+    and the next snapshot, taken in one piece, will be whole."""
+
+    directory: str
+    step: int
+    reason: str
+    is_torn: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Text that the rank printed."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something the person should know, said once. `level` is "info" or "warning"."""
+
+    text: str
+    level: str = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """What `save_hyperparameters` collected, for run.json and TensorBoard; sent by rank 0."""
+
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An exception ended this rank. `traceback` has the user's own frames first; `cause` is the pickled
+    exception, where it can be pickled."""
+
+    kind: str
+    text: str
+    traceback: str
+    step: int
+    stage: str
+    cause: bytes | None
+    evidence: str | None = None
+    """The file that `raylight replay` reads, relative to the version."""
+    notes: tuple[str, ...] = ()
+    """What else the person should know: what to do about it."""
+
+    def load_cause(self) -> BaseException | None:
+        """The exception itself; None where it was not sent, or its class cannot be imported here."""
+        if self.cause is None:
+            return None
+        try:
+            return pickle.loads(self.cause)
+        except Exception:
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """A collective broke because another rank is gone; this rank keeps its state and waits for a new group."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """Written by the launcher, not by the worker: the process behind a rank is gone."""
+
+    reason: str
+    node_lost: bool = False
+    step: int | None = None
+    """Where it was, where that is known."""
+    stacks: str | None = None
+    """Where it was ended because it hung: the Python stack of every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """The rank stands still, as it was told to; what it had begun to write is on storage and was told before."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The rank has done all it was asked for. Rank 0 also brings what the caller gets back."""
+
+    status: str  # "finished", "stopped", "interrupted"
+    step: int
+    epoch: int
+    seconds: Values = field(default_factory=dict)  # what this rank's time went to
+    returned: Any = (
+        None  # rank 0: trained module and callbacks (fit), list of metrics (validate, test); predict: all ranks
+    )
+
+
+Message = (
+    Started | StageStarted | StageFinished | Progress | StepMetrics | EpochMetrics | Saved | SaveFailed | Output
+    | Notice | Hyperparameters | Failure | PeerLost | Died | Paused | Finished
+)  # fmt: skip

@@ -1,0 +1,83 @@
+"""What the driver gives a worker: what to do (`Task`) and where it stands among the others (`Place`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+
+if TYPE_CHECKING:
+    from raylight.contract.config import Config
+    from raylight.contract.messages import SavedFile
+
+Chunk = bytes | bytearray | memoryview
+
+
+class Files(Protocol):
+    """The part of `storage.filesystem.Storage` that a worker uses; paths are relative to its root."""
+
+    def write(self, path: str, chunks: Iterable[Chunk]) -> SavedFile: ...
+    def open_write(self, path: str) -> Any: ...  # context manager: write(chunk), then .saved after a clean exit
+    def open_read(self, path: str) -> BinaryIO: ...
+    def local_path(self, path: str) -> str | None: ...  # where the bytes lie on this machine, if they do
+    def exists(self, path: str) -> bool: ...
+    def argument_of(self, path: str) -> str: ...  # for a shell
+    def local_directory(self) -> Any: ...  # of this machine, at .path, for files that grow: .copy() and .close() store
+
+
+class SavedState(Protocol):
+    """A committed checkpoint as a worker sees it; file paths are relative to the checkpoint."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def file_names(self) -> tuple[str, ...]: ...
+    def open_read(self, name: str) -> BinaryIO: ...
+    def local_path(self, name: str) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One worker among all. Ranks of a node are consecutive; `store_host` and `store_port` name the rendezvous
+    store that rank 0 hosts; `generation` grows by one whenever the process group is made anew."""
+
+    rank: int = 0
+    local_rank: int = 0
+    node_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    num_nodes: int = 1
+    node: str = "localhost"
+    store_host: str = "127.0.0.1"
+    store_port: int = 0
+    device: str = "cpu"
+    generation: int = 0
+
+
+@dataclass(slots=True)
+class Loaders:
+    """What the caller passed; None where the module or the data module has the loader as a hook."""
+
+    train: Any = None
+    validate: Any = None
+    test: Any = None
+    predict: Any = None
+    data_module: Any = None
+
+
+@dataclass(slots=True)
+class Task:
+    """One `fit`, `validate`, `test` or `predict` of one attempt; the same object for every rank."""
+
+    stage: str
+    module: Any
+    loaders: Loaders
+    config: Config
+    callbacks: list[Any]
+    version_path: str  # what a person would open: the version directory as path or URI
+    files: Files | None  # storage rooted at the version directory; None where nothing is written
+    seed: int
+    checkpoint: SavedState | None = None  # where state comes from
+    weights_only: bool = False  # take the weights alone from `checkpoint`
+    attempt: int = 0
+    options: dict[str, Any] = field(default_factory=dict)

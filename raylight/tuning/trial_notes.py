@@ -1,0 +1,43 @@
+"""What is noted of a trial in the folder of its run: which version is its own, and what ended it for good."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from raylight.contract import errors
+from raylight.contract.errors import MissingFile, RaylightError, WorkerFailed
+from raylight.storage.filesystem import Storage
+
+FOLDER = "trials"
+
+
+class Notes:
+    """Of one trial; `run` is the storage of the run. Imports neither torch nor the user's code."""
+
+    def __init__(self, run: Storage, trial_id: str):
+        self._folder, self._file = run.child(FOLDER), f"{trial_id}.json"
+
+    def read(self) -> dict[str, Any]:
+        """Empty where the trial is new."""
+        try:
+            return json.loads(self._folder.read_bytes(self._file))
+        except MissingFile:
+            return {}
+
+    def write(self, **facts: Any) -> None:
+        """Adds to what is there."""
+        self._folder.write(self._file, [json.dumps({**self.read(), **facts}).encode()])
+
+    def write_error(self, error: BaseException, session: str) -> None:
+        kind = type(error).__name__
+        text = str(error) if isinstance(error, RaylightError) else f"{kind}: {error}"
+        self.write(error={"kind": kind, "text": text, "session": session})
+
+    def raise_again(self, session: str) -> None:
+        """What user code does wrong it does again: where Tune tries the trial once more, it ends at once. A resumed
+        sweep is another session, and tries in earnest."""
+        error = self.read().get("error")
+        if error is not None and error["session"] == session:
+            kind = getattr(errors, error["kind"], WorkerFailed)
+            raise kind(error["text"])

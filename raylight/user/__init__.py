@@ -1,0 +1,1 @@
+"""What a person subclasses or meets in a hook."""

@@ -1,0 +1,1 @@
+"""What a checkpoint holds, how it is taken and how it is read back."""

@@ -1,0 +1,1 @@
+"""A user's loader as the batches of one rank."""

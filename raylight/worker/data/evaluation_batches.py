@@ -1,0 +1,118 @@
+"""A user's loader as one rank's part of an evaluation: the batches of one process, dealt to the ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from raylight.contract.errors import DataError
+from raylight.worker.data.division import Division, Step, deal_evaluation, num_limited, num_samples_in
+from raylight.worker.data.fetching import LoaderFetch, find_rows
+from raylight.worker.data.readers import StreamSource, check_iterable
+from raylight.worker.data.sampling import Sampling, length_of
+
+
+class EvaluationBatches:
+    """One rank's part of the batches that one process would evaluate: batch i goes to rank i % world_size.
+
+    Nothing is padded, so ranks may have different numbers of batches. `num_batches` counts those of all ranks, after
+    `limit`; None where the data has no length. Raises DataError where there is nothing to evaluate.
+    """
+
+    def __init__(self, loader: Any, *, rank: int, world_size: int, limit: int | float = 1.0, seed: int = 0):
+        self.rank, self.world_size = rank, world_size
+        indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+        self.source: Any = (_IndexedEvaluation if indexed else _StreamEvaluation)(loader, rank, world_size, seed)
+        total = self.source.num_batches
+        if total == 0:
+            raise DataError(describe_empty(loader, Division(rank, 1, self.source.batch_size)))
+        self.num_batches = num_limited(limit, total)
+
+    def iterate(self) -> Iterator[tuple[int, Any]]:
+        """Pairs of a batch's index in the whole sequence and the batch."""
+        return self.source.read(self.num_batches)
+
+
+class _IndexedEvaluation:
+    def __init__(self, loader: DataLoader, rank: int, world_size: int, seed: int):
+        self.sampling = Sampling(loader, seed)
+        self.are_batches, self.batch_size = self.sampling.are_batches, self.sampling.batch_size
+        # A distributed sampler's own drop_last is there for ranks of equal length, which are not needed here.
+        self.drop_last = not self.are_batches and loader.drop_last
+        division = Division(rank, world_size, self.batch_size)
+        self.is_whole = self.sampling.divides_itself
+        self.division, self.rank, self.world_size = division.alone() if self.is_whole else division, rank, world_size
+        self.rows = find_rows(loader)
+        self.slow = LoaderFetch(loader, rank, seed, "evaluate", *((rank,) if self.is_whole else ()))
+        own = self._count(self.sampling.length)
+        self.num_batches = own * world_size if own is not None and self.is_whole else own
+
+    def _count(self, length: int | None) -> int | None:
+        if length is None or self.are_batches:
+            return length
+        return length // self.batch_size if self.drop_last else math.ceil(length / self.batch_size)
+
+    def read(self, num_batches: int | None) -> Iterator[tuple[int, Any]]:
+        order = self.sampling.order(0)
+        if self.is_whole and num_batches is not None:
+            num_batches = math.ceil((num_batches - self.rank) / self.world_size)
+        if not hasattr(order, "__len__"):
+            fetched = self.slow.fetch(self._deal_unsized(order, num_batches))
+        else:
+            count = self._count(len(order)) or 0
+            count = count if num_batches is None else min(count, num_batches)
+            rows = self.rows.place(order) if self.rows is not None else None
+            steps = deal_evaluation(order if rows is None else rows, self.division, count, self.are_batches)
+            fetched = self.rows.fetch(steps) if self.rows is not None and rows is not None else self.slow.fetch(steps)
+        for step, data in fetched:
+            index = step.position * self.world_size + self.rank if self.is_whole else step.position
+            yield index, data
+
+    def _deal_unsized(self, units: Iterable[Any], num_batches: int | None) -> Iterator[Step]:
+        unread, index = iter(units), 0
+        while num_batches is None or index < num_batches:
+            batch = next(unread, None) if self.are_batches else list(islice(unread, self.batch_size))
+            if not batch or (self.drop_last and len(batch) < self.batch_size):
+                return
+            if index % self.division.world_size == self.division.rank:
+                yield Step(batch, num_samples_in(batch), 1.0, False, False, index)
+            index += 1
+
+
+class _StreamEvaluation:
+    def __init__(self, loader: Any, rank: int, world_size: int, seed: int):
+        self.source = StreamSource(check_iterable(loader), rank, world_size, seed, for_evaluation=True)
+        self.rank, self.world_size = rank, world_size
+        self.batch_size = self.source.division.micro
+        length = self.source.length
+        if length is not None:
+            length = length // self.batch_size if self.source.stream.drop_last else math.ceil(length / self.batch_size)
+            length *= self.source.replicas
+        self.num_batches = length
+
+    def read(self, num_batches: int | None) -> Iterator[tuple[int, Any]]:
+        for arrived, (step, data) in enumerate(self.source.read_evaluation()):
+            # A stream that divides itself has no sequence of one process: ranks take turns.
+            index = step.position if step.position >= 0 else arrived * self.world_size + self.rank
+            if num_batches is not None and index >= num_batches:
+                return
+            yield index, data
+            if num_batches is not None and index + self.world_size >= num_batches:
+                return
+
+
+def describe_empty(loader: Any, division: Division) -> str:
+    dataset = getattr(loader, "dataset", loader)
+    length = length_of(dataset)
+    name = type(dataset).__name__
+    if length:
+        return (
+            f"the loader over {name} gives no batch: its {length} samples do not fill one step of "
+            f"{division.window} (batch size {division.micro}, {division.world_size} workers), and drop_last=True drops "
+            "what is left; use drop_last=False, a smaller batch_size, or fewer workers"
+        )
+    return f"the loader over {name} is empty: its length is 0; check how the data was found and split"

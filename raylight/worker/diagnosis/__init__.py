@@ -1,0 +1,1 @@
+"""What a person is shown of a failure, and where time and memory go."""

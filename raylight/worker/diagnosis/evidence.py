@@ -1,0 +1,100 @@
+"""What a failed training step leaves behind, so that `raylight replay` can run that one step again."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raylight.contract.seeding import rng_state
+from raylight.worker.checkpoint.plain_values import check_plain
+from raylight.worker.rank import Rank
+
+FOLDER = "failures"
+MAX_BATCH_BYTES = 16 << 20
+"""A larger batch is read anew from the training loader, by its place in the epoch."""
+
+
+def keep_evidence(rank: Rank, kind: str, text: str) -> str | None:
+    """Writes the facts of the batch in hand, or of the suspect one whose data is gone, as plain values.
+
+    Returns the file's path, relative to the version; None where no training step is in hand or nothing is stored.
+    """
+    index = rank.batch.index if rank.batch is not None else rank.suspect
+    if rank.task.files is None or rank.train_batches is None or index is None:
+        return None
+    try:
+        return _write(rank, kind, text, index)
+    except Exception as error:  # the failure itself is what has to be told, and training may go on after a NaN
+        rank.notice(f"what a replay of the step needs could not be written: {type(error).__name__}: {error}", "warning")
+        return None
+
+
+def _write(rank: Rank, kind: str, text: str, index: int) -> str:
+    batch, batches = rank.batch, rank.train_batches
+    behind = rank.batch_idx - index  # 0 for the batch in hand, whose number is that of the finished ones
+    step = rank.global_step - -(-behind // rank.accumulate_grad_batches)
+    evidence = {
+        "kind": kind,
+        "text": text,
+        "rank": rank.global_rank,
+        "world_size": rank.world_size,
+        "seed": rank.seed,
+        "step": step,
+        "epoch": rank.current_epoch,
+        "index": index,
+        "num_batches_seen": rank.num_batches_seen - behind,
+        "data": batches.state_dict(rank.current_epoch, index - 1 if index else None),
+        "indices": batches.indices(rank.current_epoch, index),
+        "batch": _plain_batch(batch.data) if batch is not None else None,
+        "share": batch.share if batch is not None else 1.0,
+        "size": batch.size if batch is not None else 0,
+        "rng": rng_state() | {"torch": rank.torch_rng} if batch is not None and rank.torch_rng is not None else None,
+    }  # fmt: skip
+    path = f"{FOLDER}/step-{step:08d}-rank-{rank.global_rank}.pt"
+    buffer = io.BytesIO()
+    torch.save({name: _plain_or_text(value, name) for name, value in evidence.items()}, buffer)
+    assert rank.task.files is not None
+    rank.task.files.write(path, [buffer.getvalue()])
+    return path
+
+
+def _plain_batch(data: Any) -> Any:
+    """The batch on the CPU, where it is plain and small enough to be kept."""
+    tensors: list[Tensor] = []
+    try:
+        plain = check_plain(data, "batch")
+    except (TypeError, ValueError):
+        return None
+    _collect(plain, tensors)
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > MAX_BATCH_BYTES:
+        return None
+    return _to_cpu(plain)
+
+
+def _collect(value: Any, tensors: list[Tensor]) -> None:
+    if isinstance(value, Tensor):
+        tensors.append(value)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _collect(item, tensors)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            _collect(item, tensors)
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()  # of a view, no more than the view
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    return type(value)(_to_cpu(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _plain_or_text(value: Any, name: str) -> Any:
+    try:
+        return check_plain(value, name)
+    except (TypeError, ValueError):
+        return str(value)

@@ -1,0 +1,1 @@
+"""How ranks act together: process group, collectives, control, recovery."""

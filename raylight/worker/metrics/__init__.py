@@ -1,0 +1,1 @@
+"""What a module logs, from its rank to the driver."""

@@ -1,0 +1,110 @@
+"""`trainer.logger` on a worker."""
+
+from __future__ import annotations
+
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from raylight.contract.errors import StorageError
+from raylight.contract.messages import EpochMetrics, Hyperparameters
+
+if TYPE_CHECKING:
+    from raylight.worker.rank import Rank
+
+FLUSH_EVERY_S = 5
+
+
+class LoggerProxy:
+    """Sends values to the driver, which owns the real loggers."""
+
+    def __init__(self, rank: Rank):
+        self._rank = rank
+        self._experiment: Any = None
+        self._directory: Any = None
+        self._copying: threading.Thread | None = None
+        self._closing = threading.Event()
+
+    @property
+    def log_dir(self) -> str:
+        return self._rank.log_dir
+
+    save_dir = log_dir
+
+    @property
+    def name(self) -> str:
+        return self._rank.config.name
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Rank 0's values alone are kept; `step` counts optimizer steps and defaults to the present one."""
+        rank = self._rank
+        if not rank.is_global_zero:
+            return
+        step = rank.global_step if step is None else step
+        values = {name: float(value) for name, value in metrics.items()}
+        logged = frozenset(values)
+        rank.outbox.append(EpochMetrics(rank.stage, rank.current_epoch, step, time.time(), values, logged, frozenset()))
+
+    def log_hyperparams(self, params: Any, metrics: dict[str, Any] | None = None) -> None:
+        """Adds to the hyperparameters that the run records; `params` is a dict or a namespace. `metrics` are logged."""
+        if self._rank.is_global_zero:
+            self._rank.outbox.append(Hyperparameters(dict(vars(params) if isinstance(params, Namespace) else params)))
+        if metrics:
+            self.log_metrics(metrics)
+
+    @property
+    def experiment(self) -> Any:
+        """A torch SummaryWriter on rank 0 for images, histograms and text, which reach the version's storage every few
+        seconds; on other ranks it swallows every call."""
+        if self._experiment is None:
+            files = self._rank.task.files
+            if self._rank.is_global_zero and files is not None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._directory = files.local_directory()
+                self._experiment = SummaryWriter(self._directory.path, flush_secs=FLUSH_EVERY_S)
+                if files.local_path("") is None:
+                    self._closing.clear()
+                    self._copying = threading.Thread(target=self._keep_copying, name="raylight events", daemon=True)
+                    self._copying.start()
+            else:
+                self._experiment = _Silent()
+        return self._experiment
+
+    def close(self) -> None:
+        """All that was logged is on storage, or the person is told why not."""
+        self._closing.set()
+        if self._copying is not None:
+            self._copying.join()
+        if self._experiment is not None:
+            self._experiment.close()
+        if self._directory is not None:
+            self._try(self._directory.close)
+        self._experiment = self._directory = self._copying = None
+
+    def _keep_copying(self) -> None:
+        works = True
+        while not self._closing.wait(FLUSH_EVERY_S):
+            works = self._try(self._bring, tell=works)  # once for each outage
+
+    def _bring(self) -> None:
+        self._experiment.flush()
+        self._directory.copy()
+
+    def _try(self, copy: Callable[[], None], tell: bool = True) -> bool:
+        try:
+            copy()
+        except (OSError, StorageError) as error:
+            if tell:
+                self._rank.notice(f"what was logged to trainer.logger.experiment is not on storage: {error}", "warning")
+            return False
+        return True
+
+
+class _Silent:
+    """Accepts every method call of a SummaryWriter."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **keywords: None

@@ -1,0 +1,158 @@
+"""Optimizers and schedulers: every form that `configure_optimizers` may return, and when a scheduler steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from raylight.arguments.checks import say_unknown_metric
+from raylight.contract.errors import InvalidArguments
+from raylight.worker.group.collectives import mean_over_ranks
+
+if TYPE_CHECKING:
+    from raylight.worker.rank import Rank
+
+FORMS = (
+    "an optimizer; a list of optimizers; ([optimizers], [schedulers]); "
+    '{"optimizer": ..., "lr_scheduler": ...}; a list of such dicts; or None'
+)
+SCHEDULER_KEYS = ("scheduler", "interval", "frequency", "monitor", "strict", "name", "reduce_on_plateau")
+
+
+@dataclass(slots=True)
+class SchedulerConfig:
+    """One scheduler and when it steps: every `frequency` "step"s or "epoch"s, given `monitor` where it asks for it."""
+
+    scheduler: Any
+    interval: str = "epoch"
+    frequency: int = 1
+    monitor: str | None = None
+    strict: bool = True
+    name: str | None = None
+    reduce_on_plateau: bool = False
+
+
+def make_optimizers(returned: Any, automatic: bool = True) -> tuple[list[Optimizer], list[SchedulerConfig]]:
+    """What `configure_optimizers` returned, as lists; raises InvalidArguments for anything else. `automatic`: the loop
+    steps the schedulers, and must know what one on a plateau watches."""
+    optimizers, schedulers = _split(returned)
+    mistakes = [f"{_what(o)} is not an optimizer" for o in optimizers if not hasattr(o, "param_groups")]
+    configs = []
+    for given in schedulers:
+        try:
+            configs.append(_scheduler_config(given, automatic))
+        except InvalidArguments as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise InvalidArguments([f"configure_optimizers: {m}. It may return {FORMS}." for m in mistakes])
+    return optimizers, configs
+
+
+def _split(returned: Any) -> tuple[list[Any], list[Any]]:
+    if returned is None:
+        return [], []
+    if isinstance(returned, dict):
+        return _split_dicts([returned])
+    if isinstance(returned, (list, tuple)):
+        if returned and all(isinstance(item, dict) for item in returned):
+            return _split_dicts(list(returned))
+        if len(returned) == 2 and all(isinstance(part, (list, tuple)) for part in returned):
+            return list(returned[0]), list(returned[1])
+        if len(returned) == 2 and isinstance(returned[0], (list, tuple)) and not hasattr(returned[1], "param_groups"):
+            return list(returned[0]), [returned[1]]
+        return list(returned), []
+    return [returned], []
+
+
+def _split_dicts(dicts: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+    unknown = sorted({key for d in dicts for key in d} - {"optimizer", "lr_scheduler", "frequency", "monitor"})
+    if unknown or any("optimizer" not in d for d in dicts):
+        reason = f"unknown keys {unknown}" if unknown else 'a dict without "optimizer"'
+        raise InvalidArguments(f"configure_optimizers: {reason}. It may return {FORMS}.")
+    schedulers: list[Any] = []
+    for d in dicts:
+        given = d.get("lr_scheduler")
+        if given is not None and "monitor" in d and not isinstance(given, dict):
+            given = {"scheduler": given, "monitor": d["monitor"]}
+        elif isinstance(given, dict) and "monitor" in d:
+            given = {"monitor": d["monitor"], **given}
+        schedulers += given if isinstance(given, (list, tuple)) else [given] if given is not None else []
+    return [d["optimizer"] for d in dicts], schedulers
+
+
+def _scheduler_config(given: Any, automatic: bool) -> SchedulerConfig:
+    if not isinstance(given, dict):
+        given = {"scheduler": given}
+    unknown = sorted(set(given) - set(SCHEDULER_KEYS))
+    if unknown:
+        raise InvalidArguments(f"a scheduler has the unknown keys {unknown}; allowed are {list(SCHEDULER_KEYS)}")
+    config = SchedulerConfig(**given)
+    if not callable(getattr(config.scheduler, "step", None)):
+        raise InvalidArguments(f"{_what(config.scheduler)} is not a scheduler: it has no step()")
+    if config.interval not in ("step", "epoch"):
+        raise InvalidArguments(f'interval={config.interval!r} of a scheduler; allowed are "step" and "epoch"')
+    if not isinstance(config.frequency, int) or config.frequency < 1:
+        raise InvalidArguments(f"frequency={config.frequency!r} of a scheduler; an int of at least 1 is needed")
+    config.reduce_on_plateau |= isinstance(config.scheduler, ReduceLROnPlateau)
+    if config.reduce_on_plateau and config.monitor is None and automatic:
+        raise InvalidArguments(
+            'ReduceLROnPlateau needs the metric it watches: {"scheduler": scheduler, "monitor": "val_loss"}'
+        )
+    return config
+
+
+def check_schedulers(optimizers: list[Optimizer], configs: list[SchedulerConfig]) -> list[str]:
+    """A scheduler whose optimizer was not returned would change the learning rate of nothing."""
+    return [
+        f"configure_optimizers: {_what(config.scheduler)} belongs to an optimizer that was not returned"
+        for config in configs
+        if isinstance(config.scheduler, LRScheduler)
+        and isinstance(getattr(config.scheduler, "optimizer", None), Optimizer)
+        and all(config.scheduler.optimizer is not optimizer for optimizer in optimizers)
+    ]
+
+
+def step_schedulers(rank: Rank, interval: str, count: int, plateau: bool = False) -> None:
+    """Steps the schedulers of an interval; `count` steps or epochs are done. Those on a plateau need the values of
+    a validation and so have a turn of their own. In manual optimization `training_step` steps them all."""
+    if not rank.module.automatic_optimization:
+        return
+    for config in rank.lr_scheduler_configs:
+        if config.interval != interval or config.reduce_on_plateau != plateau or count % config.frequency:
+            continue
+        metric = None
+        if config.reduce_on_plateau:
+            known = rank.metrics.newest()
+            if config.monitor not in known:
+                if config.strict:
+                    raise InvalidArguments(say_unknown_metric(str(config.monitor), known, "a scheduler"))
+                continue
+            metric = known[config.monitor]
+            if interval == "step":
+                metric = mean_over_ranks(metric, rank.world_size)
+        rank.module.lr_scheduler_step(config.scheduler, metric)
+
+
+class SteppingOptimizer:
+    """The optimizer as manual optimization sees it: `step` is counted, scaled and announced to the hooks.
+
+    Everything else is the wrapped optimizer's own.
+    """
+
+    def __init__(self, optimizer: Optimizer, step: Callable[[Optimizer, Any], Any]):
+        self.optimizer = optimizer
+        self._step = step
+
+    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+        return self._step(self.optimizer, closure)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+
+def _what(value: Any) -> str:
+    return f"{value!r:.80} ({type(value).__name__})" if isinstance(value, (str, int, float)) else type(value).__name__

@@ -1,0 +1,73 @@
+"""The parts of the wall time add up, on a clock of the test's own."""
+
+from __future__ import annotations
+
+import pytest
+
+from raylight.contract.messages import Saved, StageStarted
+from raylight.driver.goodput import PARTS, Ledger
+
+
+class Clock:
+    now = 50.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def start(ledger: Ledger, stage: str = "train") -> None:
+    ledger.follow(0, StageStarted(stage, 0, 0, 10))
+
+
+def test_parts_add_up_to_the_wall_time(clock):
+    ledger = Ledger(clock)
+    clock.now += 3
+    start(ledger, "sanity")
+    clock.now += 1
+    start(ledger)
+    clock.now += 20
+    ledger.follow(0, Saved("d", 1, 0, (), {}, False, stall_s=0.5, write_s=2.0))
+    ledger.follow(1, Saved("d", 1, 0, (), {}, False, stall_s=0.7, write_s=2.0))
+    ledger.note_failure(loses_work=False)
+    clock.now += 2
+    start(ledger)
+    clock.now += 10
+    ledger.finish()
+    clock.now += 1
+    parts = ledger.read({"data": 4.0, "validation": 5.0})
+    assert tuple(parts) == PARTS
+    assert sum(parts.values()) == pytest.approx(37.0)
+    assert parts["start_up"] == 4.0
+    assert parts["recovery"] == 2.0
+    assert parts["checkpoint"] == 0.5
+    assert parts["compute"] == pytest.approx(30.0 - 9.5)
+    assert parts["closing"] == 1.0
+
+
+def test_lost_work_is_what_was_done_since_the_last_commit(clock):
+    ledger = Ledger(clock)
+    start(ledger)
+    clock.now += 10
+    ledger.note_commit()
+    clock.now += 4
+    ledger.note_failure(loses_work=True)
+    clock.now += 1
+    start(ledger)
+    clock.now += 6
+    parts = ledger.read({})
+    assert parts["lost_work"] == 4.0
+    assert parts["compute"] == 16.0
+
+
+def test_a_workers_clock_cannot_claim_more_than_there_was(clock):
+    ledger = Ledger(clock)
+    start(ledger)
+    clock.now += 2
+    parts = ledger.read({"data": 3.0, "validation": 1.0})
+    assert parts["compute"] == 0.0
+    assert sum(parts.values()) == pytest.approx(2.0)
