@@ -7,6 +7,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from raylight.user import checkpoint_reader
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -70,6 +72,23 @@ _NAMES = {
 }
 
 __all__ = list(_NAMES)
+
+
+class _LazyReader(checkpoint_reader.CheckpointReader):
+    """Loads what reads checkpoints when it is first asked for."""
+
+    def load_module(self, kind: Any, *arguments: Any) -> Any:
+        from raylight.loading import load_module
+
+        return load_module(kind, *arguments)
+
+    def load_data_module(self, kind: Any, *arguments: Any) -> Any:
+        from raylight.loading import load_data_module
+
+        return load_data_module(kind, *arguments)
+
+
+checkpoint_reader.install(_LazyReader())
 
 
 def __getattr__(name: str) -> Any:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 
 from raylight.contract.config import Config
-from raylight.contract.messages import Message
+from raylight.contract.messages import BatchOutputs, Message, Trained
 from raylight.contract.task import Loaders, Task
+from raylight.driver.group import Group
 from raylight.driver.recovery import Recovery
 from raylight.driver.restart import History
 from raylight.driver.result import Result
@@ -24,21 +25,50 @@ from raylight.loading import Resume, find_resume, find_seed
 from raylight.loggers import make_loggers
 from raylight.report.console import Console
 from raylight.report.gauges import GAUGES, Gauges
-from raylight.storage.checkpoints import raise_fence, sweep_leftovers
+from raylight.storage.checkpoints import Checkpoint, raise_fence, sweep_leftovers
 from raylight.storage.fence import claim_attempt
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
+from raylight.user.module import Module
+from raylight.user.trainer_names import TrainerNames
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A version that a trainer was asked for before its first run, and the loggers that write to it."""
+
+    version: Version
+    loggers: list[Any]
+
+
+def claim(config: Config) -> Claimed:
+    """Claims the next version of a run, which the next run of that trainer will use."""
+    version = claim_version(Storage(config.storage_path, config.storage_filesystem), config.name)
+    return Claimed(version, make_loggers(config.logger, version.storage, version.path))
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The checkpoints that a run has left."""
+
+    checkpoints: list[Checkpoint]
+    best: Checkpoint | None
+    last: Checkpoint | None
 
 
 class Execution:
     """A fit, validate, test or predict. `driver` and `result` are there for the trainer to read afterwards."""
 
     def __init__(
-        self, config: Config, callbacks: list[Any], stage: str, module: Any, loaders: Loaders, previous: Result | None
-    ):
-        self.config, self.callbacks, self.stage, self.module, self.loaders = config, callbacks, stage, module, loaders
-        self.previous = previous
+        self, trainer: TrainerNames, stage: str, module: Module, loaders: Loaders, previous: Result | None = None,
+        claimed: Claimed | None = None,
+    ):  # fmt: skip
+        self.trainer, self.stage, self.module, self.loaders = trainer, stage, module, loaders
+        self.config, self.callbacks, self.previous = trainer.config, list(trainer.callbacks), previous
+        self.claimed = claimed
         self.driver: Run | None = None
+        self.facts: dict[str, Any] = {}
+        """What rank 0 in another process has sent of the run, by the names of `RunView`."""
         self.result: Result | None = None
         self.history = History()
 
@@ -64,7 +94,7 @@ class Execution:
         from raylight.replay import is_wanted, replay
 
         if is_wanted(self.config.name):
-            replay(self.module, self.loaders, self.callbacks, self.config)
+            replay(self.module, self.loaders, self.trainer)
 
     def start(self, ckpt_path: Any, facts: dict[str, Any] | None = None) -> None:
         """The workers and, on storage, the version; nothing is trained yet. `facts` go to run.json."""
@@ -101,14 +131,18 @@ class Execution:
             self.module.cpu()
 
     def _prepare(
-        self, group: Any, resume: Resume, version: Version | None, attempt: int, facts: dict[str, Any]
+        self, group: Group, resume: Resume, version: Version | None, attempt: int, facts: dict[str, Any]
     ) -> tuple[Task, Console]:
         """run.json, loggers and console; and the task for the workers."""
         config = self.config
         if attempt and version is not None:
             raise_fence(version.storage, attempt)
             sweep_leftovers(version.storage)
-        loggers = make_loggers(config.logger, version.storage, version.path) if version is not None else []
+        loggers: list[Any] = []
+        if self.claimed is not None and version is self.claimed.version:
+            loggers = self.claimed.loggers
+        elif version is not None:
+            loggers = make_loggers(config.logger, version.storage, version.path)
         console = Console(
             config.enable_progress_bar,
             world_size=group.world_size,
@@ -118,7 +152,7 @@ class Execution:
         )
         protected = resume.checkpoint.path if resume.checkpoint is not None else None
         driver = self.driver = Run(version, config, group.world_size, [console], loggers, attempt, protected)
-        if self.stage == "fit" and not isinstance(group, InProcessGroup):
+        if self.stage == "fit" and not group.is_local:
             driver.sinks.append(_make_gauges(driver))
         driver.is_follow_up = self.stage != "fit" and version is not None and bool(version.read_run())
         seed = resume.seed if resume.seed is not None else self._choose_seed(resume)
@@ -138,20 +172,19 @@ class Execution:
             loaders=self.loaders,
             config=replace(config, logger=bool(config.logger), storage_filesystem=None),
             callbacks=self.callbacks,
+            trainer=self.trainer,
             version_path=version.path if version is not None else "",
             files=version.storage if version is not None else None,
             seed=seed,
             checkpoint=resume.checkpoint,
+            lightning_file=resume.lightning_file,
             weights_only=self.stage != "fit",
             attempt=attempt,
-            options={
-                "stamp": driver.record.get("started_at"),
-                "label": _make_label(config, version),
-                "share_module": not isinstance(group, InProcessGroup),
-                "takes_new_hyperparameters": resume.takes_new_hyperparameters,
-                "trained": self._find_trained(resume),
-                "lightning_file": resume.lightning_file,
-            },
+            trained=self._find_trained(resume),
+            returns_module=not group.is_local,
+            takes_new_options=resume.takes_new_hyperparameters,
+            label=_make_label(config, version),
+            stamp=driver.record.get("started_at"),
         )
         return task, console
 
@@ -164,7 +197,7 @@ class Execution:
         recovery = Recovery(self.config, group, driver, task, watch)
         self.history = recovery.history
         messages = group.run(task)
-        group.watch = watch.look
+        group.follow(watch.look)
         while True:
             for rank, message in messages:
                 driver.handle(rank, message)
@@ -177,7 +210,7 @@ class Execution:
 
     # ---- before
 
-    def _start_group(self, label: Callable[[], str]) -> Any:
+    def _start_group(self, label: Callable[[], str]) -> Group:
         if self.config.num_workers == 0:
             return InProcessGroup(self.config)
         from raylight.launch.ray_actors import acquire_group
@@ -193,10 +226,13 @@ class Execution:
             if resume.version is not None:
                 is_new = resume.checkpoint is None and not resume.version.read_run()
                 return resume.version, 0 if is_new else claim_attempt(resume.version.storage)
-            return claim_version(storage, self.config.name), 0
+            return self._claim(storage), 0
         if self.previous is not None and self.previous.version is not None:
             return self.previous.version, 0
-        return claim_version(storage, self.config.name), 0
+        return self._claim(storage), 0
+
+    def _claim(self, storage: Storage) -> Version:
+        return self.claimed.version if self.claimed is not None else claim_version(storage, self.config.name)
 
     def _find_trained(self, resume: Resume) -> tuple[int, int]:
         """Steps and epochs behind the weights that are evaluated: where in the curves what they measure belongs."""
@@ -218,6 +254,16 @@ class Execution:
 
     # ---- after
 
+    @property
+    def was_interrupted(self) -> bool:
+        """By a signal, or because it failed."""
+        return self.result is None or self.result.status == "interrupted" if self.stage == "fit" else False
+
+    @property
+    def kept(self) -> Kept:
+        assert self.driver is not None
+        return Kept(list(self.driver.checkpoints), self.driver.best, self.driver.last)
+
     def _status(self) -> str:
         assert self.driver is not None
         statuses = {message.status for message in self.driver.outcome.finished.values()}
@@ -228,13 +274,11 @@ class Execution:
         driver, console, status = self.driver, self.console, self._status()
         assert driver is not None
         finished = driver.outcome.finished
-        returned = finished[0].returned
         driver.step, driver.epoch = finished[0].step, finished[0].epoch
         driver.ledger.finish()
         if self.stage == "fit":
             driver.close(status)
-            if returned is not None:
-                _take_back(self.module, self.callbacks, returned)
+            self._take_back(finished[0].trained)
             self.result = Result(
                 status=status,
                 metrics=dict(driver.callback_metrics),
@@ -253,10 +297,24 @@ class Execution:
         driver.close(status)
         console.close(None)
         if self.stage == "predict":
-            return _merge_predictions([finished[rank].returned for rank in sorted(finished)])
+            return _merge_predictions([finished[rank].outputs for rank in sorted(finished)])
+        results = list(finished[0].results)
         if verbose:
-            console.show_results(self.stage, returned)
-        return returned
+            console.show_results(self.stage, results)
+        return results
+
+    def _take_back(self, trained: Trained | None) -> None:
+        """The caller's own objects become what rank 0's were at the end."""
+        if trained is None:  # they were used themselves
+            return
+        self.facts = trained.facts
+        vars(self.module).update(trained.module)
+        self.module.load_state_dict(trained.weights)
+        if self.loaders.data_module is not None:
+            vars(self.loaders.data_module).update(trained.data_module)
+        vars(self.trainer).update(trained.trainer)
+        for callback, attributes in zip(self.callbacks, trained.callbacks, strict=False):
+            vars(callback).update(attributes)
 
 
 def _make_label(config: Config, version: Version | None) -> str:
@@ -272,15 +330,7 @@ def _make_gauges(driver: Run) -> Gauges:
     return Gauges(driver, open_gauges(GAUGES, {"run": driver.config.name, "version": version}))
 
 
-def _take_back(module: Any, callbacks: list[Any], returned: dict[str, Any]) -> None:
-    """The caller's own objects become what rank 0's were at the end."""
-    vars(module).update(returned["attributes"])
-    module.load_state_dict(returned["weights"])
-    for callback, attributes in zip(callbacks, returned["callbacks"], strict=False):
-        vars(callback).update(attributes)
-
-
-def _merge_predictions(shares: list[list[list[tuple[int, Any]]]]) -> list[Any]:
+def _merge_predictions(shares: list[BatchOutputs]) -> list[Any]:
     """Each loader's outputs in the order of its batches; for one loader that list alone."""
     num_loaders = len(shares[0])
     merged = []

@@ -16,19 +16,22 @@ from typing import Any
 import torch
 
 from raylight.contract.errors import InvalidArguments, MissingFile
+from raylight.contract.layout import FAILURES
 from raylight.contract.seeding import seed_step, set_rng_state
 from raylight.contract.task import Loaders, Place, Task
 from raylight.runs import Run, open_run
 from raylight.storage.checkpoints import Checkpoint, list_checkpoints, verify
+from raylight.user.module import Module
+from raylight.user.trainer_names import TrainerNames
 from raylight.worker.checkpoint.plain_values import restore_arrays
 from raylight.worker.checkpoint.restore import read_file
-from raylight.worker.data.batches import TrainBatch, TrainBatches
-from raylight.worker.diagnosis.evidence import FOLDER
+from raylight.worker.data.batches import TrainBatch
+from raylight.worker.data.training_data import find_loader
 from raylight.worker.diagnosis.failure import format_user_traceback
 from raylight.worker.group.control import Control
 from raylight.worker.loop import Loop
-from raylight.worker.rank import Rank
-from raylight.worker.task_runner import prepare, prepare_fit
+from raylight.worker.session import Session
+from raylight.worker.task_runner import prepare
 
 PATH_VARIABLE, DEBUGGER_VARIABLE = "RAYLIGHT_REPLAY", "RAYLIGHT_DEBUGGER"
 
@@ -56,14 +59,14 @@ def read_evidence(path: str) -> Evidence:
     folder, _, name = place.rstrip("/").rpartition("/")
     if not name.endswith(".pt"):
         folder, name = place, ""
-    run = open_run(folder.removesuffix(f"/{FOLDER}") + mark + query)
-    names = sorted(entry.name for entry in run.storage.list(FOLDER)) if run.storage.exists(FOLDER) else []
+    run = open_run(folder.removesuffix(f"/{FAILURES}") + mark + query)
+    names = sorted(entry.name for entry in run.storage.list(FAILURES)) if run.storage.exists(FAILURES) else []
     name = name or (names[-1] if names else "")
     if name not in names:
-        where = run.storage.uri_of(f"{FOLDER}/{name}")
+        where = run.storage.uri_of(f"{FAILURES}/{name}")
         raise MissingFile(f"{where} is not there; there are: {', '.join(names) or 'none'}")
-    with run.storage.open_read(f"{FOLDER}/{name}") as file:
-        facts = read_file(file, run.storage.uri_of(f"{FOLDER}/{name}"))
+    with run.storage.open_read(f"{FAILURES}/{name}") as file:
+        facts = read_file(file, run.storage.uri_of(f"{FAILURES}/{name}"))
     return Evidence(run, restore_arrays(facts))
 
 
@@ -84,22 +87,32 @@ def is_wanted(name: str) -> bool:
     return bool(path) and read_evidence(str(path)).run.name == name
 
 
-def replay(module: Any, loaders: Loaders, callbacks: list[Any], config: Any) -> None:
-    """Makes the step and ends the process: with 1 where it fails again, with 0 where it does not."""
+def replay(module: Module, loaders: Loaders, trainer: TrainerNames) -> None:
+    """Makes the step and ends the process: with 1 if it fails again, else with 0."""
     evidence = read_evidence(os.environ[PATH_VARIABLE])
-    facts = evidence.facts
+    facts, config = evidence.facts, trainer.config
     checkpoint = _checkpoint_before(evidence)
     print(f"raylight: replaying {evidence.describe()}")
     at = f"checkpoint {checkpoint.path} (step {checkpoint.step})" if checkpoint else "the script, before training"
     print(f"raylight: weights of {at}", flush=True)
-    config = replace(config, num_workers=0, checkpoint=None, logger=False, detect_anomaly=True)
-    task = Task("fit", module, loaders, config, callbacks, evidence.run.path, None, facts["seed"], checkpoint)
     use_gpu = torch.cuda.is_available() and config.use_gpu is not False
-    rank = Rank(task, Place(device=f"cuda:{torch.cuda.current_device()}" if use_gpu else "cpu"), Control())
-    for _ in prepare(rank):
+    task = Task(
+        stage="fit",
+        module=module,
+        loaders=loaders,
+        config=replace(config, num_workers=0, checkpoint=None, logger=False, detect_anomaly=True),
+        callbacks=trainer.callbacks,
+        trainer=trainer,
+        version_path=evidence.run.path,
+        files=None,
+        seed=facts["seed"],
+        checkpoint=checkpoint,
+    )
+    place = Place(device=f"cuda:{torch.cuda.current_device()}" if use_gpu else "cpu")
+    session = Session(task, place, Control())
+    for _ in prepare(session):
         continue
-    prepare_fit(rank)
-    loop, batch = _open(rank, facts)
+    loop, batch = _open(session, facts)
     _set_random_numbers(facts)
     try:
         with torch.autograd.set_detect_anomaly(True):
@@ -110,7 +123,7 @@ def replay(module: Any, loaders: Loaders, callbacks: list[Any], config: Any) -> 
         if debugger:
             importlib.import_module(debugger).post_mortem(error.__traceback__)
         raise SystemExit(1) from None
-    losses = [float(loss) for loss in loop.gradients.losses]
+    losses = [float(loss) for loss in loop.step.take_losses()]
     bad = [name for name, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     told = f"gradients that are not finite: {', '.join(bad)}" if bad else "all gradients are finite"
     print(f"raylight: the step did not raise; loss {losses}, {told}", flush=True)
@@ -125,22 +138,14 @@ def _checkpoint_before(evidence: Evidence) -> Checkpoint | None:
     return next((one for one in reversed(usable) if not verify(one)), None)
 
 
-def _open(rank: Rank, facts: dict[str, Any]) -> tuple[Loop, TrainBatch]:
+def _open(session: Session, facts: dict[str, Any]) -> tuple[Loop, TrainBatch]:
     """The loop at the batch in question, divided as it was among the ranks."""
-    config = rank.config
-    batches = rank.train_batches = TrainBatches(
-        rank.loader("train"),
-        rank=facts["rank"],
-        world_size=facts["world_size"],
-        seed=facts["seed"],
-        limit=config.overfit_batches or config.limit_train_batches,
-        use_distributed_sampler=config.use_distributed_sampler,
-        global_batch_size=config.global_batch_size,
-        overfit=bool(config.overfit_batches),
-    )
-    rank.num_training_batches = batches.num_batches
-    rank.current_epoch, rank.global_step, rank.batch_idx = facts["epoch"], facts["step"], facts["index"]
-    loop = Loop(rank)
+    worker, data = session.worker, session.worker.data
+    data.open(find_loader(worker.task.loaders, worker.hooks, "train"), facts["rank"], facts["world_size"])
+    batches = data.batches
+    assert batches is not None
+    worker.progress.stand_at(facts["step"], facts["epoch"], facts["index"])
+    loop = session.open_loop()
     if facts["batch"] is not None:
         return loop, TrainBatch(facts["batch"], facts["index"], facts["share"], facts["size"], False, False)
     batches.load_state_dict(facts["data"])

@@ -16,7 +16,6 @@ from raylight.storage.checkpoints import (
     CHECKPOINTS,
     MANIFEST_FILE,
     Checkpoint,
-    best,
     check_there,
     check_whole,
     find_checkpoint,
@@ -26,6 +25,7 @@ from raylight.storage.checkpoints import (
 )
 from raylight.storage.fence import read_fence
 from raylight.storage.filesystem import Storage
+from raylight.storage.retention import best
 from raylight.storage.summaries import Summary, leftover_folders, monitor_of, read_run_or_status, summarize
 from raylight.storage.versions import Version, list_runs, number_of, versions_in
 

@@ -5,40 +5,43 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from raylight.arguments import checks
 from raylight.arguments.resolving import as_list, resolve
 from raylight.arguments.scale import Available
-from raylight.contract.config import Config
 from raylight.contract.errors import InvalidArguments
 from raylight.contract.task import Loaders
 from raylight.user.data_module import DataModule
+from raylight.user.run_view import Record, WorkersRecord, record_of
+from raylight.user.states import TrainerStatus
+from raylight.user.trainer_names import TrainerNames
+
+if TYPE_CHECKING:
+    from raylight.driver.result import Result
+    from raylight.execution import Claimed, Execution, Kept
 
 NAMES = {"fit": "train_dataloaders", "validate": "dataloaders", "test": "dataloaders", "predict": "dataloaders"}
 
 
-class Trainer:
-    """Lightning's Trainer over raylight: holds the arguments, and after a run what it left.
+class Trainer(TrainerNames):
+    """Lightning's Trainer over raylight, and what hooks receive as `trainer`: in this process this very object, on a
+    worker one of the same class.
 
     Every argument is keyword only and one of API.md's "Trainer arguments". Raises InvalidArguments with all mistakes
     at once, and NotEnoughResources where more was asked for than there is.
     """
 
+    _stays = TrainerNames._stays | {"arguments", "result", "_claimed", "_kept"}
+
     def __init__(self, **arguments: Any) -> None:
+        super().__init__(resolve(arguments, find_available(arguments)), as_list(arguments.get("callbacks")))
         self.arguments = arguments
-        self.callbacks: list[Any] = as_list(arguments.get("callbacks"))
-        self.config: Config = resolve(arguments, find_available(arguments))
-        self.result: Any = None
-        self.callback_metrics: dict[str, torch.Tensor] = {}
-        self.logged_metrics: dict[str, torch.Tensor] = {}
-        self.current_epoch = 0
-        self.global_step = 0
-        self.log_dir: str | None = None
-        self._model: Any = None
-        self._run: Any = None
+        self.result: Result | None = None
+        self._claimed: Claimed | None = None
+        self._kept: Kept | None = None
 
     # ---- what to do
 
@@ -102,68 +105,54 @@ class Trainer:
         setattr(loaders, stage, dataloaders)
         return loaders
 
-    # ---- Lightning's names
+    # ---- before the first run
 
     @property
-    def model(self) -> Any:
-        return self._model
+    def loggers(self) -> list[Any]:  # type: ignore[override]
+        """The loggers; asked before a fit, they and the version's directory are made at once."""
+        self._claim()
+        return self._view.loggers
 
-    lightning_module = model
+    @property
+    def log_dir(self) -> str | None:  # type: ignore[override]
+        """The version directory, as path or URI; asked before a fit, it is claimed at once. None where nothing is
+        written."""
+        self._claim()
+        return self._view.log_dir
+
+    def _claim(self) -> None:
+        if self._fn is None and self._claimed is None and not self.config.fast_dev_run:
+            from raylight.execution import claim
+
+            claimed = self._claimed = claim(self.config)
+            self._view = Record(
+                callbacks=self.callbacks, loggers=claimed.loggers, log_dir=claimed.version.path,
+                accumulate_grad_batches=self.config.accumulate_grad_batches,
+            )  # fmt: skip
 
     @property
     def checkpoint_callback(self) -> Any:
-        """The ModelCheckpoint among the callbacks; one is made where none was passed. Has best_model_path and
+        """The ModelCheckpoint among the callbacks; one is made if none was passed. Has best_model_path and
         last_model_path after a fit."""
         from raylight.callbacks import ModelCheckpoint
 
-        found = next((c for c in self.callbacks if isinstance(c, ModelCheckpoint)), None)
+        found = super().checkpoint_callback
         if found is None and self.config.checkpoint is not None:
-            found = self.__dict__.setdefault("_checkpoint_callback", ModelCheckpoint())
-            self._fill_checkpoint_callback(found)
+            found = ModelCheckpoint()
+            self._fill(found)
         return found
 
-    @property
-    def early_stopping_callback(self) -> Any:
-        from raylight.callbacks import EarlyStopping
-
-        return next((c for c in self.callbacks if isinstance(c, EarlyStopping)), None)
-
-    @property
-    def world_size(self) -> int:
-        workers = self.config.num_workers
-        return max(workers, 1) if isinstance(workers, int) else workers[1] if isinstance(workers, tuple) else 1
-
-    @property
-    def max_epochs(self) -> int | None:
-        return self.config.max_epochs
-
-    @property
-    def max_steps(self) -> int:
-        return self.config.max_steps
-
-    @property
-    def default_root_dir(self) -> str:
-        return self.config.storage_path
-
-    @property
-    def is_global_zero(self) -> bool:
-        return True
-
-    @property
-    def loggers(self) -> list[Any]:
-        return self._run.loggers if self._run is not None else []
-
-    @property
-    def logger(self) -> Any:
-        return next(iter(self.loggers), None)
-
-    def save_checkpoint(self, path: Any, weights_only: bool = False) -> None:
-        """Copies the last checkpoint of this trainer's fit to `path`, a directory that must not exist."""
+    def save_checkpoint(self, filepath: Any, weights_only: bool = False, storage_options: Any = None) -> None:
+        """In a hook as `TrainerNames.save_checkpoint`; after a fit copies its last checkpoint to `filepath`, a
+        directory that must not exist."""
         from raylight.loading import copy_checkpoint
 
+        if self.state.status is TrainerStatus.RUNNING:
+            super().save_checkpoint(filepath, weights_only, storage_options)
+            return
         if self.result is None or self.result.last_checkpoint is None:
             raise InvalidArguments("save_checkpoint: there is no checkpoint yet; call fit first, with checkpoint=True")
-        copy_checkpoint(self.result.last_checkpoint, os.fspath(path), weights_only)
+        copy_checkpoint(self.result.last_checkpoint, os.fspath(filepath), weights_only)
 
     # ---- one run
 
@@ -171,7 +160,7 @@ class Trainer:
         from raylight.execution import Execution
 
         given_model = model
-        model = model if model is not None else self._model
+        model = model if model is not None else self.lightning_module
         mistakes = [] if model is not None else [f"{stage} needs a model: pass one, or call fit first"]
         if model is not None:
             mistakes += checks.check_run(stage, model, loaders, self.config, self.callbacks)
@@ -179,32 +168,42 @@ class Trainer:
             raise InvalidArguments(mistakes)
         if ckpt_path is None and given_model is None and self.result is not None and self.result.best_checkpoint:
             ckpt_path = "best"
-        self._model = model
-        execution = Execution(self.config, self.callbacks, stage, model, loaders, self.result)
+        execution = Execution(self, stage, model, loaders, self.result, self._claimed)
+        self._claimed = None
         try:
             return execution.run(ckpt_path, verbose)
         finally:
-            self._take(execution)
+            self._remember(execution)
 
-    def _take(self, execution: Any) -> None:
+    def _remember(self, execution: Execution) -> None:
         """What a run leaves behind for the caller to read."""
-        run = execution.driver
-        if run is None:
+        driver, before = execution.driver, self._view
+        if driver is None:
             return
-        self._run = run
-        self.callback_metrics = {name: torch.tensor(value) for name, value in run.callback_metrics.items()}
-        self.logged_metrics = {name: torch.tensor(value) for name, value in run.logged_metrics.items()}
-        if run.version is not None:
-            self.log_dir = run.version.path
+        record = record_of(before) if execution.group.is_local else WorkersRecord(**execution.facts)
+        record.module, record.callbacks, record.loggers = execution.module, execution.callbacks, driver.loggers
+        record.stage, record.datamodule = None, execution.loaders.data_module
+        record.status = TrainerStatus.INTERRUPTED if execution.was_interrupted else TrainerStatus.FINISHED
+        record.log_dir = driver.version.path if driver.version is not None else before.log_dir
+        record.callback_metrics = {name: torch.tensor(value) for name, value in driver.callback_metrics.items()}
+        record.logged_metrics = {name: torch.tensor(value) for name, value in driver.logged_metrics.items()}
+        if not execution.group.is_local:
+            given = execution.loaders
+            record.train_dataloader, record.val_dataloaders = given.train, given.validate
+            record.test_dataloaders, record.predict_dataloaders = given.test, given.predict
         if execution.stage == "fit":
-            self.result = execution.result or self.result
-            self.global_step, self.current_epoch = run.step, run.epoch
-            for callback in self.callbacks:
-                self._fill_checkpoint_callback(callback)
+            self.result, self._kept = execution.result or self.result, execution.kept
+            record.global_step, record.current_epoch = driver.step, driver.epoch
+        else:
+            record.global_step, record.current_epoch = before.global_step, before.current_epoch
+        self.follow(record, execution.stage)
+        for callback in self.callbacks:
+            self._fill(callback)
 
-    def _fill_checkpoint_callback(self, callback: Any) -> None:
-        if self._run is not None and hasattr(callback, "take_kept"):
-            callback.take_kept(self._run.checkpoints, self._run.best, self._run.last)
+    def _fill(self, callback: Any) -> None:
+        """A checkpoint callback is told what was kept."""
+        if self._kept is not None and hasattr(callback, "take_kept"):
+            callback.take_kept(self._kept.checkpoints, self._kept.best, self._kept.last)
 
 
 def find_available(arguments: dict[str, Any]) -> Available:

@@ -18,22 +18,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("contract",),
     ("user",),
     ("arguments",),
-    ("worker", "storage", "callbacks"),
-    ("driver", "launch", "report", "loading", "loggers"),
+    ("worker", "storage"),
+    ("driver",),
+    ("launch", "report", "callbacks", "loading", "loggers"),
     ("execution", "replay", "runs"),
     ("trainer",),
     ("sweep", "tuning", "cli", "doctor", "supervise"),
 )
 
 # Neighbours of one layer that must not know each other.
-STRANGERS = {("worker", "storage"), ("storage", "worker"), ("storage", "callbacks"), ("worker", "callbacks")}
-
-# `load_from_checkpoint` and `transfer_batch_to_device`, which users call on a `Module` or `DataModule`, need what lies
-# above and import it when they are called.
-UPWARD_WHEN_CALLED = {
-    ("user.module", "loading"), ("user.module", "worker.data.batches"), ("user.data_module", "loading"),
-    ("user.data_module", "worker.data.batches"),
-}  # fmt: skip
+STRANGERS = {("worker", "storage"), ("storage", "worker"), ("launch", "report"), ("report", "launch")}
 
 # What a package may import besides the standard library and raylight; everything where it is not listed here.
 THIRD_PARTY = {
@@ -66,7 +60,7 @@ def name_module(path: Path) -> str:
 
 
 def find_imports(importer: str, node: ast.AST, when_called: bool) -> Iterator[Import]:
-    """All imports but those for the type checker alone, which load nothing."""
+    """All imports, those inside functions and those for the type checker alone included."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             yield from (Import(importer, alias.name, when_called) for alias in child.names)
@@ -75,9 +69,6 @@ def find_imports(importer: str, node: ast.AST, when_called: bool) -> Iterator[Im
             for alias in child.names:
                 whole = f"{child.module}.{alias.name}"
                 yield Import(importer, whole if is_module(whole) else str(child.module), when_called)
-        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            for statement in child.orelse:
-                yield from find_imports(importer, statement, when_called)
         else:
             inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             yield from find_imports(importer, child, when_called or inside)
@@ -104,15 +95,8 @@ INSIDE = [found for found in IMPORTS if found.importer and found.imported.starts
 
 
 def test_imports_go_down_the_layers() -> None:
-    upward = [found for found in INSIDE if find_layer(found.importer) < find_layer(found.imported[9:])]
-    wrong = [
-        str(found)
-        for found in upward
-        if not (found.when_called and (found.importer, found.imported[9:]) in UPWARD_WHEN_CALLED)
-    ]
+    wrong = [str(found) for found in INSIDE if find_layer(found.importer) < find_layer(found.imported[9:])]
     assert not wrong, "\n".join(wrong)
-    unused = UPWARD_WHEN_CALLED - {(found.importer, found.imported[9:]) for found in upward}
-    assert not unused, f"exceptions that nothing needs: {unused}"
 
 
 def test_worker_storage_and_callbacks_do_not_know_each_other() -> None:
@@ -147,8 +131,7 @@ def test_ray_is_imported_by_its_launcher_and_by_sweeps_alone() -> None:
 def test_no_chain_of_imports_leads_back_to_where_it_began() -> None:
     edges: dict[str, set[str]] = {}
     for found in INSIDE:
-        if not found.when_called:
-            edges.setdefault(found.importer, set()).add(found.imported[9:])
+        edges.setdefault(found.importer, set()).add(found.imported[9:])
     done: set[str] = set()
 
     def visit(module: str, chain: tuple[str, ...]) -> None:

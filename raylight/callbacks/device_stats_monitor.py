@@ -13,7 +13,7 @@ from raylight.user.callback import Callback
 if TYPE_CHECKING:
     from raylight.contract.config import Config
     from raylight.user.module import Module
-    from raylight.worker.rank import Rank
+    from raylight.user.trainer_names import TrainerNames
 
 
 class DeviceStatsMonitor(Callback):
@@ -36,36 +36,38 @@ class DeviceStatsMonitor(Callback):
             return []
         return ["DeviceStatsMonitor has nowhere to log to with logger=False; remove one of them."]
 
-    def setup(self, trainer: Rank, module: Module, stage: str) -> None:
+    def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
         self._processor_time = _read_processor_time()  # the first value is that of the time since now
 
-    def on_train_batch_start(self, trainer: Rank, module: Module, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: TrainerNames, module: Module, batch: Any, batch_idx: int) -> None:
         self._log(trainer, "on_train_batch_start", trainer.global_step + 1)
 
-    def on_train_batch_end(self, trainer: Rank, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._log(trainer, "on_train_batch_end", trainer.global_step)
 
     def on_validation_batch_start(
-        self, trainer: Rank, module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: TrainerNames, module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._log(trainer, "on_validation_batch_start", batch_idx + 1)
 
     def on_validation_batch_end(
-        self, trainer: Rank, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._log(trainer, "on_validation_batch_end", batch_idx + 1)
 
     def on_test_batch_start(
-        self, trainer: Rank, module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: TrainerNames, module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._log(trainer, "on_test_batch_start", batch_idx + 1)
 
     def on_test_batch_end(
-        self, trainer: Rank, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._log(trainer, "on_test_batch_end", batch_idx + 1)
 
-    def _log(self, trainer: Rank, hook: str, count: int) -> None:
+    def _log(self, trainer: TrainerNames, hook: str, count: int) -> None:
         if not trainer.logger or not trainer.is_global_zero or trainer.sanity_checking:
             return
         if not is_log_step(trainer, count) or (trainer.training and self._logged.get(hook) == count):

@@ -14,7 +14,7 @@ from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
     from raylight.user.module import Module
-    from raylight.worker.rank import Rank
+    from raylight.user.trainer_names import TrainerNames
 
 
 class EarlyStoppingReason(Enum):
@@ -104,22 +104,22 @@ class EarlyStopping(Callback):
         self.stopping_reason = EarlyStoppingReason(state_dict["stopping_reason"])
         self.stopping_reason_message = state_dict["stopping_reason_message"]
 
-    def on_train_epoch_end(self, trainer: Rank, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: TrainerNames, module: Module) -> None:
         if self._checks_at_epoch_end(trainer):
             self._check(trainer)
 
-    def on_validation_end(self, trainer: Rank, module: Module) -> None:
+    def on_validation_end(self, trainer: TrainerNames, module: Module) -> None:
         if trainer.fitting and not trainer.sanity_checking and not self._checks_at_epoch_end(trainer):
             self._check(trainer)
 
-    def _checks_at_epoch_end(self, trainer: Rank) -> bool:
+    def _checks_at_epoch_end(self, trainer: TrainerNames) -> bool:
         if self.check_on_train_epoch_end is not None:
             return self.check_on_train_epoch_end
         once_an_epoch = trainer.config.val_check_interval == 1.0 and trainer.config.check_val_every_n_epoch == 1
-        validates = any(count is None or count > 0 for count in trainer.num_val_batches)
+        validates = any(count > 0 for count in trainer.num_val_batches)
         return once_an_epoch or not validates
 
-    def _check(self, trainer: Rank) -> None:
+    def _check(self, trainer: TrainerNames) -> None:
         if trainer.config.fast_dev_run:
             return
         value = self._read(trainer)
@@ -134,7 +134,7 @@ class EarlyStopping(Callback):
         elif self.verbose and self.best_score is not previous:
             self._tell(trainer, f"EarlyStopping: {self.monitor} improved from {previous:.4g} to {self.best_score:.4g}.")
 
-    def _read(self, trainer: Rank) -> torch.Tensor | None:
+    def _read(self, trainer: TrainerNames) -> torch.Tensor | None:
         metrics = trainer.callback_metrics
         if self.monitor in metrics:
             value = torch.as_tensor(metrics[self.monitor]).detach().squeeze().cpu()
@@ -180,6 +180,6 @@ class EarlyStopping(Callback):
         return bool(value < than) if self.mode == "min" else bool(value > than)
 
     @staticmethod
-    def _tell(trainer: Rank, text: str, level: str = "info") -> None:
+    def _tell(trainer: TrainerNames, text: str, level: str = "info") -> None:
         if trainer.is_global_zero:
             trainer.notice(text, level)

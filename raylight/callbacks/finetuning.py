@@ -15,7 +15,7 @@ from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
     from raylight.user.module import Module
-    from raylight.worker.rank import Rank
+    from raylight.user.trainer_names import TrainerNames
 
 Modules = nn.Module | Iterable[Any]  # a module, or modules in nested containers
 
@@ -43,16 +43,16 @@ class BaseFinetuning(Callback):
 
     # ---- hooks
 
-    def setup(self, trainer: Rank, module: Module, stage: str) -> None:
+    def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
         self._saved, self._latest_epoch = None, -1
         self.freeze_before_training(module)
 
-    def on_fit_start(self, trainer: Rank, module: Module) -> None:
+    def on_fit_start(self, trainer: TrainerNames, module: Module) -> None:
         saved, self._saved = self._saved, None
         if saved is not None:
             restore_groups(trainer, module, saved)
 
-    def on_train_epoch_start(self, trainer: Rank, module: Module) -> None:
+    def on_train_epoch_start(self, trainer: TrainerNames, module: Module) -> None:
         if trainer.current_epoch <= self._latest_epoch:
             return
         self._latest_epoch = trainer.current_epoch
@@ -68,10 +68,10 @@ class BaseFinetuning(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._latest_epoch = state_dict["latest_epoch"]
 
-    def on_save_checkpoint(self, trainer: Rank, module: Module, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: TrainerNames, module: Module, checkpoint: dict[str, Any]) -> None:
         checkpoint[f"{self.state_key}.groups"] = describe_groups(trainer, module)
 
-    def on_load_checkpoint(self, trainer: Rank, module: Module, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: TrainerNames, module: Module, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(f"{self.state_key}.groups") if trainer.fitting else None
         if saved is None:
             return
@@ -227,7 +227,7 @@ class BackboneFinetuning(BaseFinetuning):
             module.trainer.notice(f"BackboneFinetuning: in epoch {epoch} {rates}.")
 
 
-def describe_groups(trainer: Rank, module: Module) -> dict[str, Any]:
+def describe_groups(trainer: TrainerNames, module: Module) -> dict[str, Any]:
     """Which parameters are in which group of which optimizer, and what is frozen, by name."""
     name_of = {id(parameter): name for name, parameter in module.named_parameters()}
     return {
@@ -240,7 +240,7 @@ def describe_groups(trainer: Rank, module: Module) -> dict[str, Any]:
     }
 
 
-def restore_groups(trainer: Rank, module: Module, saved: dict[str, Any]) -> None:
+def restore_groups(trainer: TrainerNames, module: Module, saved: dict[str, Any]) -> None:
     """Freezes what was frozen and adds the groups that were added since `configure_optimizers`; what is in them is
     loaded later, with the optimizer's state."""
     parameters = dict(module.named_parameters())
@@ -257,7 +257,7 @@ def restore_groups(trainer: Rank, module: Module, saved: dict[str, Any]) -> None
         extend_schedulers(trainer, optimizer)
 
 
-def extend_schedulers(trainer: Rank, optimizer: Optimizer) -> None:
+def extend_schedulers(trainer: TrainerNames, optimizer: Optimizer) -> None:
     """Schedulers hold one value for each group that there was when they were made; a new group follows the first one,
     at its own rate."""
     first, *others = optimizer.param_groups

@@ -11,7 +11,7 @@ from raylight.user.callback import Callback
 if TYPE_CHECKING:
     from raylight.contract.config import Config
     from raylight.user.module import Module
-    from raylight.worker.rank import Rank
+    from raylight.user.trainer_names import TrainerNames
 
 
 class GradientAccumulationScheduler(Callback):
@@ -48,7 +48,7 @@ class GradientAccumulationScheduler(Callback):
             if getattr(config, name) != default
         ]
 
-    def on_train_start(self, trainer: Rank, module: Module) -> None:
+    def on_train_start(self, trainer: TrainerNames, module: Module) -> None:
         if not module.automatic_optimization:
             raise InvalidArguments(
                 "GradientAccumulationScheduler: the module optimizes manually (automatic_optimization=False) and so "
@@ -57,5 +57,5 @@ class GradientAccumulationScheduler(Callback):
         # a run that goes on in the middle of an epoch has no start of that epoch
         trainer.accumulate_grad_batches = self.get_accumulate_grad_batches(trainer.current_epoch)
 
-    def on_train_epoch_start(self, trainer: Rank, module: Module) -> None:
+    def on_train_epoch_start(self, trainer: TrainerNames, module: Module) -> None:
         trainer.accumulate_grad_batches = self.get_accumulate_grad_batches(trainer.current_epoch)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from raylight.contract.config import Config
     from raylight.user.module import Module
-    from raylight.worker.rank import Rank
+    from raylight.user.trainer_names import TrainerNames
 
 
 class LearningRateMonitor(Callback):
@@ -48,17 +48,17 @@ class LearningRateMonitor(Callback):
             return []
         return ["LearningRateMonitor has nowhere to log to with logger=False; remove one of them."]
 
-    def setup(self, trainer: Rank, module: Module, stage: str) -> None:
+    def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
         if stage == "fit":
             self._logged_step, self._last_step, self._steps_a_batch = 0, None, 1
             self.lrs = {}
 
-    def on_train_start(self, trainer: Rank, module: Module) -> None:
+    def on_train_start(self, trainer: TrainerNames, module: Module) -> None:
         for _, _, names in _name_groups(trainer):
             for name in names:
                 self.lrs.setdefault(name, [])
 
-    def on_train_batch_start(self, trainer: Rank, module: Module, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: TrainerNames, module: Module, batch: Any, batch_idx: int) -> None:
         done = trainer.global_step
         # with accumulation several batches belong to one step, with several optimizers several steps to one batch
         if self._last_step is not None and done > self._last_step:
@@ -69,11 +69,11 @@ class LearningRateMonitor(Callback):
             self._logged_step = step
             self._log(trainer, "step", step)
 
-    def on_train_epoch_start(self, trainer: Rank, module: Module) -> None:
+    def on_train_epoch_start(self, trainer: TrainerNames, module: Module) -> None:
         if self.logging_interval != "step":
             self._log(trainer, "epoch", trainer.global_step)
 
-    def _log(self, trainer: Rank, interval: str, step: int) -> None:
+    def _log(self, trainer: TrainerNames, interval: str, step: int) -> None:
         values: dict[str, float] = {}
         for optimizer, own_interval, names in _name_groups(trainer):
             if self.logging_interval is not None or own_interval == interval:
@@ -94,7 +94,7 @@ class LearningRateMonitor(Callback):
         return values
 
 
-def _name_groups(trainer: Rank) -> Iterator[tuple[Optimizer, str | None, list[str]]]:
+def _name_groups(trainer: TrainerNames) -> Iterator[tuple[Optimizer, str | None, list[str]]]:
     """Each optimizer, the interval of its scheduler (None without one) and a name for each of its groups."""
     scheduled = [
         (config.scheduler.optimizer, config.interval, config.name)

@@ -16,7 +16,7 @@ from raylight.user.callback import Callback
 if TYPE_CHECKING:
     from raylight.storage.checkpoints import Checkpoint
     from raylight.user.module import Module
-    from raylight.worker.rank import Rank
+    from raylight.user.trainer_names import TrainerNames
 
 
 class ModelCheckpoint(Callback):
@@ -139,7 +139,7 @@ class ModelCheckpoint(Callback):
             if value is not None
         ]
 
-    def setup(self, trainer: Rank, module: Module, stage: str) -> None:
+    def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
             for text in self.notices():
                 trainer.notice(text, "warning")

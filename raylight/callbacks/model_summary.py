@@ -13,7 +13,7 @@ from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
     from raylight.user.module import Module
-    from raylight.worker.rank import Rank
+    from raylight.user.trainer_names import TrainerNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class ModelSummary(Callback):
         self.max_depth = max_depth
         self.summarize_kwargs = summarize_kwargs  # Lightning passes them on to its table; there is nothing to set here
 
-    def on_fit_start(self, trainer: Rank, module: Module) -> None:
+    def on_fit_start(self, trainer: TrainerNames, module: Module) -> None:
         if self.max_depth and trainer.is_global_zero:
             trainer.notice(summarize(module, self.max_depth))
 

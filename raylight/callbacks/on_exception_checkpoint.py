@@ -10,7 +10,7 @@ from raylight.user.callback import Callback
 if TYPE_CHECKING:
     from raylight.contract.config import Config
     from raylight.user.module import Module
-    from raylight.worker.rank import Rank
+    from raylight.user.trainer_names import TrainerNames
 
 
 class OnExceptionCheckpoint(Callback):
@@ -35,7 +35,7 @@ class OnExceptionCheckpoint(Callback):
             return ["OnExceptionCheckpoint and on_exception=False contradict each other; keep one of them."]
         return []
 
-    def setup(self, trainer: Rank, module: Module, stage: str) -> None:
+    def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
         if stage == "fit" and self.dirpath is not None and trainer.is_global_zero:
             trainer.notice(
                 f"OnExceptionCheckpoint(dirpath={str(self.dirpath)!r}) is not used: checkpoints lie in "

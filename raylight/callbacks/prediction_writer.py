@@ -9,11 +9,11 @@ import torch
 
 from raylight.callbacks.mistake_list import Mistakes
 from raylight.user.callback import Callback
+from raylight.user.transfer import move_to_device
 
 if TYPE_CHECKING:
     from raylight.user.module import Module
-    from raylight.worker.data.batches import EvaluationBatches
-    from raylight.worker.rank import Rank
+    from raylight.user.trainer_names import TrainerNames
 
 
 class BasePredictionWriter(Callback):
@@ -36,7 +36,7 @@ class BasePredictionWriter(Callback):
 
     def write_on_batch_end(
         self,
-        trainer: Rank,
+        trainer: TrainerNames,
         module: Module,
         prediction: Any,
         batch_indices: Sequence[Any] | None,
@@ -48,51 +48,29 @@ class BasePredictionWriter(Callback):
         raise NotImplementedError(f"{type(self).__name__} must override write_on_batch_end to write each batch")
 
     def write_on_epoch_end(
-        self, trainer: Rank, module: Module, predictions: Sequence[Any], batch_indices: Sequence[Any]
+        self, trainer: TrainerNames, module: Module, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         """Write this worker's predictions, on the CPU: a list with one for each batch, or a list of such lists where
         there are several loaders. `batch_indices` is always a list of lists, one for each loader."""
         raise NotImplementedError(f"{type(self).__name__} must override write_on_epoch_end to write all batches")
 
-    def on_predict_epoch_start(self, trainer: Rank, module: Module) -> None:
-        self._orders = [_find_order(batches) for batches in trainer.evaluation_batches]
-        self._predictions = [[] for _ in self._orders]
-        self._indices = [[] for _ in self._orders]
+    def on_predict_epoch_start(self, trainer: TrainerNames, module: Module) -> None:
+        self._predictions = [[] for _ in trainer.num_predict_batches]
+        self._indices = [[] for _ in trainer.num_predict_batches]
 
     def on_predict_batch_end(
-        self, trainer: Rank, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        indices = _find_samples(trainer.evaluation_batches[dataloader_idx], self._orders[dataloader_idx], batch_idx)
+        indices = trainer.find_samples(dataloader_idx, batch_idx)
         if self.write_interval != "epoch":
             self.write_on_batch_end(trainer, module, outputs, indices, batch, batch_idx, dataloader_idx)
         if self.write_interval != "batch":
-            from raylight.worker.data.transfer import move_to_device
-
             self._predictions[dataloader_idx].append(move_to_device(outputs, torch.device("cpu")))
             self._indices[dataloader_idx].append(indices)
 
-    def on_predict_epoch_end(self, trainer: Rank, module: Module) -> None:
+    def on_predict_epoch_end(self, trainer: TrainerNames, module: Module) -> None:
         predictions, indices = self._predictions, self._indices
-        self._orders, self._predictions, self._indices = [], [], []
+        self._predictions, self._indices = [], []
         if self.write_interval != "batch":
             several = len(predictions) > 1
             self.write_on_epoch_end(trainer, module, predictions if several else predictions[0], indices)
-
-
-def _find_order(batches: EvaluationBatches) -> Any:
-    """The units of the whole sequence; None where the data has no indices."""
-    sampling = getattr(batches.source, "sampling", None)
-    order = sampling.order(0) if sampling is not None else None
-    return order if hasattr(order, "__len__") else None
-
-
-def _find_samples(batches: EvaluationBatches, order: Any, batch_idx: int) -> list[Any] | None:
-    if order is None:
-        return None
-    source = batches.source
-    # a sampler of the user's own that divides the data gives each rank an order of its own
-    index = batch_idx // source.world_size if source.is_whole else batch_idx
-    units = order[index] if source.are_batches else order[index * source.batch_size : (index + 1) * source.batch_size]
-    if isinstance(units, torch.Tensor):
-        return units.tolist()
-    return list(units) if isinstance(units, (list, tuple, range)) else [units]

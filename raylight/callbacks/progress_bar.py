@@ -9,7 +9,7 @@ from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
     from raylight.user.module import Module
-    from raylight.worker.rank import Rank
+    from raylight.user.trainer_names import TrainerNames
 
 
 class ProgressBar(Callback):
@@ -44,7 +44,7 @@ class ProgressBar(Callback):
         """Print above the bar: what a worker prints reaches the console that draws it."""
         print(*args, **options)
 
-    def get_metrics(self, trainer: Rank, module: Module) -> dict[str, int | str | float]:
+    def get_metrics(self, trainer: TrainerNames, module: Module) -> dict[str, int | str | float]:
         """The values logged with `prog_bar=True`. Reads them from the device."""
         return {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,7 @@ from raylight.user.callback import Callback
 if TYPE_CHECKING:
     from raylight.contract.config import Config
     from raylight.user.module import Module
-    from raylight.worker.rank import Rank
+    from raylight.user.trainer_names import TrainerNames
 
 
 class StochasticWeightAveraging(Callback):
@@ -95,12 +94,12 @@ class StochasticWeightAveraging(Callback):
 
     # ---- hooks
 
-    def setup(self, trainer: Rank, module: Module, stage: str) -> None:
+    def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
         if stage == "fit":
             self._module = module
             self._begin()
 
-    def on_fit_start(self, trainer: Rank, module: Module) -> None:
+    def on_fit_start(self, trainer: TrainerNames, module: Module) -> None:
         mistakes = Mistakes("StochasticWeightAveraging")
         count = len(trainer.optimizers)
         mistakes.require(count == 1, f"works with one optimizer; configure_optimizers returned {count}.")
@@ -115,7 +114,7 @@ class StochasticWeightAveraging(Callback):
             )
         mistakes.raise_any()
 
-    def on_train_start(self, trainer: Rank, module: Module) -> None:
+    def on_train_start(self, trainer: TrainerNames, module: Module) -> None:
         if self.average.is_swapped:  # a peer was lost while batch norm was measured, and the end is yet to come
             self.average.swap(module)
         state, self._scheduler_state = self._scheduler_state, None
@@ -129,7 +128,7 @@ class StochasticWeightAveraging(Callback):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate  # a scheduler that is made sets the rate of its first epoch
 
-    def on_train_epoch_start(self, trainer: Rank, module: Module) -> None:
+    def on_train_epoch_start(self, trainer: TrainerNames, module: Module) -> None:
         epoch, limit = trainer.current_epoch, trainer.max_epochs
         first = self.first_epoch(math.inf if limit is None or limit == -1 else limit)
         if epoch < first or epoch <= self._latest_update_epoch:
@@ -141,16 +140,16 @@ class StochasticWeightAveraging(Callback):
         self._latest_update_epoch = epoch
         self.average.update(module)
 
-    def on_train_end(self, trainer: Rank, module: Module) -> None:
+    def on_train_end(self, trainer: TrainerNames, module: Module) -> None:
         limit, last_step = trainer.max_epochs, trainer.max_steps
         ended = limit is None or limit == -1 or trainer.current_epoch >= limit or trainer.global_step >= last_step > 0
-        if not ended or trainer.status == "interrupted" or not self.average.num_averaged:
+        if not ended or trainer.interrupted or not self.average.num_averaged:
             return
         self.average.swap(module)
         if find_batch_norms(module):
             measure_batch_norms(trainer, module)
 
-    def teardown(self, trainer: Rank, module: Module, stage: str) -> None:
+    def teardown(self, trainer: TrainerNames, module: Module, stage: str) -> None:
         self._module = None
         self._begin()
 
@@ -171,7 +170,7 @@ class StochasticWeightAveraging(Callback):
 
     # ---- the learning rate
 
-    def _take_over_schedule(self, trainer: Rank) -> None:
+    def _take_over_schedule(self, trainer: TrainerNames) -> None:
         optimizer = trainer.optimizers[0]
         lrs = self.swa_lrs
         rates = list(lrs) if isinstance(lrs, (list, tuple)) else [lrs] * len(optimizer.param_groups)
@@ -210,7 +209,7 @@ def find_batch_norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 @torch.no_grad()
-def measure_batch_norms(trainer: Rank, module: Module) -> None:
+def measure_batch_norms(trainer: TrainerNames, module: Module) -> None:
     """Statistics of the present weights: the mean over all batches of the training data, of all ranks."""
     layers = find_batch_norms(module)
     momenta = [layer.momentum for layer in layers]
@@ -220,7 +219,7 @@ def measure_batch_norms(trainer: Rank, module: Module) -> None:
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None  # torch: the plain mean over batches, instead of one that forgets
-        run_training_steps(trainer, module, shares_batches=any(isinstance(m, nn.SyncBatchNorm) for m in layers))
+        trainer.forward_training_epoch(skip_uneven=any(isinstance(m, nn.SyncBatchNorm) for m in layers))
         if trainer.world_size > 1:
             _merge(trainer, layers)
     finally:
@@ -230,29 +229,7 @@ def measure_batch_norms(trainer: Rank, module: Module) -> None:
             inner.training = training
 
 
-def run_training_steps(trainer: Rank, module: Module, shares_batches: bool) -> None:
-    """Calls training_step on each of this rank's batches; what it logs is dropped. With `shares_batches` its layers
-    wait for one another over the ranks, so that a batch which some rank lacks is left out."""
-    from raylight.worker.group.collectives import agree
-    from raylight.worker.metrics.metrics import Metrics
-    from raylight.worker.rank import bind_step
-
-    step = bind_step(module.training_step)
-    metrics, trainer.metrics = trainer.metrics, Metrics(module, trainer.world_size)
-    try:
-        for batch in trainer.train_batches.iterate(
-            trainer.current_epoch, agree=lambda flag: agree(flag, trainer.world_size)
-        ):
-            trainer.control.beat = ("train", trainer.global_step, time.monotonic())  # this is no hang
-            if batch.size and not (shares_batches and batch.uneven):
-                data = trainer.transfer(batch.data)
-                with trainer.precision_plugin.forward_context():
-                    step(data, batch.index, 0)
-    finally:
-        trainer.metrics = metrics
-
-
-def _merge(trainer: Rank, layers: list[_BatchNorm]) -> None:
+def _merge(trainer: TrainerNames, layers: list[_BatchNorm]) -> None:
     """The mean over all batches from the means of each rank's own, in one collective."""
     values: list[Tensor] = [value for layer in layers for value in (layer.running_mean, layer.running_var)]  # type: ignore[misc]
     count = layers[0].num_batches_tracked

@@ -17,7 +17,7 @@ from raylight.user.callback import Callback
 if TYPE_CHECKING:
     from raylight.contract.config import Config
     from raylight.user.module import Module
-    from raylight.worker.rank import Rank
+    from raylight.user.trainer_names import TrainerNames
 
 # Peak dense operations a second by device and by type of number: ("32-true" without TF32, TF32, 16 bit); NVIDIA's data
 # sheets, whose figures with sparsity are halved here.
@@ -105,14 +105,16 @@ class ThroughputMonitor(Callback):
             return []
         return ["ThroughputMonitor has nowhere to log to with logger=False; remove one of them."]
 
-    def setup(self, trainer: Rank, module: Module, stage: str) -> None:
+    def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
         if self.available_flops is None:
             self.available_flops = find_peak_flops(trainer.device, trainer.config.precision)
 
-    def on_train_start(self, trainer: Rank, module: Module) -> None:
+    def on_train_start(self, trainer: TrainerNames, module: Module) -> None:
         self._start("train")
 
-    def on_train_batch_end(self, trainer: Rank, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._count("train", module, batch)
         step = trainer.global_step
         # a step that accumulates is complete with its last batch
@@ -120,42 +122,42 @@ class ThroughputMonitor(Callback):
             self._logged_step = step
             self._log(trainer, "train")
 
-    def on_validation_start(self, trainer: Rank, module: Module) -> None:
+    def on_validation_start(self, trainer: TrainerNames, module: Module) -> None:
         self._validation_began = time.perf_counter()
         self._start("validate")
 
     def on_validation_batch_end(
-        self, trainer: Rank, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._count("validate", module, batch)
 
-    def on_validation_end(self, trainer: Rank, module: Module) -> None:
+    def on_validation_end(self, trainer: TrainerNames, module: Module) -> None:
         if trainer.sanity_checking:
             return
         self._log(trainer, "validate")
         if "train" in self._counts:
             self._counts["train"].began += time.perf_counter() - self._validation_began
 
-    def on_test_start(self, trainer: Rank, module: Module) -> None:
+    def on_test_start(self, trainer: TrainerNames, module: Module) -> None:
         self._start("test")
 
     def on_test_batch_end(
-        self, trainer: Rank, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._count("test", module, batch)
 
-    def on_test_end(self, trainer: Rank, module: Module) -> None:
+    def on_test_end(self, trainer: TrainerNames, module: Module) -> None:
         self._log(trainer, "test")
 
-    def on_predict_start(self, trainer: Rank, module: Module) -> None:
+    def on_predict_start(self, trainer: TrainerNames, module: Module) -> None:
         self._start("predict")
 
     def on_predict_batch_end(
-        self, trainer: Rank, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._count("predict", module, batch)
 
-    def on_predict_end(self, trainer: Rank, module: Module) -> None:
+    def on_predict_end(self, trainer: TrainerNames, module: Module) -> None:
         self._log(trainer, "predict")
 
     def _start(self, stage: str) -> None:
@@ -170,7 +172,7 @@ class ThroughputMonitor(Callback):
         counts.lengths += self.length_fn(batch) if self.length_fn is not None else 0
         counts.flops += getattr(module, "flops_per_batch", 0)
 
-    def _log(self, trainer: Rank, stage: str) -> None:
+    def _log(self, trainer: TrainerNames, stage: str) -> None:
         if not trainer.logger or not trainer.is_global_zero:
             return
         if trainer.device.type == "cuda":

@@ -12,7 +12,7 @@ from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
     from raylight.user.module import Module
-    from raylight.worker.rank import Rank
+    from raylight.user.trainer_names import TrainerNames
 
 STAGES = ("train", "validate", "test", "predict")
 CHECK_EVERY_S = 1.0  # more than one worker: how often they agree on the time, at the cost of one small broadcast
@@ -79,57 +79,59 @@ class Timer(Callback):
         if "train" in self._started:
             self._started["train"] = time.monotonic()
 
-    def setup(self, trainer: Rank, module: Module, stage: str) -> None:
+    def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
         if stage == "fit":
             self._started.pop("train", None)
             self._ended.pop("train", None)
             self._offset_s = self._agreed_s = 0.0
 
-    def on_train_start(self, trainer: Rank, module: Module) -> None:
+    def on_train_start(self, trainer: TrainerNames, module: Module) -> None:
         # training also starts anew when a lost worker has been replaced: then it began before, and all ranks check
         self._started.setdefault("train", time.monotonic())
         self._check_at_step = 0
         if self._duration_s is not None and self._agreed_s >= self._duration_s:
             self._stop(trainer)
 
-    def on_train_end(self, trainer: Rank, module: Module) -> None:
+    def on_train_end(self, trainer: TrainerNames, module: Module) -> None:
         self._ended["train"] = time.monotonic()
 
-    def on_validation_start(self, trainer: Rank, module: Module) -> None:
+    def on_validation_start(self, trainer: TrainerNames, module: Module) -> None:
         self._started["validate"] = time.monotonic()
 
-    def on_validation_end(self, trainer: Rank, module: Module) -> None:
+    def on_validation_end(self, trainer: TrainerNames, module: Module) -> None:
         self._ended["validate"] = time.monotonic()
 
-    def on_test_start(self, trainer: Rank, module: Module) -> None:
+    def on_test_start(self, trainer: TrainerNames, module: Module) -> None:
         self._started["test"] = time.monotonic()
 
-    def on_test_end(self, trainer: Rank, module: Module) -> None:
+    def on_test_end(self, trainer: TrainerNames, module: Module) -> None:
         self._ended["test"] = time.monotonic()
 
-    def on_predict_start(self, trainer: Rank, module: Module) -> None:
+    def on_predict_start(self, trainer: TrainerNames, module: Module) -> None:
         self._started["predict"] = time.monotonic()
 
-    def on_predict_end(self, trainer: Rank, module: Module) -> None:
+    def on_predict_end(self, trainer: TrainerNames, module: Module) -> None:
         self._ended["predict"] = time.monotonic()
 
-    def on_before_zero_grad(self, trainer: Rank, module: Module, optimizer: Any) -> None:
+    def on_before_zero_grad(self, trainer: TrainerNames, module: Module, optimizer: Any) -> None:
         # every rank begins every step, while one that has no samples in an epoch's last batch does not come to its end
         if trainer.world_size > 1:
             self._check_in_step(trainer)
 
-    def on_train_batch_end(self, trainer: Rank, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.world_size == 1:
             self._check_in_step(trainer)
 
-    def on_train_epoch_end(self, trainer: Rank, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: TrainerNames, module: Module) -> None:
         self._check(trainer)
 
-    def _check_in_step(self, trainer: Rank) -> None:
+    def _check_in_step(self, trainer: TrainerNames) -> None:
         if self._interval == "step" and trainer.global_step >= self._check_at_step:
             self._check(trainer)
 
-    def _check(self, trainer: Rank) -> None:
+    def _check(self, trainer: TrainerNames) -> None:
         if self._duration_s is None:
             return
         elapsed_s = self.time_elapsed()
@@ -138,12 +140,12 @@ class Timer(Callback):
         if self._agreed_s >= self._duration_s:
             self._stop(trainer)
 
-    def _stop(self, trainer: Rank) -> None:
+    def _stop(self, trainer: TrainerNames) -> None:
         trainer.should_stop = True
         if self._verbose and trainer.is_global_zero:
             trainer.notice(f"Timer stops training after {timedelta(seconds=int(self._agreed_s))}, as asked for.")
 
-    def _steps_to_next_check(self, trainer: Rank, elapsed_s: float) -> int:
+    def _steps_to_next_check(self, trainer: TrainerNames, elapsed_s: float) -> int:
         """Half the steps that the time left is good for, at most a second's worth; 1 where nothing is shared, or not
         known yet."""
         (step, then_s), self._last_check = self._last_check, (trainer.global_step, elapsed_s)

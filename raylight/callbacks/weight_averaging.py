@@ -14,7 +14,7 @@ from raylight.worker.group.collectives import broadcast_tensors
 
 if TYPE_CHECKING:
     from raylight.user.module import Module
-    from raylight.worker.rank import Rank
+    from raylight.user.trainer_names import TrainerNames
 
 
 class WeightAveraging(Callback):
@@ -55,27 +55,29 @@ class WeightAveraging(Callback):
 
     # ---- updates
 
-    def setup(self, trainer: Rank, module: Module, stage: str) -> None:
+    def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
         if stage == "fit":
             self._module = module
             self.average.reset()
             self._latest_update_step, self._latest_update_epoch = 0, -1
 
-    def on_train_start(self, trainer: Rank, module: Module) -> None:
+    def on_train_start(self, trainer: TrainerNames, module: Module) -> None:
         if self.average.is_swapped:  # a peer was lost in the middle of a validation, and training goes on without it
             self.average.swap(module)
 
-    def on_train_batch_end(self, trainer: Rank, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._update_after_step(trainer, module)
 
-    def on_train_epoch_end(self, trainer: Rank, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: TrainerNames, module: Module) -> None:
         self._update_after_step(trainer, module)
         epoch = trainer.current_epoch
         if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
             self._latest_update_epoch = epoch
             self.average.update(module)
 
-    def _update_after_step(self, trainer: Rank, module: Module) -> None:
+    def _update_after_step(self, trainer: TrainerNames, module: Module) -> None:
         """A rank without samples in an epoch's last batch has no end of that batch, so this is asked once more before
         the next thing that happens: all ranks must average the same."""
         step = trainer.global_step
@@ -85,25 +87,24 @@ class WeightAveraging(Callback):
 
     # ---- where the average takes the place of the weights
 
-    def on_validation_epoch_start(self, trainer: Rank, module: Module) -> None:
+    def on_validation_epoch_start(self, trainer: TrainerNames, module: Module) -> None:
         if not trainer.fitting:
             return
         self._update_after_step(trainer, module)
         # each rank has averaged buffers of its own, and all must measure the same module
         buffers = {name for name, _ in module.named_buffers()}
         broadcast_tensors([t for name, t in self.average.kept.items() if name in buffers], trainer.world_size)
-        if trainer.snapshots is not None:
-            trainer.snapshots.wait()  # else the weights would change while they are copied
+        trainer.finish_copying()
         self.average.swap(module)
 
-    def on_validation_epoch_end(self, trainer: Rank, module: Module) -> None:
+    def on_validation_epoch_end(self, trainer: TrainerNames, module: Module) -> None:
         if trainer.fitting:
             self.average.swap(module)
 
-    def on_train_end(self, trainer: Rank, module: Module) -> None:
+    def on_train_end(self, trainer: TrainerNames, module: Module) -> None:
         self.average.swap(module)
 
-    def teardown(self, trainer: Rank, module: Module, stage: str) -> None:
+    def teardown(self, trainer: TrainerNames, module: Module, stage: str) -> None:
         self._module = None
         self.average.reset()
 
@@ -122,7 +123,7 @@ class WeightAveraging(Callback):
         self._latest_update_epoch = state_dict["latest_update_epoch"]
         self.average.load_state_dict(state_dict, self._module)
 
-    def on_save_checkpoint(self, trainer: Rank, module: Module, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: TrainerNames, module: Module, checkpoint: dict[str, Any]) -> None:
         """Exchange what is stored where: nothing is copied here, and the snapshot copies both alike."""
         state = checkpoint["callbacks"].get(self.state_key, {})
         if "average" not in state:

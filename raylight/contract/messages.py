@@ -201,16 +201,43 @@ class Paused:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
-    """The rank has done all it was asked for. Rank 0 also brings what the caller gets back."""
+class Trained:
+    """What the caller's own objects become after a fit on workers, as far as it can be sent."""
 
-    status: str  # "finished", "stopped", "interrupted"
+    weights: dict[str, Any]
+    """The state dict, on the CPU."""
+    module: dict[str, Any]
+    """Attributes of the module."""
+    data_module: dict[str, Any]
+    """Attributes of the data module."""
+    callbacks: list[dict[str, Any]]
+    """Attributes of each callback."""
+    trainer: dict[str, Any]
+    """Attributes that a subclass of the trainer has added."""
+    facts: dict[str, Any]
+    """What the trainer is asked for after the run, by the names of `Record`."""
+
+
+BatchOutputs = list[list[tuple[int, Any]]]
+"""For each loader, pairs of a batch's index and what the step returned for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The rank has done all it was asked for."""
+
+    status: str
+    """"finished", "stopped" or "interrupted"."""
     step: int
     epoch: int
-    seconds: Values = field(default_factory=dict)  # what this rank's time went to
-    returned: Any = (
-        None  # rank 0: trained module and callbacks (fit), list of metrics (validate, test); predict: all ranks
-    )
+    seconds: Values = field(default_factory=dict)
+    """What this rank's time went to."""
+    trained: Trained | None = None
+    """Of rank 0 after a fit in another process."""
+    results: tuple[Values, ...] = ()
+    """Of rank 0 after `validate` and `test`: the metrics of each loader."""
+    outputs: BatchOutputs = field(default_factory=list)
+    """Of every rank after `predict`."""
 
 
 Message = (

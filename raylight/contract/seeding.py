@@ -17,6 +17,9 @@ from raylight.contract.rank_zero import rank_zero_info
 MAX_SEED = 2**32 - 1  # numpy's limit
 _SEED_VARIABLE = "PL_GLOBAL_SEED"  # Lightning's name, so that launch scripts that set it go on working
 
+RNGState = dict[str, Any]
+"""What `rng_state` returns."""
+
 _last_seed: int | None = None
 
 
@@ -68,7 +71,7 @@ def last_seed() -> int | None:
     return _last_seed
 
 
-def rng_state() -> dict[str, Any]:
+def rng_state() -> RNGState:
     """The state of random, numpy, torch and this process' GPU: tensors, numbers, strings, lists and dicts only, so
     that `torch.load(weights_only=True)` reads it."""
     version, words, gauss = random.getstate()
@@ -83,7 +86,7 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: RNGState) -> None:
     """Puts back what `rng_state` returned; a GPU's state is left out where there is no GPU."""
     python = state["python"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))

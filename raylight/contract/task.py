@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 if TYPE_CHECKING:
@@ -65,6 +65,28 @@ class Loaders:
     data_module: Any = None
 
 
+EpochValues = dict[str, Any]
+"""What one rank has logged in an epoch, by name, as worker/metrics/epoch_shares.py folds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Every rank starts from the module as it was passed, or from a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejoin:
+    """After a failure: ranks that are left go on from what they kept, and new ones take the places of the dead."""
+
+    carried: tuple[tuple[int, EpochValues], ...] = ()
+    """Epoch and logged values of ranks that are gone; rank 0 takes them over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rescue:
+    """Before a run is given up: the ranks that are left save their last whole step, without a group."""
+
+
 @dataclass(slots=True)
 class Task:
     """One `fit`, `validate`, `test` or `predict` of one attempt; the same object for every rank."""
@@ -74,10 +96,28 @@ class Task:
     loaders: Loaders
     config: Config
     callbacks: list[Any]
-    version_path: str  # what a person would open: the version directory as path or URI
-    files: Files | None  # storage rooted at the version directory; None where nothing is written
+    trainer: Any
+    """What hooks get; in this process the caller's own object."""
+    version_path: str
+    """What a person would open: the version directory as path or URI."""
+    files: Files | None
+    """Storage rooted at the version directory; None if nothing is written."""
     seed: int
-    checkpoint: SavedState | None = None  # where state comes from
-    weights_only: bool = False  # take the weights alone from `checkpoint`
+    mode: Begin | Rejoin | Rescue = Begin()
+    checkpoint: SavedState | None = None
+    """Where state comes from."""
+    lightning_file: str | None = None
+    """Where weights come from instead: a file that Lightning has written."""
+    weights_only: bool = False
+    """Take the weights alone from `checkpoint`."""
     attempt: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
+    trained: tuple[int, int] = (0, 0)
+    """Steps and epochs behind the weights that are evaluated."""
+    returns_module: bool = False
+    """Rank 0 sends back what it has trained; the caller is another process."""
+    takes_new_options: bool = False
+    """Options of optimizers and schedulers that differ from the checkpoint's are the ones that count."""
+    label: str | None = None
+    """What the workers are called in Ray's dashboard."""
+    stamp: float | None = None
+    """`started_at` of run.json, by which a node finds out whether it sees the driver's storage."""

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from raylight.contract.config import Config
 from raylight.contract.errors import NotEnoughResources, RaylightError, WorkerFailed
-from raylight.contract.messages import Died, Message, PeerLost
-from raylight.contract.task import Task
+from raylight.contract.messages import Died, PeerLost
+from raylight.contract.requests import Request
+from raylight.contract.task import Rejoin, Rescue, Task
+from raylight.driver.group import Group, Messages
 from raylight.driver.restart import Decision, History, decide, find_first, make_error
 from raylight.driver.run import Run
 from raylight.driver.watch import Watch
 from raylight.storage.checkpoints import newest_whole
 
-Messages = Iterator[tuple[int, Message]]
-
 
 class Recovery:
     """The generations of one run's group after the first."""
 
-    def __init__(self, config: Config, group: Any, driver: Run, task: Task, watch: Watch):
+    def __init__(self, config: Config, group: Group, driver: Run, task: Task, watch: Watch):
         self.config, self.group, self.driver, self.task, self.watch = config, group, driver, task, watch
         self.history = History()
         self.carried: list[tuple[int, dict[str, Any]]] = []
@@ -95,7 +94,7 @@ class Recovery:
     def _begin(self, reason: str, from_checkpoint: bool) -> Messages:
         group, driver, task = self.group, self.driver, self.task
         if driver.saved:  # a checkpoint that lacks the share of a rank that is gone
-            group.request("save")
+            group.request(Request.SAVE)
         group.adopt(self.most)
         driver.begin_generation(group.world_size, reason)
         if from_checkpoint:
@@ -110,9 +109,7 @@ class Recovery:
             driver.shares.clear()
         elif carried:
             driver.shares[0] = driver.shares.get(0, []) + carried
-        options = {**task.options, "rejoin": True, "carried": carried}
-        messages: Messages = group.rejoin(replace(task, options=options))
-        return messages
+        return group.rejoin(replace(task, mode=Rejoin(tuple(carried))))
 
     def _take_shares(self, gone: list[int]) -> None:
         for rank in gone:
@@ -132,13 +129,13 @@ class Recovery:
         if dead:
             group.drop(dead)
         driver.begin_generation(group.world_size, "a last checkpoint")
-        for rank, message in group.rejoin(replace(self.task, options={"rescue": True})):
+        for rank, message in group.rejoin(replace(self.task, mode=Rescue())):
             driver.handle(rank, message)
         driver.outcome.take_failures()
 
     def _make_error(self, failures: dict[int, Any], decision: Decision) -> BaseException:
         error = make_error(failures, self.driver, decision.reason)
-        original = getattr(self.group, "exception", None)
+        original = self.group.exception
         if original is not None:
             error.cause = original
         if isinstance(error.cause, RaylightError) and not isinstance(error.cause, WorkerFailed):

@@ -22,6 +22,7 @@ from raylight.driver.journal import Journal
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Checkpoint, Manifest
 from raylight.storage.fence import check_attempt
+from raylight.storage.retention import best, retain
 from raylight.storage.summaries import is_number
 from raylight.storage.versions import Version
 
@@ -234,7 +235,7 @@ class Run:
 
     def _retain(self) -> None:
         options = self.config.checkpoint or Checkpointing()
-        extra = store.retain(
+        extra = retain(
             self.checkpoints, options.keep_best, options.keep_last, options.monitor, options.mode, self.protected
         )  # fmt: skip
         for checkpoint in extra:
@@ -256,7 +257,7 @@ class Run:
     @property
     def best(self) -> Checkpoint | None:
         options = self.config.checkpoint or Checkpointing()
-        return store.best(self.checkpoints, options.monitor, options.mode)
+        return best(self.checkpoints, options.monitor, options.mode)
 
     @property
     def last(self) -> Checkpoint | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from raylight.contract.config import Config
 from raylight.contract.messages import Saved
+from raylight.contract.requests import Request
 
 AUTO_FIRST_S = 30.0  # the first checkpoint of every_s="auto", which measures what one costs
 AUTO_LEAST_S = 10.0
@@ -25,15 +26,15 @@ class Timetable:
         self.next_save = began + self.every_s if self.every_s else None
         self.end = began + config.max_time_s if config.max_time_s is not None else None
 
-    def due(self) -> list[str]:
-        """Actions for `group.request`: "save", "stop". Each is given once."""
+    def due(self) -> list[Request]:
+        """Requests for the group; each is given once."""
         now, actions = self.clock(), []
         if self.next_save is not None and self.every_s is not None and now >= self.next_save:
             self.next_save = now + self.every_s
-            actions.append("save")
+            actions.append(Request.SAVE)
         if self.end is not None and now >= self.end:
             self.end = None
-            actions.append("stop")
+            actions.append(Request.STOP)
         return actions
 
     def learn(self, saved: Saved) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from raylight.contract.config import Config
 from raylight.contract.messages import Message, Saved, SaveFailed
+from raylight.contract.requests import Request
+from raylight.driver.group import Group
 from raylight.driver.hangs import FLOOR_S, HangDetector, format_stacks
 from raylight.driver.run import Run
 from raylight.driver.timetable import Timetable
@@ -23,7 +24,7 @@ class Watch:
     """`look` is called after every message, and where none comes a few times a second."""
 
     def __init__(
-        self, config: Config, group: Any, driver: Run, stage: str, clock: Callable[[], float] = time.monotonic
+        self, config: Config, group: Group, driver: Run, stage: str, clock: Callable[[], float] = time.monotonic
     ):
         self.group, self.driver, self.clock = group, driver, clock
         self.timetable = Timetable(config) if stage == "fit" else None
@@ -53,7 +54,7 @@ class Watch:
         if isinstance(message, Saved) and self.timetable is not None:
             self.timetable.learn(message)
         elif isinstance(message, SaveFailed) and message.is_torn and self.group.world_size > 1:
-            self.group.request("save")
+            self.group.request(Request.SAVE)
         self.look()
 
     def look(self) -> None:
@@ -83,7 +84,7 @@ class Watch:
         if leaving and not self.leaving:
             ranks = ", ".join(map(str, leaving))
             self.driver.tell(f"the node of rank {ranks} will be taken away: a checkpoint is made, others are sought")
-            self.group.request("save")
+            self.group.request(Request.SAVE)
         if len(leaving) > len(self.leaving):
             self.group.recruit_up_to(max(self.most, self.group.world_size) + len(leaving))
         self.leaving = leaving
@@ -91,4 +92,4 @@ class Watch:
     def _look_for_recruits(self) -> None:
         if not self.is_regrouping and self.group.num_recruits:
             self.is_regrouping = True
-            self.group.request("resize")
+            self.group.request(Request.RESIZE)

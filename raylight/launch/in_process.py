@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 import torch
 
 from raylight.contract.config import Config
 from raylight.contract.messages import Message
+from raylight.contract.requests import Request
 from raylight.contract.task import Place, Task
-from raylight.worker import task_runner as entry
+from raylight.driver.group import Group, Messages
+from raylight.worker import task_runner
 from raylight.worker.group.control import Control
 
 
-class InProcessGroup:
+class InProcessGroup(Group):
     """The worker group of `num_workers=0`; behaves as a group on Ray with one rank."""
 
     def __init__(self, config: Config):
@@ -24,41 +26,40 @@ class InProcessGroup:
         self.places = [Place(node=os.uname().nodename, device=device)]
         self.control = Control()
         self._messages: Iterator[Message] = iter(())
-        self.watch: Callable[[], None] | None = None  # nobody waits here, so it is never called
 
-    can_recover = False  # what failed here failed in the caller's own process
+    is_local = True
 
     @property
     def world_size(self) -> int:
         return 1
 
-    def run(self, task: Task) -> Iterator[tuple[int, Message]]:
+    def run(self, task: Task) -> Messages:
         self.control = Control()
         self.places[0] = replace(self.places[0], generation=0)
         return self._follow(task)
 
-    def rejoin(self, task: Task) -> Iterator[tuple[int, Message]]:
+    def rejoin(self, task: Task) -> Messages:
         """Goes on with the state that a failed run has left."""
         self.places[0] = replace(self.places[0], generation=self.places[0].generation + 1)
         return self._follow(task)
 
-    def _follow(self, task: Task) -> Iterator[tuple[int, Message]]:
-        self._messages = entry.run(task, self.places[0], self.control)
+    def _follow(self, task: Task) -> Messages:
+        self._messages = task_runner.run(task, self.places[0], self.control)
         for message in self._messages:
             yield 0, message
 
-    def request(self, action: str) -> None:
+    def request(self, request: Request) -> None:
         """Acts at the next step boundary. Safe in a signal handler."""
-        self.control.request(action)
+        self.control.request(request)
 
     @property
     def exception(self) -> BaseException | None:
         """What ended the run, with its real traceback."""
-        return self.control.kept.get("exception")
+        return self.control.exception
 
     def pause(self) -> None:
         """A `Paused` will come at the next step boundary, once what was begun to be written is on storage."""
-        self.control.request("pause", blocks=False)
+        self.control.request(Request.PAUSE_IN_PROCESS)
 
     def resume(self) -> None:
         """Nothing is trained while nobody asks for the next message, so there is nothing to let go."""
@@ -70,6 +71,3 @@ class InProcessGroup:
 
     def wait(self) -> None:
         """A run that was halted here has ended."""
-
-    def shutdown(self) -> None:
-        self.control.kept.clear()

@@ -12,7 +12,9 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from raylight.contract.config import Config
 from raylight.contract.messages import Died, Message
+from raylight.contract.requests import Request
 from raylight.contract.task import Files, Loaders, Place, Task
+from raylight.driver.group import Group
 from raylight.launch import handover, ray_cluster
 from raylight.launch.node_checks import Record
 from raylight.launch.ray_delivery import Delivery
@@ -36,7 +38,7 @@ DEATH_KNOWN_S = 0.05
 """A call to an actor that is dead fails within this. One that lives may take longer, while it frees memory."""
 
 
-class RayGroup:
+class RayGroup(Group):
     """Workers 0 to world_size - 1. `ray_actors.acquire_group` keeps it from one run to the next."""
 
     can_recover = True  # those that are left outlive one that is lost
@@ -51,10 +53,8 @@ class RayGroup:
         self._log_files: Files | None = None
         self._record: Record | None = None
         self._stream: Stream | None = None
-        self._requests: list[tuple[str, dict[str, Any]]] = []
-        self._end: tuple[str, dict[str, Any]] | None = None  # the request that ends this run
-        self.watch: Callable[[], None] | None = None
-        """Called a few times a second while messages of a run are waited for."""
+        self._requests: list[Request] = []
+        self._end: Request | None = None  # the request that ends this run
         self.in_use = True
         """Until a run has ended or was halted; then another may take the group."""
 
@@ -87,7 +87,7 @@ class RayGroup:
         try:
             slots = room.reserve(num_workers, tell, make_room)
             if label is not None:
-                roster.label = label()
+                roster.rename(label())
             roster.fill(slots)
         except BaseException:
             roster.shutdown()
@@ -122,8 +122,8 @@ class RayGroup:
         self.forget()
         self.in_use = True
         self._log_files = log_files if log_files is not None else task.files
-        self._roster.label = task.options.get("label", self._roster.label)  # of those that join; no actor is renamed
-        stamp = task.options.get("stamp")
+        self._roster.rename(task.label)  # of those that join; no actor is renamed
+        stamp = task.stamp
         self._record = Record(task.files, task.version_path, stamp) if task.files is not None and stamp else None
         self._delivery = Delivery((self.entry, task))
         self._stream = Stream(self, self.steady_after_s)
@@ -142,7 +142,7 @@ class RayGroup:
         if self._end is not None:  # ranks of the broken generation may have left before they came to it
             self._requests.insert(0, self._end)
         self._delivery.forget_actor_segments()
-        changes, _ = handover.dump(replace(task, module=None, loaders=Loaders(), callbacks=[]))
+        changes, _ = handover.dump(replace(task, module=None, loaders=Loaders(), callbacks=[], trainer=None))
         self._begin(changes)
         return self._stream
 
@@ -212,18 +212,18 @@ class RayGroup:
 
     # ---- acting on ranks that run
 
-    def request(self, action: str, **arguments: Any) -> None:
+    def request(self, request: Request) -> None:
         """As `hold_and_release`, done by the stream when it is next waited for. Safe in a signal handler.
 
-        "stop" and "interrupt" are asked for again in every later generation of the run.
+        One that ends the run is asked for again in every later generation.
         """
-        self._requests.append((action, arguments))
-        if action in ("stop", "interrupt"):
-            self._end = (action, arguments)
+        self._requests.append(request)
+        if request.ends_run:
+            self._end = request
 
-    def hold_and_release(self, action: str, **arguments: Any) -> int | None:
-        """Makes all running ranks do `action` ("stop", "save", "resize", "interrupt") at one step boundary, which is
-        returned. None: a rank did not answer, and none of them acts."""
+    def hold_and_release(self, request: Request) -> int | None:
+        """Makes all running ranks do as requested at one step boundary, which is returned. None: a rank did not
+        answer, and none of them acts."""
         actors = [self._roster.members[rank].actor for rank in self._running()]
         if not actors:
             return None
@@ -232,16 +232,16 @@ class RayGroup:
             boundary = max(ray.get(held, timeout=CONTROL_TIMEOUT_S))
         except (RayActorError, GetTimeoutError):
             for actor in actors:
-                actor.release.remote(self.generation, 0, None, {})
+                actor.release.remote(self.generation, 0, None)
             return None
         for actor in actors:
-            actor.release.remote(self.generation, boundary, action, arguments)
+            actor.release.remote(self.generation, boundary, request)
         return boundary
 
     def pause(self) -> None:
         """Makes all ranks stand still at one step boundary, once what they had begun to write is on storage: then each
         gives a `Paused`, and waits for `resume`. They see to that while the stream is waited for."""
-        self.request("pause")
+        self.request(Request.PAUSE)
 
     def resume(self) -> None:
         """Lets all ranks go on."""
@@ -352,8 +352,7 @@ class RayGroup:
         if self.watch is not None:
             self.watch()
         while self._requests:
-            action, arguments = self._requests[0]
-            if self.hold_and_release(action, **arguments) is None and self._running():
+            if self.hold_and_release(self._requests[0]) is None and self._running():
                 return  # a rank is gone, which the stream will say, or too busy to answer: it is asked again
             self._requests.pop(0)
 

@@ -90,6 +90,10 @@ class Roster:
 
     # ---- coming and going
 
+    def rename(self, label: str | None) -> None:
+        """What those that join are called; None leaves it."""
+        self.label = label or self.label
+
     def fill(self, slots: list[Slot]) -> None:
         self.members = [self._enlist(slot, f"rank{rank}") for rank, slot in enumerate(slots)]
 

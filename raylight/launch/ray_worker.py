@@ -17,6 +17,7 @@ import ray
 
 from raylight.contract.errors import NotEnoughResources
 from raylight.contract.messages import Finished, Hyperparameters, Message, Notice, Output
+from raylight.contract.requests import Request
 from raylight.contract.task import Files, Place, Task
 from raylight.launch import node_checks, ray_cluster
 from raylight.launch.shared_memory import Segment, SegmentAddress, map_segment, memory_domain
@@ -114,7 +115,7 @@ class RankWorker:
 
         control = self._control_of(order.place.generation)
         if order.is_fresh:
-            control.kept.clear()
+            control.keep(None)
             self._entry = self._task = None
             if self._num_runs:
                 self._reset.restore()
@@ -127,7 +128,9 @@ class RankWorker:
             raise RuntimeError("this worker was told to go on with a run that it has never begun")
         if changes is not None:
             kept, changed = self._task, handover.load(changes, [])
-            self._task = replace(changed, module=kept.module, loaders=kept.loaders, callbacks=kept.callbacks)
+            self._task = replace(
+                changed, module=kept.module, loaders=kept.loaders, callbacks=kept.callbacks, trainer=kept.trainer
+            )
         yield from _find_entry(self._entry)(self._task, order.place, control)
 
     @ray.method(num_returns="streaming", concurrency_group="output")
@@ -211,7 +214,7 @@ class RankWorker:
             self._close_segment(generation)
             if self._generation > generation:
                 return
-            self._control.kept.clear()
+            self._control.keep(None)
             self._entry = self._task = None
         free_memory()
 
@@ -230,8 +233,8 @@ class RankWorker:
         return self._control_of(generation).hold()
 
     @ray.method(concurrency_group="control")
-    def release(self, generation: int, step: int, action: str | None, arguments: dict[str, Any]) -> None:
-        self._control_of(generation).release(step, action, **arguments)
+    def release(self, generation: int, step: int, request: Request | None) -> None:
+        self._control_of(generation).release(step, request)
 
     @ray.method(concurrency_group="control")
     def go_on(self, generation: int) -> None:

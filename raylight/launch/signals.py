@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from raylight.contract.requests import Request
+
 
 @contextmanager
-def stop_on_signal(request: Callable[[str], None], tell: Callable[[str, str], None]) -> Iterator[None]:
-    """`request("interrupt")` is called at the first signal; a second Ctrl-C raises KeyboardInterrupt.
+def stop_on_signal(request: Callable[[Request], None], tell: Callable[[str, str], None]) -> Iterator[None]:
+    """`request(Request.INTERRUPT)` is called at the first signal; a second Ctrl-C raises KeyboardInterrupt.
 
     After a SIGTERM the process ends by that signal once the run is on storage. Handlers live in the main thread only;
     elsewhere nothing is installed.
@@ -33,7 +35,7 @@ def stop_on_signal(request: Callable[[str], None], tell: Callable[[str, str], No
                 f"{name}: the run stops after this step and saves a checkpoint; Ctrl-C again stops it at once",
                 "warning",
             )
-            request("interrupt")
+            request(Request.INTERRUPT)
 
     before: dict[int, Any] = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -11,22 +11,21 @@ from functools import cached_property
 from typing import Any, BinaryIO
 
 from raylight.contract.errors import CheckpointCorrupt, MissingFile, StorageError, Superseded
+from raylight.contract.layout import CHECKPOINTS, MANIFEST_FILE
+from raylight.contract.layout import checkpoint_directory as directory_of
 from raylight.contract.messages import SavedFile
 from raylight.storage.digests import digest_of_file
 from raylight.storage.fence import Fence, check_attempt, read_fence, write_fence
 from raylight.storage.filesystem import Storage
 from raylight.storage.manifest import Manifest, check_inside
-from raylight.storage.retention import best, retain
 
 __all__ = [
-    "Checkpoint", "Manifest", "best", "check_there", "check_whole", "commit", "committed_folders", "delete",
+    "Checkpoint", "Manifest", "check_there", "check_whole", "commit", "committed_folders", "delete",
     "directory_of", "find_checkpoint", "first_whole", "list_checkpoints", "newest_whole", "raise_fence",
-    "read_checkpoint", "retain", "sweep_leftovers", "verify",
+    "read_checkpoint", "sweep_leftovers", "verify",
 ]  # fmt: skip
 
 logger = logging.getLogger("raylight.storage")
-CHECKPOINTS = "checkpoints"
-MANIFEST_FILE = "manifest.json"
 # A shared file system may show another machine's files a little late.
 ARRIVAL_TIMEOUT_S = 10.0
 
@@ -94,12 +93,6 @@ class Checkpoint:
             folder = os.path.realpath(self.storage.local_path() or "")
             if os.path.commonpath([folder, os.path.realpath(path)]) != folder:
                 raise CheckpointCorrupt(f"{self.path}: {name} is a link that leaves the checkpoint's folder.")
-
-
-def directory_of(step: int, attempt: int = 0) -> str:
-    """Where a checkpoint goes, relative to the version. Each attempt has names of its own, so that one that was
-    thought dead cannot write into a checkpoint of its successor."""
-    return f"{CHECKPOINTS}/step-{step:08d}" + (f"-attempt-{attempt}" if attempt else "")
 
 
 def commit(version: Storage, directory: str, manifest: Manifest, fence: int | None = None) -> Checkpoint:

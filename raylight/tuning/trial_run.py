@@ -21,6 +21,7 @@ from raylight.contract.messages import (
     StageFinished,
     StageStarted,
 )
+from raylight.contract.requests import Request
 from raylight.driver.run import Run
 from raylight.execution import Execution
 from raylight.loading import Pointer, Resume
@@ -33,6 +34,7 @@ from raylight.trainer import find_available
 from raylight.tuning.recipe import Made
 from raylight.tuning.trial_notes import Notes
 from raylight.user.module import Module
+from raylight.user.trainer_names import TrainerNames
 
 NUM_PINNED = 2
 """How many checkpoints that Tune was told of are kept besides the best and the last: other trials may clone them."""
@@ -52,7 +54,7 @@ class TrialRun:
         if mistakes:
             raise InvalidArguments(mistakes)
         self.validates = has_validation(made, self.config)
-        self.execution = Execution(self.config, callbacks, "fit", made.module, made.loaders, None)
+        self.execution = Execution(TrainerNames(self.config, callbacks), "fit", made.module, made.loaders)
         self.storage = Storage(self.config.storage_path, self.config.storage_filesystem)
         self.is_over = False
         self._measured: int | None = None  # step of a validation after which training has not gone on yet
@@ -227,7 +229,7 @@ class TrialRun:
         driver, reported = self.driver, max(self.facts["result_steps"], default=0)
         is_old = driver.last is None or driver.last.step < reported
         if is_old and self.config.checkpoint is not None and not self.is_over:
-            self.execution.group.request("save")
+            self.execution.group.request(Request.SAVE)
             self._is_pausing = True
             self.execution.group.pause()
             self._train()

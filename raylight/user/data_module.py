@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from raylight.user.checkpoint_reader import checkpoint_reader
 from raylight.user.module import AttributeDict, Module
-
-if TYPE_CHECKING:
-    from raylight.worker.rank import Rank
+from raylight.user.trainer_names import TrainerNames
+from raylight.user.transfer import move_to_device
 
 
 class DataModule:
@@ -23,7 +23,7 @@ class DataModule:
     overridden here, it takes the place of the module's.
     """
 
-    trainer: Rank | None
+    trainer: TrainerNames | None
     _hparams: AttributeDict
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -54,8 +54,6 @@ class DataModule:
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        from raylight.worker.data.batches import move_to_device
-
         return move_to_device(batch, device)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -76,9 +74,7 @@ class DataModule:
         `checkpoint_path` is as for `Module.load_from_checkpoint`. Raises CheckpointCorrupt where it is damaged and
         CheckpointMismatch where `__init__` needs what is not in it.
         """
-        from raylight.loading import load_data_module
-
-        return load_data_module(cls, checkpoint_path, overrides)
+        return checkpoint_reader().load_data_module(cls, checkpoint_path, overrides)
 
     @classmethod
     def from_datasets(

@@ -6,14 +6,15 @@ import inspect
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from raylight.worker.rank import Rank
+from raylight.user.checkpoint_reader import checkpoint_reader
+from raylight.user.trainer_names import TrainerNames
+from raylight.user.transfer import move_to_device
 
 
 class AttributeDict(dict[str, Any]):
@@ -40,7 +41,7 @@ class Module(nn.Module):
     automatic_optimization: bool = True
     strict_loading: bool = True
     example_input_array: Any = None
-    _trainer: Rank | None
+    _trainer: TrainerNames | None
     _hparams: AttributeDict
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,8 +52,8 @@ class Module(nn.Module):
     # ---- where it runs
 
     @property
-    def trainer(self) -> Rank:
-        """This worker's view of the run; the same object that callbacks receive."""
+    def trainer(self) -> TrainerNames:
+        """The trainer that runs this module: in this process the caller's own, on a worker one of the same class."""
         trainer = self.__dict__.get("_trainer")
         if trainer is None:
             raise RuntimeError(
@@ -61,7 +62,7 @@ class Module(nn.Module):
         return trainer
 
     @trainer.setter
-    def trainer(self, trainer: Rank | None) -> None:
+    def trainer(self, trainer: TrainerNames | None) -> None:
         self.__dict__["_trainer"] = trainer
 
     @property
@@ -196,8 +197,6 @@ class Module(nn.Module):
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        from raylight.worker.data.batches import move_to_device
-
         return move_to_device(batch, device)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -264,7 +263,7 @@ class Module(nn.Module):
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward under the run's precision; on return the gradients are averaged over the workers."""
-        self.trainer.manual_backward(loss, *args, **kwargs)
+        self.trainer._view.manual_backward(loss, *args, **kwargs)
 
     def toggle_optimizer(self, optimizer: Any) -> None:
         """Only this optimizer's parameters require gradients until `untoggle_optimizer`."""
@@ -315,18 +314,8 @@ class Module(nn.Module):
         trainer = self.__dict__.get("_trainer")
         if trainer is None or (rank_zero_only and trainer.global_rank != 0):
             return
-        trainer.metrics.log(
-            name,
-            value,
-            prog_bar,
-            logger,
-            on_step,
-            on_epoch,
-            reduce_fx,
-            add_dataloader_idx,
-            batch_size,
-            metric_attribute,
-        )
+        log, metric = trainer._view.log, metric_attribute
+        log(name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx, batch_size, metric)
 
     def log_dict(self, dictionary: Mapping[str, Any], **arguments: Any) -> None:
         """`log` for each item; takes the arguments of `log`."""
@@ -384,9 +373,7 @@ class Module(nn.Module):
         `checkpoint_path` is a checkpoint directory (path or URI), a `raylight` Checkpoint, or a Lightning `.ckpt` file.
         Raises CheckpointCorrupt where it is damaged and CheckpointMismatch where keys or shapes do not fit.
         """
-        from raylight.loading import load_module
-
-        return load_module(cls, checkpoint_path, map_location, strict, overrides)
+        return checkpoint_reader().load_module(cls, checkpoint_path, map_location, strict, overrides)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

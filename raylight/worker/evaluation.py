@@ -6,7 +6,9 @@ the ranks is the one that a single process would have computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
@@ -14,88 +16,81 @@ import torch
 from torch import Tensor
 
 from raylight.contract.messages import Message, Progress, StageFinished, StageStarted
-from raylight.worker.data.batches import EvaluationBatches, batch_size_of, move_to_device
+from raylight.user.transfer import batch_size_of, move_to_device
+from raylight.worker.data.evaluation_batches import EvaluationBatches
 from raylight.worker.group.collectives import broadcast_tensors, gather_objects
-from raylight.worker.rank import HOOK_PREFIX, Rank, bind_step, interleave, takes_outputs
+from raylight.worker.hooks import bind_step, takes_outputs
+from raylight.worker.worker import Worker
 
 REPORT_EVERY_S = 0.25
-STEPS = {"sanity": "validation_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+PREFIXES = {"sanity": "validation", "validate": "validation", "test": "test", "predict": "predict"}
+"""What the hooks of a stage begin with."""
+
+Outputs = list[list[tuple[int, Any]]]
+"""For each loader, pairs of a batch's index and what the step returned for it."""
 
 
-def open_evaluation_data(rank: Rank, stage: str) -> None:
-    """Finds the loaders of a stage and shards them."""
-    config = rank.config
-    limit = {
-        "validate": config.limit_val_batches, "test": config.limit_test_batches, "predict": config.limit_predict_batches
-    }[stage]  # fmt: skip
-    if stage == "validate" and config.overfit_batches and rank.fitting:
-        limit = config.overfit_batches
-    loaders = rank.evaluation_loaders(stage)
-    rank.val_dataloaders = loaders
-    rank.evaluation_batches = [
-        EvaluationBatches(loader, rank=rank.global_rank, world_size=rank.world_size, limit=limit, seed=rank.seed)
-        for loader in loaders
-    ]
-    rank.num_val_batches = [batches.num_batches for batches in rank.evaluation_batches]
+@dataclass
+class EvaluationResult:
+    """What one pass over all loaders of a stage has measured."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    """Equal on all ranks."""
+    outputs: Outputs = field(default_factory=list)
+    """This rank's, in prediction."""
+    num_loaders: int = 0
 
 
-def count_evaluation_batches(rank: Rank) -> int | None:
-    """Batches over all loaders and ranks; None where one has no length."""
-    counts = rank.num_val_batches
-    return None if None in counts else sum(count for count in counts if count is not None)
-
-
-def evaluate(rank: Rank, stage: str, max_batches: float = float("inf")) -> Iterator[Message]:
-    """Runs one pass over all loaders of `stage` and leaves what it measured in `rank.evaluation_results`."""
-    prefix = HOOK_PREFIX[stage]
-    inside_fit = rank.fitting and stage == "validate"
-    module = rank.module
-    if inside_fit:
-        rank.call("on_validation_model_zero_grad") if rank.hooks(
-            "on_validation_model_zero_grad"
-        ) else module.zero_grad()
+def evaluate(
+    worker: Worker, stage: str, max_batches: float = float("inf")
+) -> Generator[Message, None, EvaluationResult]:
+    """Runs one pass over all loaders of `stage`, whose data is open."""
+    prefix, module, hooks, progress = PREFIXES[stage], worker.module, worker.hooks, worker.progress
+    data = worker.evaluation_data["validate" if stage == "sanity" else stage]
+    if worker.is_fitting and stage == "validate":
+        hooks.call("on_validation_model_zero_grad") if hooks.of("on_validation_model_zero_grad") else module.zero_grad()
     module._remember_modes()
     getattr(module, f"on_{prefix}_model_eval")()
     # DDP lets running statistics drift apart between its broadcasts; all ranks must measure the same module
-    broadcast_tensors(module.buffers(), rank.world_size)
-    rank.metrics.stage = "validate" if stage == "sanity" else stage
-    rank.metrics.hook_is_step = False
-    rank.call(f"on_{prefix}_start")
-    rank.call(f"on_{prefix}_epoch_start")
-    count = count_evaluation_batches(rank)
-    total = None if count is None else int(min(count, max_batches * len(rank.num_val_batches)))
-    yield StageStarted(stage, rank.current_epoch, rank.global_step, total)
-    outputs: list[list[tuple[int, Any]]] = []
-    with torch.inference_mode() if rank.config.inference_mode else torch.no_grad():
-        for index, batches in enumerate(rank.evaluation_batches):
+    broadcast_tensors(module.buffers(), worker.world_size)
+    worker.metrics.enter("validate" if stage == "sanity" else stage, in_step=False)
+    hooks.call(f"on_{prefix}_start")
+    hooks.call(f"on_{prefix}_epoch_start")
+    total = None if data.total is None else int(min(data.total, max_batches * len(data.batches)))
+    yield StageStarted(stage, progress.current_epoch, progress.global_step, total)
+    outputs: Outputs = []
+    with torch.inference_mode() if worker.config.inference_mode else torch.no_grad():
+        for index in range(len(data.batches)):
             kept: list[tuple[int, Any]] = []
-            yield from _run_loader(rank, stage, index, batches, max_batches, kept)
+            yield from _run_loader(worker, stage, index, data.batches, max_batches, kept)
             outputs.append(kept)
-    rank.metrics.dataloader_idx = None
-    yield from _finish(rank, stage, prefix, outputs)
+    worker.metrics.enter_loader(None)
+    values = yield from _finish(worker, stage, prefix, outputs)
     if stage != "predict":
         getattr(module, f"on_{prefix}_model_train")()
+    return EvaluationResult(values, outputs if stage == "predict" else [], len(data.batches))
 
 
 def _run_loader(
-    rank: Rank, stage: str, loader_index: int, batches: EvaluationBatches, max_batches: float, kept: list[Any]
-) -> Iterator[Message]:
-    prefix, module = HOOK_PREFIX[stage], rank.module
-    several = len(rank.evaluation_batches) > 1
-    step = bind_step(getattr(module, STEPS[stage]), several)
-    on_start, on_end = rank.hooks(f"on_{prefix}_batch_start"), rank.hooks(f"on_{prefix}_batch_end")
-    keeps = stage == "predict" or _epoch_end_hook(rank, stage) is not None
+    worker: Worker, stage: str, loader_index: int, loaders: list[EvaluationBatches], max_batches: float,
+    kept: list[tuple[int, Any]],
+) -> Iterator[Message]:  # fmt: skip
+    prefix, module, progress = PREFIXES[stage], worker.module, worker.progress
+    several = len(loaders) > 1
+    step = bind_step(getattr(module, f"{prefix}_step"), several)
+    on_start, on_end = worker.hooks.of(f"on_{prefix}_batch_start"), worker.hooks.of(f"on_{prefix}_batch_end")
+    keeps = stage == "predict" or _epoch_end_hook(worker, stage) is not None
     arguments = (loader_index,) if several else ()
-    metrics, precision = rank.metrics, rank.precision_plugin
-    metrics.dataloader_idx = loader_index if several else None
+    metrics, precision = worker.metrics, worker.precision
+    metrics.enter_loader(loader_index if several else None)
     num_samples, finished, next_report = 0, 0, monotonic() + REPORT_EVERY_S
-    for index, batch in batches.iterate():
+    for index, batch in loaders[loader_index].iterate():
         if index >= max_batches:
             break
-        rank.control.beat = (stage if finished else f"first batch of {stage}", rank.global_step, monotonic())
+        worker.control.show_life(stage if finished else f"first batch of {stage}", progress.global_step)
         metrics.end_step()
         metrics.begin_batch(_size_finder(batch))
-        batch = rank.transfer(batch, loader_index)
+        batch = worker.transfer(batch, loader_index)
         for hook in on_start:
             hook(batch, index, *arguments)
         with precision.forward_context():
@@ -107,34 +102,32 @@ def _run_loader(
         finished += 1
         num_samples += batch_size_of(batch) or 1
         if monotonic() >= next_report:
-            yield Progress(stage, rank.current_epoch, rank.global_step, finished, num_samples)
-            yield from rank.take_outbox()
+            yield Progress(stage, progress.current_epoch, progress.global_step, finished, num_samples)
+            yield from worker.outbox.take()
             next_report = monotonic() + REPORT_EVERY_S
-    yield Progress(stage, rank.current_epoch, rank.global_step, finished, num_samples)
+    yield Progress(stage, progress.current_epoch, progress.global_step, finished, num_samples)
 
 
-def _finish(rank: Rank, stage: str, prefix: str, outputs: list[list[tuple[int, Any]]]) -> Iterator[Message]:
-    hook = _epoch_end_hook(rank, stage)
+def _finish(
+    worker: Worker, stage: str, prefix: str, outputs: Outputs
+) -> Generator[Message, None, dict[str, float]]:
+    hook, metrics, progress = _epoch_end_hook(worker, stage), worker.metrics, worker.progress
     if hook is not None:
-        gathered = _gather_in_order(rank, outputs) if takes_outputs(hook) else []
-        several = len(gathered) > 1
-        hook(gathered if several else gathered[0] if gathered else []) if takes_outputs(hook) else hook()
-    elif stage != "predict" and rank.overrides(f"{prefix}_epoch_end"):
-        getattr(rank.module, f"{prefix}_epoch_end")()
-    values = rank.metrics.finish_epoch(rank.metrics.stage, rank.current_epoch, rank.global_step)
-    found = [values]
-    if rank.hooks(f"on_{prefix}_epoch_end"):
-        rank.call(f"on_{prefix}_epoch_end")
-        found.append(rank.metrics.finish_epoch(rank.metrics.stage, rank.current_epoch, rank.global_step))
-    rank.evaluation_results = [{name: value for part in found for name, value in part.values.items()}]
-    if rank.is_global_zero and stage in ("validate", "test"):
+        gathered = _gather_in_order(worker, outputs)
+        hook(gathered if len(gathered) > 1 else gathered[0] if gathered else [])
+    elif stage != "predict" and worker.hooks.overrides(f"{prefix}_epoch_end"):
+        getattr(worker.module, f"{prefix}_epoch_end")()
+    found = [metrics.finish_epoch(metrics.stage, progress.current_epoch, progress.global_step)]
+    if worker.hooks.of(f"on_{prefix}_epoch_end"):
+        worker.hooks.call(f"on_{prefix}_epoch_end")
+        found.append(metrics.finish_epoch(metrics.stage, progress.current_epoch, progress.global_step))
+    if worker.is_first and stage in ("validate", "test"):
         yield from (part for part in found if part.values)
-    if stage == "predict":
-        rank.evaluation_outputs = outputs
-    yield StageFinished(stage, rank.current_epoch, rank.global_step)
-    rank.call(f"on_{prefix}_end")
-    rank.metrics.end_epoch()
-    yield from rank.take_outbox()
+    yield StageFinished(stage, progress.current_epoch, progress.global_step)
+    worker.hooks.call(f"on_{prefix}_end")
+    metrics.end_epoch()
+    yield from worker.outbox.take()
+    return {name: value for part in found for name, value in part.values.items()}
 
 
 def split_by_loader(results: dict[str, float], num_loaders: int) -> list[dict[str, float]]:
@@ -148,32 +141,32 @@ def split_by_loader(results: dict[str, float], num_loaders: int) -> list[dict[st
     return split
 
 
-def gather_outputs(rank: Rank, outputs: list[Any]) -> list[Any]:
+def gather_outputs(worker: Worker, outputs: list[Any]) -> list[Any]:
     """A training epoch's outputs of all ranks, in dataset order, on this rank's device."""
-    if rank.world_size == 1:
+    if worker.world_size == 1:
         return outputs
-    shares = gather_objects(_to_cpu(outputs), rank.world_size)
-    return move_to_device(interleave(shares), rank.device)
+    shares = gather_objects(_to_cpu(outputs), worker.world_size)
+    return move_to_device(interleave(shares), worker.device)
 
 
-def _gather_in_order(rank: Rank, outputs: list[list[tuple[int, Any]]]) -> list[list[Any]]:
+def _gather_in_order(worker: Worker, outputs: Outputs) -> list[list[Any]]:
     """Each loader's outputs of all ranks, in the order of its batches."""
-    if rank.world_size > 1:
-        shares = gather_objects(_to_cpu(outputs), rank.world_size)
+    if worker.world_size > 1:
+        shares = gather_objects(_to_cpu(outputs), worker.world_size)
         outputs = [
             sorted((pair for share in shares for pair in share[index]), key=lambda pair: pair[0])
             for index in range(len(outputs))
         ]
-        outputs = move_to_device(outputs, rank.device)
+        outputs = move_to_device(outputs, worker.device)
     return [[output for _, output in loader] for loader in outputs]
 
 
-def _epoch_end_hook(rank: Rank, stage: str) -> Callable[..., Any] | None:
+def _epoch_end_hook(worker: Worker, stage: str) -> Callable[..., Any] | None:
     """The user's `..._epoch_end(outputs)`, where there is one that takes outputs."""
-    name = f"{HOOK_PREFIX[stage]}_epoch_end"
-    if stage == "predict" or not rank.overrides(name):
+    name = f"{PREFIXES[stage]}_epoch_end"
+    if stage == "predict" or not worker.hooks.overrides(name):
         return None
-    hook = getattr(rank.module, name)
+    hook = getattr(worker.module, name)
     return hook if takes_outputs(hook) else None
 
 
@@ -185,3 +178,10 @@ def _to_cpu(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().cpu()
     return move_to_device(value, torch.device("cpu"))
+
+
+def interleave(shares: list[list[Any]]) -> list[Any]:
+    """Items of all ranks in dataset order, if rank r holds every world_size-th from r on."""
+    missing = object()
+    rounds = itertools.zip_longest(*shares, fillvalue=missing)
+    return [item for turn in rounds for item in turn if item is not missing]

@@ -6,156 +6,134 @@ a second.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import monotonic, perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from raylight.contract.errors import DataError
-from raylight.contract.messages import Message, Paused, Progress, StageFinished, StageStarted
-from raylight.contract.seeding import seed_step, set_rng_state
-from raylight.worker.checkpoint import contents as state
-from raylight.worker.data.batches import TrainBatch, TrainBatches
+from raylight.contract import messages
+from raylight.contract.messages import EpochMetrics, Message, Paused, StageFinished, StageStarted
+from raylight.contract.requests import Request
+from raylight.contract.seeding import set_rng_state
+from raylight.worker.checkpoint import contents
+from raylight.worker.data.batches import TrainBatch
 from raylight.worker.diagnosis.evidence import keep_evidence
-from raylight.worker.diagnosis.profiler import profile
-from raylight.worker.evaluation import evaluate, gather_outputs, open_evaluation_data
+from raylight.worker.diagnosis.profiler import Profiler
+from raylight.worker.diagnosis.sections import Sections
+from raylight.worker.evaluation import evaluate, gather_outputs
 from raylight.worker.group.collectives import agree
 from raylight.worker.group.control import Action, Halted
-from raylight.worker.rank import Rank, takes_outputs
+from raylight.worker.hooks import Hook, bind_step, takes_outputs
 from raylight.worker.schedule import Schedule
-from raylight.worker.step.gradients import Gradients
-from raylight.worker.step.moving_buffers import MovingBuffers
-from raylight.worker.step.optimizers import step_schedulers
+from raylight.worker.step.schedulers import step_schedulers
+from raylight.worker.step.step import Step
+from raylight.worker.worker import Worker
 
 REPORT_EVERY_S = 0.25
 FINAL_WRITE_TIMEOUT_S = 3600.0
 SKIP_EPOCH = -1
 
 
-def fit(rank: Rank) -> Iterator[Message]:
-    """Trains from where `rank` stands (a fresh start, or a restored checkpoint) to the end of the run."""
-    if rank.global_step == rank.current_epoch == rank.batch_idx == 0:
-        yield from sanity_check(rank)
-    open_training_data(rank)
-    loop = Loop(rank)
-    if rank.profiler is not None:
-        profile(loop, rank.profiler)
-    rank.has_trained = True
-    rank.call("on_train_start")
-    if rank.restored_rng is not None:  # what was drawn up to here, the run that goes on had drawn before its first step
-        set_rng_state(rank.restored_rng)
-        rank.restored_rng = None
-    while not loop.schedule.is_finished():
-        yield from loop.train_epoch()
-    yield from loop.save_last()
-    rank.call("on_train_end")
-    if rank.profiler is not None:
-        rank.profiler.stop()
-        rank.notice(rank.profiler.summary())
-        yield from rank.take_outbox()
-
-
-def sanity_check(rank: Rank) -> Iterator[Message]:
+def sanity_check(worker: Worker) -> Iterator[Message]:
     """A few validation batches before training, so that a broken validation_step fails in the first second."""
-    config = rank.config
-    if not config.num_sanity_val_steps or not config.limit_val_batches or not rank.overrides("validation_step"):
+    config = worker.config
+    if not config.num_sanity_val_steps or not config.limit_val_batches or not worker.hooks.overrides("validation_step"):
         return
-    rank.stage = "sanity"
-    rank.call("on_sanity_check_start")
-    open_evaluation_data(rank, "validate")
+    worker.enter("sanity")
+    worker.hooks.call("on_sanity_check_start")
+    worker.open_evaluation_data("validate")
     limit = float("inf") if config.num_sanity_val_steps == -1 else config.num_sanity_val_steps
-    yield from evaluate(rank, "sanity", max_batches=limit)
-    rank.metrics.forget()
-    rank.call("on_sanity_check_end")
-    rank.stage = "train"
-
-
-def open_training_data(rank: Rank) -> None:
-    """Finds the train loader and shards it; called again where loaders are reloaded every n epochs."""
-    config, options = rank.config, rank.task.options
-    rank.train_dataloader = rank.loader("train")
-    if rank.train_dataloader is None:
-        raise DataError("fit needs training data: pass train_dataloaders or define train_dataloader()")
-    rank.train_batches = TrainBatches(
-        rank.train_dataloader,
-        rank=rank.global_rank,
-        world_size=rank.world_size,
-        seed=rank.seed,
-        limit=config.overfit_batches or config.limit_train_batches,
-        use_distributed_sampler=config.use_distributed_sampler,
-        global_batch_size=config.global_batch_size,
-        overfit=bool(config.overfit_batches),
-    )
-    position = options.pop("train_position", None)
-    if position is not None:
-        rank.train_batches.load_state_dict(position)
-        rank.batch_idx = rank.train_batches.first_index  # another number of workers counts other steps
-    rank.num_training_batches = rank.train_batches.num_batches
-    if config.global_batch_size is not None:
-        rank.accumulate_grad_batches = rank.train_batches.accumulate
+    yield from evaluate(worker, "sanity", max_batches=limit)
+    worker.metrics.forget()
+    worker.hooks.call("on_sanity_check_end")
+    worker.enter("train")
 
 
 class Loop:
-    """One rank in training."""
+    """One rank in training, from where its worker stands (a fresh start, or a restored checkpoint) to the end."""
 
-    def __init__(self, rank: Rank):
-        self.rank, self.config = rank, rank.config
-        self.gradients = rank.gradients = Gradients(rank)
-        self.buffers = rank.moving_buffers = MovingBuffers(rank.module)
-        self.schedule = Schedule(rank)
-        self.transfers = rank.transfers
-        self.several = rank.world_size > 1
-        self.on_batch_start = rank.hooks("on_train_batch_start")
-        self.on_batch_end = rank.hooks("on_train_batch_end")
-        self.keeps_outputs = rank.overrides("training_epoch_end")
+    def __init__(self, worker: Worker):
+        self.worker, self.config = worker, worker.config
+        self.step = Step(worker)
+        self.schedule = Schedule(worker)
+        self.transfer: Callable[[Any], Any] | None = worker.transfer if worker.transfer.is_needed else None
+        self.sections: Sections | None = None
+        self.on_batch_start = worker.hooks.of("on_train_batch_start")
+        self.on_batch_end = worker.hooks.of("on_train_batch_end")
+        self.keeps_outputs = worker.hooks.overrides("training_epoch_end")
         self.wants_outputs = self.keeps_outputs or bool(self.on_batch_end)
-        self.steps_schedulers = any(c.interval == "step" for c in rank.lr_scheduler_configs)
+        self.steps_schedulers = worker.optimizers.steps_every("step")
         self.log_every = self.config.log_every_n_steps
         self.beat_stage = "first training batch"
         self.num_samples = 0
         self.next_report = 0.0
         self.pause: Action | None = None
         self.regroups = False
-        rank.seconds |= {"data": 0.0, "validation": 0.0}
+        self.suspect: int | None = None
+        """Index of a finished batch whose loss was not finite."""
+        self.said_not_finite = False
+        worker.seconds |= {"data": 0.0, "validation": 0.0}
+
+    def fit(self, restored_rng: contents.RNGState | None = None) -> Iterator[Message]:
+        """`restored_rng` are the random numbers of the checkpoint: put in place just before the first step, because
+        what was drawn up to here, the run that is continued had drawn before its own first step."""
+        worker = self.worker
+        if worker.profiler is not None:
+            self._profile(worker.profiler)
+        worker.begin_training()
+        worker.hooks.call("on_train_start")
+        if restored_rng is not None:
+            set_rng_state(restored_rng)
+        while not self.schedule.is_finished():
+            yield from self.train_epoch()
+        yield from self.save_last()
+        worker.hooks.call("on_train_end")
+        if worker.profiler is not None:
+            worker.profiler.stop()
+            worker.outbox.notice(worker.profiler.summary())
+            yield from worker.outbox.take()
 
     def train_epoch(self) -> Iterator[Message]:
-        rank, control, schedule, gradients = self.rank, self.rank.control, self.schedule, self.gradients
+        worker, schedule, step = self.worker, self.schedule, self.step
+        control, progress, saving = worker.control, worker.progress, worker.saving
         yield from self._begin_epoch()
-        epoch, logged = rank.current_epoch, rank.global_step
+        epoch, logged = worker.progress.current_epoch, worker.progress.global_step
         skipped, waited = False, perf_counter()
-        for batch in rank.train_batches.iterate(epoch, rank.position, agree=self._agree, progress=self._say_skipped):
-            rank.seconds["data"] += perf_counter() - waited
-            control.beat = (self.beat_stage, rank.global_step, monotonic())
+        batches = worker.data.batches
+        assert batches is not None
+        stream = batches.iterate(epoch, progress.position, agree=self._agree, progress=self._say_skipped)
+        for batch in stream if self.sections is None else self.sections.around_items("data", stream):
+            worker.seconds["data"] += perf_counter() - waited
+            control.show_life(self.beat_stage, progress.global_step)
             if self.train_batch(batch) == SKIP_EPOCH:
                 skipped = True
                 break
-            rank.batch_idx = batch.index + 1
-            rank.num_batches_seen += 1
+            progress.finish_batch(batch.index)
             self.beat_stage = "train"
-            if rank.global_step != logged:
-                before, logged = logged, rank.global_step
+            if progress.global_step != logged:
+                before, logged = logged, progress.global_step
                 if logged // self.log_every != before // self.log_every:
-                    rank.metrics.record(logged, epoch)
-            if not gradients.window:
-                rank.metrics.end_step()
+                    worker.metrics.record(logged, epoch)
+            if not step.window:
+                worker.metrics.end_step()
             if monotonic() >= self.next_report:
                 yield from self.report(batch.index)
-            action = control.tick(rank.num_batches_seen)
+            action = control.tick(progress.num_batches_seen)
             if action is not None:
                 self.obey(action)
-            if self.pause is not None and not rank.checkpoint_requested:
+            if self.pause is not None and not saving.is_requested:
                 yield from self.stand_still()
             if schedule.validates_after_batch(batch.last):
                 yield from self.validate()
-            if not batch.last and schedule.saves_after_step(gradients.window):
+            if not batch.last and schedule.saves_after_step(step.window):
                 yield from self.save()
-            if schedule.stops_in_epoch() and not gradients.window:  # what is accumulated is not thrown away
+            if schedule.stops_in_epoch() and not step.window:  # what is accumulated is not thrown away
                 break
-            if self.regroups and not gradients.window:
+            if self.regroups and not step.window:
                 yield from self.report(batch.index)
-                rank.barrier()  # nobody leaves while another is still in the step's collectives
+                worker.barrier()  # nobody leaves while another is still in the step's collectives
                 raise Halted("the group is made anew", broken=True)
             waited = perf_counter()
         if schedule.validates_after_epoch():
@@ -163,129 +141,142 @@ class Loop:
         yield from self.finish_epoch(whole=skipped or schedule.is_epoch_whole())
 
     def train_batch(self, batch: TrainBatch) -> int | None:
-        rank, index, data = self.rank, batch.index, batch.data
-        complete = batch.last or self.gradients.window + 1 >= rank.accumulate_grad_batches
-        rank.batch, rank.batch_done = batch, False
-        if self.several:
-            seed_step(rank.seed, rank.global_rank, rank.num_batches_seen)
-        else:
-            rank.torch_rng = torch.default_generator.get_state()
-            if not self.gradients.window:
-                rank.window_rng = rank.torch_rng
-        if self.buffers and not self.gradients.window:
-            self.buffers.keep()
-        rank.metrics.begin_batch(batch.size)
+        worker, step, index, data = self.worker, self.step, batch.index, batch.data
+        complete = batch.last or step.window + 1 >= worker.data.accumulate
+        step.begin(batch)
         self.num_samples += batch.size
         if batch.size:
-            if self.transfers:
-                data = rank.transfer(data)
+            if self.transfer is not None:
+                data = self.transfer(data)
             for hook in self.on_batch_start:
                 if hook(data, index) == SKIP_EPOCH:
                     return SKIP_EPOCH
-        outputs = self.gradients.take(batch, data, complete)
-        rank.batch_done = True  # whatever fails from here on
+        outputs = step.make(batch, data, complete)
         if complete and self.steps_schedulers:
-            step_schedulers(rank, "step", rank.global_step)
-            step_schedulers(rank, "step", rank.global_step, plateau=True)
+            step_schedulers(worker, "step", worker.progress.global_step)
+            step_schedulers(worker, "step", worker.progress.global_step, plateau=True)
         if batch.last:
-            step_schedulers(rank, "epoch", rank.current_epoch + 1)
+            step_schedulers(worker, "epoch", worker.progress.current_epoch + 1)
         if self.wants_outputs and batch.size:
             outputs = _detach(outputs)
             for hook in self.on_batch_end:
                 hook(outputs, data, index)
             if self.keeps_outputs:
-                rank.outputs.append(outputs)
-        rank.batch = None
+                worker.epoch_outputs.append(outputs)
+        step.end()
         return None
 
     # ---- around the steps
 
+    def _profile(self, profiler: Profiler) -> None:
+        sections = self.sections = Sections(profiler)
+        self.step.profile(sections)
+        if self.transfer is not None:
+            self.transfer = sections.around("transfer", self.transfer)
+        self.on_batch_start = tuple(sections.around("on_train_batch_start", hook) for hook in self.on_batch_start)
+        self.on_batch_end = tuple(sections.around("on_train_batch_end", hook) for hook in self.on_batch_end)
+        profiler.start()
+
+    def forward_epoch(self, skip_uneven: bool) -> None:
+        """Calls training_step on each of this rank's batches; what it logs is dropped. With `skip_uneven` a batch that
+        some rank lacks is left out, because layers wait for one another over the ranks."""
+        worker, batches, number = self.worker, self.worker.data.batches, self.worker.progress
+        assert batches is not None
+        step = bind_step(worker.module.training_step)
+        with worker.metrics.set_aside():
+            for batch in batches.iterate(number.current_epoch, agree=self._agree):
+                worker.control.show_life("train", number.global_step)
+                if batch.size and not (skip_uneven and batch.uneven):
+                    data = worker.transfer(batch.data)
+                    with worker.precision.forward_context():
+                        step(data, batch.index, 0)
+
     def _begin_epoch(self) -> Iterator[Message]:
-        rank = self.rank
-        if self.schedule.reloads() and rank.batch_idx == 0:
-            open_training_data(rank)
-        rank.metrics.hook_is_step = False
-        if rank.batch_idx == 0:
-            rank.call("on_train_epoch_start")
-            self.gradients.follow()
-        self.num_samples, self.next_report, self.gradients.window = 0, 0.0, 0
-        yield StageStarted("train", rank.current_epoch, rank.global_step, rank.num_training_batches)
-        rank.metrics.stage, rank.metrics.hook_is_step = "train", True
-        ended = rank.batch_idx > 0 and rank.batch_idx == rank.num_training_batches
-        if rank.batch_idx and self.schedule.validates_after_batch(ended) and rank.validated_at != rank.num_batches_seen:
+        worker, progress = self.worker, self.worker.progress
+        if self.schedule.reloads() and worker.progress.batch_idx == 0:
+            worker.open_training_data()
+        worker.metrics.enter("train", in_step=False)
+        if worker.progress.batch_idx == 0:
+            worker.hooks.call("on_train_epoch_start")
+            self.step.follow()
+        self.num_samples, self.next_report = 0, 0.0
+        self.step.begin_epoch()
+        yield StageStarted("train", worker.progress.current_epoch, worker.progress.global_step, worker.data.num_batches)
+        worker.metrics.enter("train", in_step=True)
+        ended = progress.batch_idx > 0 and progress.batch_idx == worker.data.num_batches
+        if progress.batch_idx and self.schedule.validates_after_batch(ended) and not progress.is_validated:
             yield from self.validate()  # it was due, and then the run was cut short
 
     def report(self, index: int) -> Iterator[Message]:
         """What is told a few times a second; the only place of the loop that waits for the device."""
-        rank = self.rank
+        worker = self.worker
         yield from self._drain()
-        shown, waited_s, share = rank.metrics.shown(), rank.seconds["data"], {}
-        if self.several and not self.gradients.window:
+        shown, waited_s, share = worker.metrics.shown(), worker.seconds["data"], {}
+        if worker.world_size > 1 and not self.step.window:
             # a callable needs all values, which would be more with each message
-            share = {name: its for name, its in rank.metrics.epoch_share().items() if its[0][0] != "callable"}
-        yield Progress(
-            "train", rank.current_epoch, rank.global_step, index + 1, self.num_samples, shown, waited_s, share
-        )
-        if rank.snapshots is not None:
-            yield from rank.snapshots.poll()
+            share = {name: its for name, its in worker.metrics.epoch_share().items() if its[0][0] != "callable"}
+        epoch, step = worker.progress.current_epoch, worker.progress.global_step
+        yield messages.Progress("train", epoch, step, index + 1, self.num_samples, shown, waited_s, share)
+        yield from worker.saving.poll()
         self.next_report = monotonic() + REPORT_EVERY_S
 
     def _drain(self) -> Iterator[Message]:
-        metrics = self.rank.metrics.drain()
+        metrics = self.worker.metrics.drain()
         if metrics is not None:
             yield metrics
         self._check_finite()
-        yield from self.rank.take_outbox()
+        yield from self.worker.outbox.take()
 
     def validate(self) -> Iterator[Message]:
-        rank = self.rank
+        worker = self.worker
         began = perf_counter()
         yield from self._drain()
-        if rank.val_dataloaders is None or self.schedule.reloads():
-            open_evaluation_data(rank, "validate")
-        rank.stage = "validate"
-        yield from evaluate(rank, "validate")
-        rank.stage = "train"
-        rank.metrics.stage, rank.metrics.hook_is_step = "train", True
-        rank.seconds["validation"] += perf_counter() - began
-        rank.validated_at = rank.num_batches_seen
+        if "validate" not in worker.evaluation_data or self.schedule.reloads():
+            worker.open_evaluation_data("validate")
+        worker.enter("validate")
+        yield from evaluate(worker, "validate")
+        worker.enter("train")
+        worker.metrics.enter("train", in_step=True)
+        worker.seconds["validation"] += perf_counter() - began
+        worker.progress.finish_validation()
         if self.schedule.saves_after_validation():
-            rank.checkpoint_requested = True
+            worker.saving.request()
 
     def finish_epoch(self, whole: bool) -> Iterator[Message]:
         """Hooks, values and schedulers of the epoch's end; not `whole` where the run stopped in its middle.
 
         A run that goes on from there comes to this end once more, and so its checkpoint is made before the hooks.
         """
-        rank, metrics, values = self.rank, self.rank.metrics, []
+        worker, metrics = self.worker, self.worker.metrics
+        values: list[EpochMetrics] = []
         yield from self._drain()
-        metrics.stage, metrics.hook_is_step = "train", False
+        metrics.enter("train", in_step=False)
         share = metrics.keep_share()
         if not whole:
-            values.append(metrics.finish_epoch("train", rank.current_epoch, rank.global_step))
-            metrics.carried = share
+            values.append(metrics.finish_epoch("train", worker.progress.current_epoch, worker.progress.global_step))
+            metrics.carry(share)
             yield from self.save(must=True)
-            metrics.carried = {}
+            metrics.carry({})
         if self.keeps_outputs:
-            hook, outputs = rank.module.training_epoch_end, gather_outputs(rank, rank.outputs)
+            hook: Hook = worker.module.training_epoch_end
+            outputs = gather_outputs(worker, worker.epoch_outputs)
             hook(outputs) if takes_outputs(hook) else hook()
-        values.append(metrics.finish_epoch("train", rank.current_epoch, rank.global_step))
-        for hooks in rank.hooks_at_epoch_end():
+        values.append(metrics.finish_epoch("train", worker.progress.current_epoch, worker.progress.global_step))
+        for hooks in worker.hooks.at_epoch_end():
             for hook in hooks:
                 hook()
-            values.append(metrics.finish_epoch("train", rank.current_epoch, rank.global_step))
+            values.append(metrics.finish_epoch("train", worker.progress.current_epoch, worker.progress.global_step))
         metrics.end_epoch()
-        rank.outputs = []
-        if rank.is_global_zero:
+        worker.drop_epoch_outputs()
+        if worker.is_first:
             yield from (part for part in values if part.values)
         if whole:
-            step_schedulers(rank, "epoch", rank.current_epoch + 1, plateau=True)
-            rank.current_epoch += 1
-            rank.batch_idx = rank.position = 0
+            step_schedulers(worker, "epoch", worker.progress.current_epoch + 1, plateau=True)
+            worker.progress.finish_epoch()
         else:
-            metrics.carried = share  # of a checkpoint that has to be made once more
-        yield StageFinished("train", rank.current_epoch, rank.global_step)
-        yield from rank.take_outbox()
+            metrics.carry(share)  # of a checkpoint that has to be made once more
+        yield StageFinished("train", worker.progress.current_epoch, worker.progress.global_step)
+        yield from worker.outbox.take()
         if whole and self.schedule.saves_after_epoch():
             yield from self.save(must=True)
 
@@ -295,85 +286,85 @@ class Loop:
         While the one before is still being written, a checkpoint that `must` be made (an epoch's, the last) waits for
         it, and one in between is left out, on all ranks alike; one that was asked for is made after a later step.
         """
-        rank = self.rank
-        if rank.snapshots is None or rank.saved_step == rank.global_step:
-            rank.checkpoint_requested = False
+        worker, saving, step = self.worker, self.worker.saving, self.worker.progress.global_step
+        if saving.snapshots is None or saving.saved_step == step:
+            saving.drop_request()
             return
-        yield from rank.snapshots.poll()
-        free = agree(not rank.snapshots.busy, rank.world_size)
+        yield from saving.poll()
+        free = agree(not saving.snapshots.busy, worker.world_size)
         if free or must:
-            rank.control.beat = ("save", rank.global_step, monotonic())
-            state.take_snapshot(rank, wait=not free)
-            rank.saved_step, rank.checkpoint_requested = rank.global_step, False
+            worker.control.show_life("save", step)
+            contents.take_snapshot(worker, wait=not free)
+            saving.note_saved(step)
 
     def save_last(self) -> Iterator[Message]:
         """The state at the end of the run is always on storage; what fails on any rank is tried once more by all."""
-        rank = self.rank
+        worker, saving = self.worker, self.worker.saving
         yield from self._drain()
-        if rank.snapshots is not None:
+        if saving.snapshots is not None:
             yield from self.save(must=True)
-            rank.control.beat = ("save", rank.global_step, monotonic())
-            yield from rank.snapshots.close(FINAL_WRITE_TIMEOUT_S)
-            if not self._agree(not rank.snapshots.has_failed):
-                state.take_snapshot(rank, wait=True)
-                yield from rank.snapshots.close(FINAL_WRITE_TIMEOUT_S)
-        yield from rank.take_outbox()
+            worker.control.show_life("save", worker.progress.global_step)
+            yield from saving.close(FINAL_WRITE_TIMEOUT_S)
+            if not self._agree(not saving.snapshots.has_failed):
+                contents.take_snapshot(worker, wait=True)
+                yield from saving.close(FINAL_WRITE_TIMEOUT_S)
+        yield from worker.outbox.take()
 
     def obey(self, action: Action) -> None:
-        """What the driver asked all ranks for at this boundary."""
-        rank = self.rank
-        if action.name == "save":
-            rank.checkpoint_requested = True
-        elif action.name == "pause":
+        """Does what the driver asked all ranks for at this boundary."""
+        worker = self.worker
+        if action.request == Request.SAVE:
+            worker.saving.request()
+        elif action.request in (Request.PAUSE, Request.PAUSE_IN_PROCESS):
             self.pause = action
-        elif action.name == "resize":
+        elif action.request == Request.RESIZE:
             self.regroups = True
-        elif action.name in ("stop", "interrupt"):
-            rank.should_stop = True
-            rank.status = "interrupted" if action.name == "interrupt" else "stopped"
+        elif action.request == Request.STOP:
+            worker.end_as(True, "stopped")
+        elif action.request == Request.INTERRUPT:
+            worker.end_as(True, "interrupted")
 
     def stand_still(self) -> Iterator[Message]:
         """Until the driver lets it go on; in its own process, until the next message is asked for."""
-        rank, pause = self.rank, self.pause
-        assert pause is not None
+        worker, pause = self.worker, self.pause
         self.pause = None
-        if rank.snapshots is not None:
-            yield from rank.snapshots.close(FINAL_WRITE_TIMEOUT_S)
-        yield Paused(rank.global_step)
-        if pause.arguments.get("blocks", True):
-            rank.control.stand_still()
+        yield from worker.saving.close(FINAL_WRITE_TIMEOUT_S)
+        yield Paused(worker.progress.global_step)
+        if pause is not None and pause.request == Request.PAUSE:
+            worker.control.stand_still()
 
     def _check_finite(self) -> None:
         """Names the first step since the last report whose loss was not finite."""
-        losses, self.gradients.losses = self.gradients.losses, []
+        losses = self.step.take_losses()
         if not losses:
             return
         finite = torch.isfinite(torch.stack([loss.reshape(()).float() for loss in losses]))
         if finite.all():
             return
-        rank = self.rank
+        worker, progress, batches = self.worker, self.worker.progress, self.worker.data.batches
         behind = len(losses) - int((~finite).nonzero()[0])
-        index = max(rank.batch_idx - behind, 0)
-        samples = rank.train_batches.indices(rank.current_epoch, index)
-        step, epoch = max(rank.global_step - behind + 1, 0), rank.current_epoch
+        index = max(progress.batch_idx - behind, 0)
+        step, epoch = max(progress.global_step - behind + 1, 0), progress.current_epoch
+        samples = batches.indices(epoch, index) if batches is not None else None
         which = f", samples {samples}" if samples is not None else ""
-        text = f"the loss is not finite at step {step} (epoch {epoch}, batch {index}, rank {rank.global_rank}{which})"
-        rank.suspect = index
+        text = f"the loss is not finite at step {step} (epoch {epoch}, batch {index}, rank {worker.rank}{which})"
+        self.suspect = index
         if self.config.detect_anomaly:
             raise FloatingPointError(text)
-        if not rank.said_not_finite:
-            rank.said_not_finite = True
-            files, path = rank.task.files, keep_evidence(rank, "NaN", text)
+        if not self.said_not_finite:
+            self.said_not_finite = True
+            files, path = worker.task.files, keep_evidence(worker, self.step, index, "NaN", text)
             again = f"; run that step again: raylight replay {files.argument_of(path)}" if files and path else ""
-            rank.notice(f"{text}; detect_anomaly=True stops at it and shows where it came from{again}", "warning")
+            advice = "detect_anomaly=True stops at it and shows where it came from"
+            worker.outbox.notice(f"{text}; {advice}{again}", "warning")
 
     def _say_skipped(self, done: int, total: int) -> None:
-        self.rank.control.beat = ("train", self.rank.global_step, monotonic())
+        self.worker.control.show_life("train", self.worker.progress.global_step)
         if done >= total:
-            self.rank.notice(f"read {total} items of the stream again to go on where the run had stopped")
+            self.worker.outbox.notice(f"read {total} items of the stream again to go on where the run had stopped")
 
     def _agree(self, flag: bool) -> bool:
-        return agree(flag, self.rank.world_size)
+        return agree(flag, self.worker.world_size)
 
 
 def _detach(outputs: Any) -> Any:

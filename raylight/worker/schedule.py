@@ -3,78 +3,78 @@
 from __future__ import annotations
 
 from raylight.contract.errors import InvalidArguments
-from raylight.worker.evaluation import count_evaluation_batches, open_evaluation_data
-from raylight.worker.rank import Rank
+from raylight.worker.worker import Worker
 
 NEVER = 0
 AT_EPOCH_END = -1  # where the length of an epoch is unknown
 
 
 class Schedule:
-    """Reads the counters of `rank` and changes nothing."""
+    """Reads the counters of its worker and changes nothing."""
 
-    def __init__(self, rank: Rank):
-        self.rank, self.config = rank, rank.config
+    def __init__(self, worker: Worker):
+        self.worker, self.config = worker, worker.config
         self.val_every = self._validation_interval()
 
     # ---- the end
 
     def is_finished(self) -> bool:
         """Asked between epochs."""
-        rank, config = self.rank, self.config
-        if rank.status == "interrupted" or rank.num_training_batches == 0 or self._is_out_of_steps():
+        worker, config = self.worker, self.config
+        if worker.status == "interrupted" or worker.data.num_batches == 0 or self._is_out_of_steps():
             return True
-        if config.max_epochs is not None and config.max_epochs != -1 and rank.current_epoch >= config.max_epochs:
+        epoch = worker.progress.current_epoch
+        if config.max_epochs is not None and config.max_epochs != -1 and epoch >= config.max_epochs:
             return True
         return self._may_stop()
 
     def stops_in_epoch(self) -> bool:
         """Asked after each batch."""
-        rank = self.rank
-        stops = rank.should_stop and (rank.status == "interrupted" or self._may_stop())
+        worker = self.worker
+        stops = worker.should_stop and (worker.status == "interrupted" or self._may_stop())
         return stops or self._is_out_of_steps()
 
     def is_epoch_whole(self) -> bool:
         """Whether this epoch's batches are all done; one of unknown length is, unless the run stops in it."""
-        rank = self.rank
-        if rank.num_training_batches is None:
+        worker = self.worker
+        if worker.data.num_batches is None:
             return not self.stops_in_epoch()
-        return rank.batch_idx >= rank.num_training_batches or not self.stops_in_epoch()
+        return worker.progress.batch_idx >= worker.data.num_batches or not self.stops_in_epoch()
 
     def _is_out_of_steps(self) -> bool:
-        return self.config.max_steps != -1 and self.rank.global_step >= self.config.max_steps
+        return self.config.max_steps != -1 and self.worker.progress.global_step >= self.config.max_steps
 
     def _may_stop(self) -> bool:
         """should_stop counts once the minimum of epochs and steps is reached."""
-        rank, config = self.rank, self.config
-        enough_steps = rank.global_step >= (config.min_steps or 0)
-        return rank.should_stop and enough_steps and rank.current_epoch >= (config.min_epochs or 0)
+        worker, config = self.worker, self.config
+        enough_steps = worker.progress.global_step >= (config.min_steps or 0)
+        return worker.should_stop and enough_steps and worker.progress.current_epoch >= (config.min_epochs or 0)
 
     # ---- checkpoints
 
     def saves_after_step(self, window: int) -> bool:
         """`window`: batches accumulated since the last optimizer step; a checkpoint lies between two steps."""
-        rank, checkpoint = self.rank, self.config.checkpoint
-        if rank.snapshots is None or checkpoint is None or window:
+        worker, checkpoint = self.worker, self.config.checkpoint
+        if worker.saving.snapshots is None or checkpoint is None or window:
             return False
-        if rank.checkpoint_requested:
+        if worker.saving.is_requested:
             return True
-        return self._is_step_due() and rank.saved_step != rank.global_step
+        return self._is_step_due() and worker.saving.saved_step != worker.progress.global_step
 
     def saves_after_validation(self) -> bool:
         """With no interval set, a validation in the middle of an epoch makes a checkpoint as one at its end does."""
         return self.config.checkpoint is not None and not self._has_interval()
 
     def saves_after_epoch(self) -> bool:
-        rank, checkpoint = self.rank, self.config.checkpoint
-        if rank.snapshots is None or checkpoint is None:
+        worker, checkpoint = self.worker, self.config.checkpoint
+        if worker.saving.snapshots is None or checkpoint is None:
             return False
-        if rank.checkpoint_requested:
+        if worker.saving.is_requested:
             return True
         every = checkpoint.every_n_epochs if self._has_interval() else 1
-        if every and rank.current_epoch % every == 0:
+        if every and worker.progress.current_epoch % every == 0:
             return True
-        return self._is_step_due() and rank.saved_step != rank.global_step
+        return self._is_step_due() and worker.saving.saved_step != worker.progress.global_step
 
     def _has_interval(self) -> bool:
         checkpoint = self.config.checkpoint
@@ -83,7 +83,8 @@ class Schedule:
 
     def _is_step_due(self) -> bool:
         every = self.config.checkpoint.every_n_steps if self.config.checkpoint is not None else None
-        return every is not None and self.rank.global_step > 0 and self.rank.global_step % every == 0
+        step = self.worker.progress.global_step
+        return every is not None and step > 0 and step % every == 0
 
     # ---- validation
 
@@ -94,29 +95,28 @@ class Schedule:
             return False
         if self.config.val_check_interval == 1.0 and not isinstance(self.config.val_check_interval, int):
             return last and self._is_validation_epoch()
-        rank, across_epochs = self.rank, self.config.check_val_every_n_epoch is None
-        count = rank.num_batches_seen if across_epochs else rank.batch_idx
+        worker, across_epochs = self.worker, self.config.check_val_every_n_epoch is None
+        count = worker.progress.num_batches_seen if across_epochs else worker.progress.batch_idx
         return count % self.val_every == 0 and self._is_validation_epoch()
 
     def validates_after_epoch(self) -> bool:
         return self.val_every == AT_EPOCH_END and self._is_validation_epoch()
 
     def reloads(self) -> bool:
-        every = self.config.reload_dataloaders_every_n_epochs
-        return bool(every) and self.rank.current_epoch > 0 and self.rank.current_epoch % every == 0
+        every, epoch = self.config.reload_dataloaders_every_n_epochs, self.worker.progress.current_epoch
+        return bool(every) and epoch > 0 and epoch % every == 0
 
     def _is_validation_epoch(self) -> bool:
         every = self.config.check_val_every_n_epoch
-        return every is None or (self.rank.current_epoch + 1) % every == 0
+        return every is None or (self.worker.progress.current_epoch + 1) % every == 0
 
     def _validation_interval(self) -> int:
         """Training batches from one validation to the next."""
-        rank, interval, num_batches = self.rank, self.config.val_check_interval, self.rank.num_training_batches
-        if not self.config.limit_val_batches or not rank.overrides("validation_step"):
+        worker, interval, num_batches = self.worker, self.config.val_check_interval, self.worker.data.num_batches
+        if not self.config.limit_val_batches or not worker.hooks.overrides("validation_step"):
             return NEVER
-        if rank.val_dataloaders is None:
-            open_evaluation_data(rank, "validate")
-        if count_evaluation_batches(rank) == 0:
+        data = worker.evaluation_data.get("validate") or worker.open_evaluation_data("validate")
+        if data.total == 0:
             return NEVER
         if isinstance(interval, int):
             return interval

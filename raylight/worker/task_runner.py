@@ -1,4 +1,4 @@
-"""Where a worker begins: one rank's whole work as a generator of messages, the same in-process and on Ray."""
+"""One rank's whole work for one task, as a generator of messages; the same in-process and on Ray."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import socket
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -15,63 +14,60 @@ from raylight.contract.errors import InvalidArguments
 from raylight.contract.messages import Finished, Hyperparameters, Message, PeerLost, Started
 from raylight.contract.rank_zero import set_rank
 from raylight.contract.seeding import seed_process
-from raylight.contract.task import Place, Task
-from raylight.worker.checkpoint import contents as state
-from raylight.worker.checkpoint import optimizer_options as hyperparameters
+from raylight.contract.task import Begin, Place, Rejoin, Rescue, Task
+from raylight.worker.checkpoint import contents, optimizer_options
 from raylight.worker.checkpoint.restore import load_lightning, load_state
-from raylight.worker.checkpoint.snapshot import Snapshots
+from raylight.worker.checkpoint.snapshot import State
 from raylight.worker.diagnosis.evidence import keep_evidence
 from raylight.worker.diagnosis.failure import describe_failure
 from raylight.worker.diagnosis.out_of_memory import advise
-from raylight.worker.evaluation import evaluate, open_evaluation_data, split_by_loader
+from raylight.worker.evaluation import EvaluationResult, evaluate, split_by_loader
 from raylight.worker.group import process_group, rejoin
 from raylight.worker.group.control import Control, Halted
-from raylight.worker.loop import fit
-from raylight.worker.rank import Rank
+from raylight.worker.loop import sanity_check
+from raylight.worker.returning import gather_trained
+from raylight.worker.session import Session
 from raylight.worker.step.dynamo import postpone_dynamo
 from raylight.worker.step.optimizers import check_schedulers, make_optimizers
+from raylight.worker.worker import Worker
 
 
 def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
-    """Everything that one rank does for one task. An exception ends it with a message, never with a raise.
+    """Does everything that one rank does for one task. An exception ends it with a message, never with a raise.
 
-    In a later generation of the group the ranks that are left go on with the state they kept, and new ones take the
+    In a later generation of the group the ranks that are left go on with the session they kept, and new ones take the
     places of the dead.
     """
-    rank: Rank | None = None
+    kept = control.kept if isinstance(control.kept, Session) else None
+    session: Session | None = None
     try:
         yield Started(socket.gethostname(), os.getpid(), place.device)
         with ExitStack() as numerics:
-            _set_numerics(task, place, numerics, is_kept="rank" in control.kept)
-            if task.options.get("rescue"):
-                yield from rejoin.rescue(control.kept.get("rank"), task, place, control)
+            _set_numerics(task, place, numerics, goes_on=kept is not None and not isinstance(task.mode, Begin))
+            if isinstance(task.mode, Rescue):
+                if kept is not None:
+                    yield from rejoin.rescue(kept, task, place, control)
                 return
-            if task.options.get("rejoin"):
-                rank = yield from _rejoin(task, place, control, numerics)
+            if isinstance(task.mode, Rejoin):
+                session = yield from _rejoin(kept, task, place, control, task.mode, numerics)
             else:
-                control.kept.clear()
+                control.keep(None)
                 _join(place, task, numerics)
-                rank = Rank(task, place, control)
-                yield from prepare(rank)
-                if task.stage == "fit":
-                    prepare_fit(rank)
-                control.kept["rank"] = rank
-            yield from (_fit(rank) if task.stage == "fit" else _evaluate(rank))
-            rank.call("teardown", task.stage)
-            if rank.datamodule is not None:
-                rank.datamodule.teardown(task.stage)
-            if rank.logger is not None:
-                rank.logger.close()
-            yield from rank.take_outbox()
-        yield _finish(rank)
+                session = Session(task, place, control)
+                yield from prepare(session)
+                control.keep(session)
+            result = yield from (_fit(session) if task.stage == "fit" else _evaluate(session.worker))
+            _tear_down(session)
+            yield from session.worker.outbox.take()
+        yield _finish(session, result)
     except Exception as error:
-        rank = rank or control.kept.get("rank")
-        yield from _fail(rank, error)
+        session = session or kept
+        yield from _fail(session, error)
         if place.world_size == 1:
-            control.kept["exception"] = error
+            control.note_exception(error)
     finally:
-        if rank is not None:
-            rank.module.trainer = None
+        if session is not None:
+            session.end()
 
 
 def _join(place: Place, task: Task, stack: ExitStack) -> None:
@@ -81,131 +77,153 @@ def _join(place: Place, task: Task, stack: ExitStack) -> None:
         stack.callback(process_group.leave)
 
 
-def _rejoin(task: Task, place: Place, control: Control, stack: ExitStack) -> Generator[Message, None, Rank]:
-    """A survivor brings the rank it kept; a replacement makes one before it joins, so that nobody waits for that."""
-    rank: Rank | None = control.kept.get("rank")
-    if rank is None:
-        rank = Rank(task, place, control)
-        yield from prepare(rank)
-        prepare_fit(rank)
-        control.kept["rank"] = rank
+def _rejoin(
+    kept: Session | None, task: Task, place: Place, control: Control, mode: Rejoin, stack: ExitStack
+) -> Generator[Message, None, Session]:
+    """A survivor brings the session it kept; a replacement makes one before it joins, so that nobody waits for that."""
+    session = kept
+    if session is None:
+        session = Session(task, place, control)
+        yield from prepare(session)
+        control.keep(session)
     else:
-        rejoin.move(rank, task, place, control)
+        session.worker.move(task, place, control)
+        session.begin()
     _join(place, task, stack)
-    rejoin.meet(rank)
-    return rank
+    rejoin.meet(session, mode)
+    return session
 
 
-def prepare(rank: Rank) -> Iterator[Message]:
-    """From the pickled module to one that is ready on its device, in Lightning's order of hooks."""
-    task, module, data_module = rank.task, rank.module, rank.datamodule
-    added = module.configure_callbacks()
+def prepare(session: Session) -> Iterator[Message]:
+    """From the pickled module to one that is ready to be trained or evaluated, in Lightning's order of hooks."""
+    worker, state = session.worker, None
+    task, hooks, data_module = worker.task, worker.hooks, worker.data_module
+    added = worker.module.configure_callbacks()
     if added:
-        rank.add_callbacks(added)
-    if rank.local_rank == 0:
+        hooks.add_callbacks(added if isinstance(added, (list, tuple)) else [added])
+    if worker.place.local_rank == 0:
         if data_module is not None:
             data_module.prepare_data()
-        module.prepare_data()
-    if not task.options.get("rejoin"):
-        rank.barrier()
+        worker.module.prepare_data()
+    if isinstance(task.mode, Begin):
+        worker.barrier()
     if data_module is not None:
         data_module.setup(task.stage)
-    for hook in rank.callback_hooks("setup"):
+    for hook in hooks.of_callbacks("setup"):
         hook(task.stage)
-    module.setup(task.stage)
-    module.configure_model()
+    worker.module.setup(task.stage)
+    worker.module.configure_model()
     if task.checkpoint is not None:
-        rank.restored = load_state(task.checkpoint, rank.global_rank, rank.world_size)
-        state.restore_weights(rank, rank.restored)
-    elif lightning_file := task.options.get("lightning_file"):
-        state.restore_weights(rank, load_lightning(lightning_file))
-    if rank.config.sync_batchnorm and rank.world_size > 1:
-        module = rank.module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    rank.precision_plugin.convert_module(module)
-    module.to(rank.device)
-    hparams = {**getattr(data_module, "hparams", {}), **module.hparams}
-    if rank.is_global_zero and hparams:
+        state = load_state(task.checkpoint, worker.rank, worker.world_size)
+    elif task.lightning_file is not None:
+        state = load_lightning(task.lightning_file)
+    if state is not None:
+        contents.restore_weights(worker, state)
+    if worker.config.sync_batchnorm and worker.world_size > 1:
+        hooks.replace_module(torch.nn.SyncBatchNorm.convert_sync_batchnorm(worker.module))
+    worker.precision.convert_module(worker.module)
+    worker.module.to(worker.device)
+    hparams = {**getattr(data_module, "hparams", {}), **worker.module.hparams}
+    if worker.is_first and hparams:
         yield Hyperparameters(dict(hparams))
-    yield from rank.take_outbox()
+    yield from worker.outbox.take()
+    if worker.is_fitting:
+        session.keep_random_numbers(_prepare_fit(worker, state if task.checkpoint is not None else None))
 
 
-def prepare_fit(rank: Rank) -> None:
+def _prepare_fit(worker: Worker, state: State | None) -> contents.RNGState | None:
     """Optimizers, snapshots, and the state of the checkpoint that the run goes on from."""
-    task, config = rank.task, rank.config
-    rank.optimizers, rank.lr_scheduler_configs = make_optimizers(
-        rank.module.configure_optimizers(), rank.module.automatic_optimization
-    )
-    mistakes = check_schedulers(rank.optimizers, rank.lr_scheduler_configs)
-    if rank.module.automatic_optimization and len(rank.optimizers) > 1:
+    task, config, module = worker.task, worker.config, worker.module
+    optimizers, schedulers = make_optimizers(module.configure_optimizers(), module.automatic_optimization)
+    mistakes = check_schedulers(optimizers, schedulers)
+    if module.automatic_optimization and len(optimizers) > 1:
         mistakes.append(
-            f"configure_optimizers returned {len(rank.optimizers)} optimizers: set automatic_optimization = False "
+            f"configure_optimizers returned {len(optimizers)} optimizers: set automatic_optimization = False "
             "and step them in training_step, as Lightning asks too"
         )
-    if rank.module.automatic_optimization and not rank.optimizers:
+    if module.automatic_optimization and not optimizers:
         mistakes.append("configure_optimizers returned no optimizer: nothing would be trained")
     if mistakes:
         raise InvalidArguments(mistakes)
+    worker.optimizers.take(optimizers, schedulers)
     if config.checkpoint is not None and task.files is not None:
-        rank.snapshots = Snapshots(task.files, rank.global_rank, rank.world_size)
-        rank.configured = hyperparameters.describe(rank.optimizers, rank.lr_scheduler_configs)
-    rank.call("on_fit_start")
-    if rank.restored is not None and not task.weights_only:
-        state.restore_training(rank, rank.restored)
-    rank.restored = None
+        worker.saving.begin(task.files, worker.rank, worker.world_size)
+        worker.optimizers.configure(optimizer_options.describe(optimizers, schedulers))
+    worker.hooks.call("on_fit_start")
+    if state is None or task.weights_only:
+        return None
+    return contents.restore_training(worker, state)
 
 
-def _fit(rank: Rank) -> Iterator[Message]:
-    yield from fit(rank)
-    rank.call("on_fit_end")
+def _fit(session: Session) -> Generator[Message, None, None]:
+    worker = session.worker
+    if worker.progress.is_at_start:
+        yield from sanity_check(worker)
+    worker.open_training_data()
+    yield from session.open_loop().fit(session.take_random_numbers())
+    worker.hooks.call("on_fit_end")
 
 
-def _evaluate(rank: Rank) -> Iterator[Message]:
-    rank.global_step, rank.current_epoch = rank.task.options.get("trained", (0, 0))
-    open_evaluation_data(rank, rank.stage)
-    yield from evaluate(rank, rank.stage)
+def _evaluate(worker: Worker) -> Generator[Message, None, EvaluationResult]:
+    worker.progress.stand_at(*worker.task.trained)
+    worker.open_evaluation_data(worker.stage)
+    return (yield from evaluate(worker, worker.stage))
 
 
-def _finish(rank: Rank) -> Finished:
-    """Rank 0 brings back what the caller gets; in prediction every rank brings its batches."""
-    returned: Any = None
-    if rank.stage == "predict":
-        returned = rank.evaluation_outputs
-    elif rank.is_global_zero and rank.fitting:
-        returned = state.share_module(rank) if rank.task.options.get("share_module") else None
-    elif rank.is_global_zero:
-        returned = split_by_loader(rank.evaluation_results[0], len(rank.evaluation_batches))
-    return Finished(rank.status, rank.global_step, rank.current_epoch, dict(rank.seconds), returned)
+def _tear_down(session: Session) -> None:
+    worker = session.worker
+    worker.hooks.call("teardown", worker.task.stage)
+    if worker.data_module is not None:
+        worker.data_module.teardown(worker.task.stage)
+    session.close_logger()
 
 
-def _fail(rank: Rank | None, error: Exception) -> Iterator[Message]:
+def _finish(session: Session, result: EvaluationResult | None) -> Finished:
+    worker, progress = session.worker, session.worker.progress
+    finished = Finished(worker.status, progress.global_step, progress.current_epoch, dict(worker.seconds))
+    if worker.stage == "predict" and result is not None:
+        return replace(finished, outputs=result.outputs)
+    if worker.is_first and result is not None:
+        return replace(finished, results=tuple(split_by_loader(result.values, result.num_loaders)))
+    if worker.is_first and worker.task.returns_module:
+        return replace(finished, trained=gather_trained(worker, session))
+    return finished
+
+
+def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
     """A broken collective is a peer's failure: this rank settles and waits for a new group. Anything else is its own:
     the hooks are told, and the exception is described."""
     lost_peer = process_group.is_peer_loss(error) or (isinstance(error, Halted) and error.broken)
-    step, stage = (rank.global_step, rank.stage) if rank is not None else (0, "setup")
-    if rank is not None and not lost_peer:
-        for hook in rank.hooks("on_exception"):
+    if session is None:
+        failure = describe_failure(error, 0, "setup")
+        yield PeerLost(0, failure.text) if lost_peer else failure
+        return
+    worker, loop = session.worker, session.loop
+    step, stage = worker.progress.global_step, worker.stage
+    if not lost_peer:
+        for hook in worker.hooks.of("on_exception"):
             hook(error)
-        if rank.logger is not None:
-            rank.logger.close()
+        session.close_logger()
     failure = describe_failure(error, step, stage)
-    if rank is not None and not lost_peer:
-        evidence = keep_evidence(rank, failure.kind, failure.text) if stage == "train" else None
-        failure = replace(failure, evidence=evidence, notes=advise(rank, error))
-        yield from rank.take_outbox()
-    if rank is not None and rank.fitting:
-        rejoin.settle(rank)
+    if not lost_peer:
+        evidence = None
+        if stage == "train" and loop is not None:
+            evidence = keep_evidence(worker, loop.step, loop.suspect, failure.kind, failure.text)
+        failure = replace(failure, evidence=evidence, notes=advise(worker, session.batch_size, error))
+        yield from worker.outbox.take()
+    if worker.is_fitting:
+        rejoin.settle(session)
     yield PeerLost(step, failure.text) if lost_peer else failure
 
 
-def _set_numerics(task: Task, place: Place, stack: ExitStack, is_kept: bool) -> None:
-    """Global switches of torch, put back when the run ends: in-process the caller's program goes on. A rank that is
-    kept through a failure goes on with its random numbers too."""
+def _set_numerics(task: Task, place: Place, stack: ExitStack, goes_on: bool) -> None:
+    """Sets global switches of torch, put back when the run ends: in-process the caller's program goes on. A rank that
+    is kept through a failure `goes_on` with its random numbers too."""
     config = task.config
     postpone_dynamo()
     set_rank(place.rank)
     stack.callback(set_rank, 0)
-    is_going_on = is_kept and (task.options.get("rejoin") or task.options.get("rescue"))
-    if (config.seed is not None or place.world_size > 1) and not is_going_on:
+    if (config.seed is not None or place.world_size > 1) and not goes_on:
         # every rank draws another stream, so that dropout masks differ between them
         seed_process(task.seed + place.rank)
     if config.deterministic:
@@ -213,7 +231,11 @@ def _set_numerics(task: Task, place: Place, stack: ExitStack, is_kept: bool) -> 
         torch.use_deterministic_algorithms(True, warn_only=config.deterministic == "warn")
         stack.callback(torch.use_deterministic_algorithms, before)
     if config.benchmark is not None:
-        stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
-        torch.backends.cudnn.benchmark = config.benchmark
+        stack.callback(_set_cudnn_benchmark, torch.backends.cudnn.benchmark)
+        _set_cudnn_benchmark(config.benchmark)
     if config.detect_anomaly:
         stack.enter_context(torch.autograd.set_detect_anomaly(True))
+
+
+def _set_cudnn_benchmark(value: bool) -> None:
+    torch.backends.cudnn.benchmark = value

@@ -1,4 +1,4 @@
-"""A rank made by hand, for callbacks that only read the trainer's attributes; and a small real training."""
+"""A trainer made by hand, for callbacks that only read the trainer's attributes; and a small real training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raylight.contract.config import Config
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
 
 
-class HandmadeRank:
+class HandmadeTrainer:
     """Has what the callbacks under test read, and keeps what they say."""
 
     def __init__(self, config: Config, **attributes: Any):
@@ -34,11 +34,10 @@ class HandmadeRank:
         self.is_global_zero = True
         self.device = torch.device("cpu")
         self.num_training_batches: int | None = None
-        self.num_val_batches: list[int | None] = [1]
+        self.num_val_batches: list[int | float] = [1]
         self.optimizers: list[torch.optim.Optimizer] = []
         self.lr_scheduler_configs: list[Any] = []
         self.logger: Any = self
-        self.snapshots: Any = None
         vars(self).update(attributes)
 
     @property
@@ -55,14 +54,16 @@ class HandmadeRank:
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.logged.append((step, metrics))
 
+    def finish_copying(self) -> None: ...
+
     def broadcast(self, value: Any, src: int = 0) -> Any:
         return value
 
 
 @pytest.fixture
-def make_rank() -> Callable[..., HandmadeRank]:
-    def make(config: dict[str, Any] | None = None, **attributes: Any) -> HandmadeRank:
-        return HandmadeRank(Config(**(config or {})), **attributes)
+def make_rank() -> Callable[..., HandmadeTrainer]:
+    def make(config: dict[str, Any] | None = None, **attributes: Any) -> HandmadeTrainer:
+        return HandmadeTrainer(Config(**(config or {})), **attributes)
 
     return make
 

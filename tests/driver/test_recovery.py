@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from raylight.contract.config import Config
-from raylight.contract.messages import Died, Message, Saved
+from raylight.contract.messages import Died, Saved
+from raylight.contract.requests import Request
 from raylight.contract.task import Loaders, Task
+from raylight.driver.group import Group, Messages
 from raylight.driver.recovery import Recovery
 from raylight.driver.run import Run
 from raylight.driver.watch import Watch
@@ -16,18 +17,25 @@ from raylight.storage.filesystem import Storage
 from raylight.storage.versions import claim_version
 
 
-class Group:
+class OneRank(Group):
     """One rank, for which another process is always found."""
 
-    world_size, can_recover, num_recruits = 1, True, 0
+    can_recover, world_size = True, 1
+    task: Task
 
-    def replace(self, rank: int, timeout_s: float) -> int:
+    def replace(self, rank: int, timeout_s: float = 60.0) -> int:
         return rank
 
-    def adopt(self, most: int) -> int:
-        return 0
+    def run(self, task: Task) -> Messages:
+        return iter(())
 
-    def rejoin(self, task: Task) -> Iterator[tuple[int, Message]]:
+    def request(self, request: Request) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def halt(self) -> None: ...
+    def wait(self) -> None: ...
+
+    def rejoin(self, task: Task) -> Messages:
         self.task = task
         return iter(())
 
@@ -41,8 +49,8 @@ def save(driver: Run, step: int) -> None:
 
 def lose_all(driver: Run) -> Any:
     """The checkpoint that the next generation begins from."""
-    config, group = driver.config, Group()
-    task = Task("fit", None, Loaders(), config, [], driver.version.path, driver.version.storage, seed=0)
+    config, group = driver.config, OneRank()
+    task = Task("fit", None, Loaders(), config, [], None, driver.version.path, driver.version.storage, seed=0)
     recovery = Recovery(config, group, driver, task, Watch(config, group, driver, "fit"))
     assert list(recovery.go_on({0: Died("killed")})) == []
     return group.task.checkpoint

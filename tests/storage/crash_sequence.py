@@ -17,6 +17,7 @@ from typing import Any
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Manifest
 from raylight.storage.filesystem import Storage
+from raylight.storage.retention import retain
 from raylight.storage.versions import Version
 
 LOSSES = {10: 0.5, 20: 0.4, 30: 0.9, 40: 0.3, 50: 0.8}
@@ -61,7 +62,7 @@ def save_repeatedly(uri: str, report: Callable[[int], None], size: int = 1000) -
         for step in steps:
             save(version, step, attempt, size)
             report(step)
-            for old in store.retain(store.list_checkpoints(version)):
+            for old in retain(store.list_checkpoints(version)):
                 store.delete(old)
     Version(0, version, "digits").write_run({"status": "finished", "attempts": [{"attempt": 1}]})
 

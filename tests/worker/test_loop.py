@@ -162,10 +162,12 @@ class Requesting(pl.Callback):
         self.opened = opened
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        trainer.checkpoint_requested = trainer.checkpoint_requested or trainer.global_step in (2, 3)
+        if trainer.global_step in (2, 3):
+            trainer.request_checkpoint()
         if trainer.global_step == 4:
             self.opened.set()
-            trainer.snapshots._in_flight.thread.join()
+            for thread in [thread for thread in threading.enumerate() if thread.name == "snapshot"]:
+                thread.join()
 
 
 def test_a_checkpoint_that_was_asked_for_waits_for_the_one_in_flight(tmp_path, monkeypatch):

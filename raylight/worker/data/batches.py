@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from raylight.contract.errors import DataError
+from raylight.user.transfer import batch_size_of, move_to_device
 from raylight.worker.data.combined import CombinedSource, is_collection_of_loaders
 from raylight.worker.data.division import divide_batch, num_limited
 from raylight.worker.data.evaluation_batches import EvaluationBatches, describe_empty
 from raylight.worker.data.readers import Fetched, open_source
 from raylight.worker.data.streams import TrackProgress
-from raylight.worker.data.transfer import batch_size_of, move_to_device
 
 __all__ = [
     "EvaluationBatches",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from raylight.contract.errors import DataError
@@ -35,6 +37,12 @@ class EvaluationBatches:
     def iterate(self) -> Iterator[tuple[int, Any]]:
         """Pairs of a batch's index in the whole sequence and the batch."""
         return self.source.read(self.num_batches)
+
+
+    def find_samples(self, index: int) -> list[Any] | None:
+        """The samples of a batch of the whole sequence, as indices into the loader's dataset; None where data has no
+        indices."""
+        return self.source.find_samples(index)
 
 
 class _IndexedEvaluation:
@@ -72,6 +80,21 @@ class _IndexedEvaluation:
             index = step.position * self.world_size + self.rank if self.is_whole else step.position
             yield index, data
 
+    @cached_property
+    def _order(self) -> Any:
+        return self.sampling.order(0)
+
+    def find_samples(self, index: int) -> list[Any] | None:
+        if not hasattr(self._order, "__len__"):
+            return None
+        # a sampler of the user's own that divides the data gives each rank an order of its own
+        index = index // self.world_size if self.is_whole else index
+        first = index * self.batch_size
+        units = self._order[index] if self.are_batches else self._order[first : first + self.batch_size]
+        if isinstance(units, torch.Tensor):
+            return units.tolist()
+        return list(units) if isinstance(units, (list, tuple, range)) else [units]
+
     def _deal_unsized(self, units: Iterable[Any], num_batches: int | None) -> Iterator[Step]:
         unread, index = iter(units), 0
         while num_batches is None or index < num_batches:
@@ -93,6 +116,9 @@ class _StreamEvaluation:
             length = length // self.batch_size if self.source.stream.drop_last else math.ceil(length / self.batch_size)
             length *= self.source.replicas
         self.num_batches = length
+
+    def find_samples(self, index: int) -> None:
+        return None
 
     def read(self, num_batches: int | None) -> Iterator[tuple[int, Any]]:
         for arrived, (step, data) in enumerate(self.source.read_evaluation()):

@@ -10,12 +10,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from raylight.contract.errors import DataError, InvalidArguments
+from raylight.user.transfer import pin
 from raylight.worker.data.division import Division, Step, deal, deal_batches, deal_unsized, divide_batch, num_samples_in
 from raylight.worker.data.fetching import LoaderFetch, copy_loader, find_rows, keeps_torchs_iteration, pins_memory
 from raylight.worker.data.random_stream import derive_seed
 from raylight.worker.data.sampling import Sampling, length_of
 from raylight.worker.data.streams import InitWorker, Pass, Stream, TrackProgress, give
-from raylight.worker.data.transfer import pin
 
 Fetched = tuple[Step, Any]
 

@@ -25,10 +25,10 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as loader_worker
 
+from raylight.user.transfer import batch_size_of
 from raylight.worker.data.division import Division, Step
 from raylight.worker.data.random_stream import RandomStream, derive_seed, seed_process
 from raylight.worker.data.sampling import is_stateful
-from raylight.worker.data.transfer import batch_size_of
 
 TrackProgress = Callable[[int, int], None]  # items passed over, items to pass over
 PROGRESS_EVERY_S = 0.5

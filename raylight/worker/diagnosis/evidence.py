@@ -8,57 +8,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raylight.contract.layout import FAILURES
 from raylight.contract.seeding import rng_state
 from raylight.worker.checkpoint.plain_values import check_plain
-from raylight.worker.rank import Rank
+from raylight.worker.data.batches import TrainBatches
+from raylight.worker.step.step import Step
+from raylight.worker.worker import Worker
 
-FOLDER = "failures"
 MAX_BATCH_BYTES = 16 << 20
 """A larger batch is read anew from the training loader, by its place in the epoch."""
 
 
-def keep_evidence(rank: Rank, kind: str, text: str) -> str | None:
+def keep_evidence(worker: Worker, step: Step, suspect: int | None, kind: str, text: str) -> str | None:
     """Writes the facts of the batch in hand, or of the suspect one whose data is gone, as plain values.
 
     Returns the file's path, relative to the version; None where no training step is in hand or nothing is stored.
     """
-    index = rank.batch.index if rank.batch is not None else rank.suspect
-    if rank.task.files is None or rank.train_batches is None or index is None:
+    index = step.batch.index if step.batch is not None else suspect
+    files, batches = worker.task.files, worker.data.batches
+    if files is None or batches is None or index is None:
         return None
     try:
-        return _write(rank, kind, text, index)
+        evidence = _describe(worker, step, batches, index) | {"kind": kind, "text": text}
+        path = f"{FAILURES}/step-{evidence['step']:08d}-rank-{worker.rank}.pt"
+        buffer = io.BytesIO()
+        torch.save({name: _plain_or_text(value, name) for name, value in evidence.items()}, buffer)
+        files.write(path, [buffer.getvalue()])
+        return path
     except Exception as error:  # the failure itself is what has to be told, and training may go on after a NaN
-        rank.notice(f"what a replay of the step needs could not be written: {type(error).__name__}: {error}", "warning")
+        reason = f"{type(error).__name__}: {error}"
+        worker.outbox.notice(f"what a replay of the step needs could not be written: {reason}", "warning")
         return None
 
 
-def _write(rank: Rank, kind: str, text: str, index: int) -> str:
-    batch, batches = rank.batch, rank.train_batches
-    behind = rank.batch_idx - index  # 0 for the batch in hand, whose number is that of the finished ones
-    step = rank.global_step - -(-behind // rank.accumulate_grad_batches)
-    evidence = {
-        "kind": kind,
-        "text": text,
-        "rank": rank.global_rank,
-        "world_size": rank.world_size,
-        "seed": rank.seed,
-        "step": step,
-        "epoch": rank.current_epoch,
+def _describe(worker: Worker, step: Step, batches: TrainBatches, index: int) -> dict[str, Any]:
+    batch, progress = step.batch, worker.progress
+    behind = progress.batch_idx - index  # 0 for the batch in hand, whose number is that of the finished ones
+    has_rng = batch is not None and step.torch_rng is not None
+    return {
+        "rank": worker.rank,
+        "world_size": worker.world_size,
+        "seed": worker.task.seed,
+        "step": progress.global_step - -(-behind // worker.data.accumulate),
+        "epoch": progress.current_epoch,
         "index": index,
-        "num_batches_seen": rank.num_batches_seen - behind,
-        "data": batches.state_dict(rank.current_epoch, index - 1 if index else None),
-        "indices": batches.indices(rank.current_epoch, index),
+        "num_batches_seen": progress.num_batches_seen - behind,
+        "data": batches.state_dict(progress.current_epoch, index - 1 if index else None),
+        "indices": batches.indices(progress.current_epoch, index),
         "batch": _plain_batch(batch.data) if batch is not None else None,
         "share": batch.share if batch is not None else 1.0,
         "size": batch.size if batch is not None else 0,
-        "rng": rng_state() | {"torch": rank.torch_rng} if batch is not None and rank.torch_rng is not None else None,
-    }  # fmt: skip
-    path = f"{FOLDER}/step-{step:08d}-rank-{rank.global_rank}.pt"
-    buffer = io.BytesIO()
-    torch.save({name: _plain_or_text(value, name) for name, value in evidence.items()}, buffer)
-    assert rank.task.files is not None
-    rank.task.files.write(path, [buffer.getvalue()])
-    return path
+        "rng": rng_state() | {"torch": step.torch_rng} if has_rng else None,
+    }
 
 
 def _plain_batch(data: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from raylight.worker.rank import Rank
+from raylight.worker.worker import Worker
 
 _ASKED = re.compile(r"[Tt]ried to allocate (\d+(?:\.\d+)?) ?(bytes|[KMGT]i?B)")
 _UNITS = {"b": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -38,15 +38,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def advise(rank: Rank, error: BaseException) -> tuple[str, ...]:
-    """What to do about an error that is one of memory; nothing about others."""
+def advise(worker: Worker, batch_size: int, error: BaseException) -> tuple[str, ...]:
+    """What to do about an error that is one of memory; nothing about others. `batch_size`: of the batch in hand, else
+    0."""
     if not is_out_of_memory(error):
         return ()
-    shortage = _measure(rank, _read_asked(str(error)))
-    batch_size = rank.batch.size if rank.batch is not None else 0
-    facts = f"Out of memory on {rank.device}: {_text(shortage.asked)} more were asked for, {_text(shortage.held)} of "
+    shortage = _measure(worker, _read_asked(str(error)))
+    facts = f"Out of memory on {worker.device}: {_text(shortage.asked)} more were asked for, {_text(shortage.held)} of "
     facts += f"{_text(shortage.total)} were in use, {_text(shortage.kept)} of them by weights, gradients and optimizer."
-    if not batch_size or rank.stage != "train":
+    if not batch_size or worker.stage != "train":
         return (facts,)
     fitting = min(shortage.largest_batch(batch_size), batch_size - 1)
     if fitting < 1:
@@ -55,7 +55,7 @@ def advise(rank: Rank, error: BaseException) -> tuple[str, ...]:
     return (
         facts,
         f"Of this batch of {batch_size} samples about {fitting} would have fit: batch_size={fitting} with "
-        f"accumulate_grad_batches={steps * rank.accumulate_grad_batches} keeps the effective batch about the same.",
+        f"accumulate_grad_batches={steps * worker.data.accumulate} keeps the effective batch about the same.",
     )
 
 
@@ -64,15 +64,15 @@ def _read_asked(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2][0]]) if found is not None else 0
 
 
-def _measure(rank: Rank, asked: int) -> Shortage:
-    tensors = [p for p in rank.module.parameters()]
-    tensors += [p.grad for p in rank.module.parameters() if p.grad is not None]
-    tensors += [v for o in rank.optimizers for s in o.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+def _measure(worker: Worker, asked: int) -> Shortage:
+    tensors: list[torch.Tensor] = list(worker.module.parameters())
+    tensors += [p.grad for p in worker.module.parameters() if p.grad is not None]
+    tensors += worker.optimizers.state_tensors
     kept = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    if rank.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(rank.device)
+    if worker.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(worker.device)
         # What the error has set free is counted as held: it was, when it failed.
-        held = max(torch.cuda.max_memory_allocated(rank.device), total - free)
+        held = max(torch.cuda.max_memory_allocated(worker.device), total - free)
         return Shortage(asked, total, held, kept)
     total, available = _read_main_memory()
     return Shortage(asked, total, total - available, max(kept, total - available))

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from raylight.contract.errors import InvalidArguments
-
-if TYPE_CHECKING:
-    from raylight.worker.data.batches import TrainBatch
-    from raylight.worker.loop import Loop
 
 
 class Profiler(Protocol):
@@ -152,39 +146,3 @@ def make_profiler(
     if name == "torch":
         return TorchProfiler(trace_path, wait=wait, warmup=warmup, active=active)
     raise InvalidArguments(f'profiler={name!r}; allowed are "simple" and "torch"')
-
-
-def profile(loop: Loop, profiler: Profiler) -> None:
-    """Puts sections around the pieces of a step; a loop without a profiler has none of these wrappers."""
-    rank, gradients = loop.rank, loop.gradients
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **keywords: Any) -> Any:
-            with profiler.section(name):
-                return function(*arguments, **keywords)
-
-        return run
-
-    def timed_batches(*arguments: Any, **keywords: Any) -> Iterator[TrainBatch]:
-        batches = iterate(*arguments, **keywords)
-        while True:
-            with profiler.section("data"):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-            profiler.step()
-
-    iterate = rank.train_batches.iterate
-    setattr(rank.train_batches, "iterate", timed_batches)  # noqa: B010
-    backward = gradients.backward or Tensor.backward
-    for owner, name, section, function in (
-        (gradients, "forward", "training_step", gradients.forward),
-        (gradients, "backward", "backward", backward),
-        (gradients, "step_optimizer", "optimizer_step", gradients.step_optimizer),
-        (rank, "transfer", "transfer", rank.transfer),
-    ):
-        setattr(owner, name, timed(section, function))
-    loop.on_batch_start = tuple(timed("on_train_batch_start", hook) for hook in loop.on_batch_start)
-    loop.on_batch_end = tuple(timed("on_train_batch_end", hook) for hook in loop.on_batch_end)
-    profiler.start()

@@ -44,7 +44,7 @@ def mean_over_ranks(value: float, world_size: int) -> float:
     return total.item() / world_size
 
 
-def average_gradients(parameters: Iterable[torch.nn.Parameter], world_size: int) -> None:
+def average_gradients(parameters: Iterable[Tensor], world_size: int) -> None:
     """Replaces each gradient by its mean over the ranks, where DDP's own reduction does not take part.
 
     A parameter that has a gradient on some ranks only counts as zero on the others; one that has none anywhere
@@ -108,3 +108,12 @@ def all_gather(data: Any, world_size: int, group: Any = None, sync_grads: bool =
     if isinstance(data, (int, float)):
         return all_gather(torch.tensor(data), world_size, group, sync_grads)
     return data
+
+
+def reduce_tensor(tensor: Tensor, world_size: int, group: Any = None, is_mean: bool = True) -> Tensor:
+    """Its mean over the ranks of `group`, or its sum; the tensor given is not changed."""
+    if world_size == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total, group=group)
+    return total / dist.get_world_size(group) if is_mean else total

@@ -7,9 +7,10 @@ import threading
 import time
 import traceback
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
+from raylight.contract.requests import Request
 from raylight.worker.diagnosis.failure import is_users
 
 _NEVER = sys.maxsize
@@ -27,12 +28,11 @@ class Halted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What all ranks do at the same step boundary: "stop", "save", "pause", "resize" or "interrupt"."""
+    """What all ranks do at the same step boundary."""
 
-    name: str
+    request: Request
     step: int
     """The boundary it was agreed for."""
-    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 class Beat(NamedTuple):
@@ -53,8 +53,10 @@ class Control:
     """
 
     def __init__(self) -> None:
-        self.kept: dict[str, Any] = {}
-        """What a rank keeps from one generation of the group to the next."""
+        self.kept: object | None = None
+        """What a rank keeps from one generation of the group to the next; worker/task_runner.py knows its type."""
+        self.exception: BaseException | None = None
+        """What ended a rank in this process, with its real traceback."""
         self.beat: tuple[str, int, float] = Beat("start", 0, time.monotonic())
         self.step = -1
         self._next = _NEVER  # the boundary at which `tick` has to look closer
@@ -73,6 +75,17 @@ class Control:
         if step < self._next:
             return None
         return self._look(step)
+
+    def show_life(self, stage: str, step: int) -> None:
+        """A sign of life, at each place where the loop may stand for long."""
+        self.beat = (stage, step, time.monotonic())
+
+    def keep(self, kept: object | None) -> None:
+        """For the next generation of the group; None forgets."""
+        self.kept = kept
+
+    def note_exception(self, error: BaseException) -> None:
+        self.exception = error
 
     def check(self) -> None:
         """Raises Halted where the rank was told to leave; for places where going on would use a broken collective."""
@@ -131,13 +144,13 @@ class Control:
                 self._plan()
             return self._held
 
-    def release(self, step: int, action: str | None = None, **arguments: Any) -> None:
-        """Lets a held rank go on, and act at boundary `step`; with no action it just goes on."""
+    def release(self, step: int, request: Request | None = None) -> None:
+        """Lets a held rank go on, and do as requested at boundary `step`; with no request it just goes on."""
         with self._changed:
             self._held = None
-            if action is not None:
-                self._actions.append(Action(action, step, arguments))
-                self._is_paused = self._is_paused or action == "pause"
+            if request is not None:
+                self._actions.append(Action(request, step))
+                self._is_paused = self._is_paused or request == Request.PAUSE
             self._plan()
             self._changed.notify_all()
 
@@ -145,13 +158,13 @@ class Control:
         """Ends a "pause", also one whose boundary has not been reached yet."""
         with self._changed:
             self._is_paused = False
-            self._actions = [action for action in self._actions if action.name != "pause"]
+            self._actions = [action for action in self._actions if action.request != Request.PAUSE]
             self._plan()
             self._changed.notify_all()
 
-    def request(self, action: str, **arguments: Any) -> None:
+    def request(self, request: Request) -> None:
         """Acts at this rank's next boundary. For a group of one: it agrees with nobody. Safe in a signal handler."""
-        self._requests.append(Action(action, self.step + 1, arguments))
+        self._requests.append(Action(request, self.step + 1))
         self._next = _AT_ONCE
 
     def stop_now(self, reason: str = "stopped at once") -> None:

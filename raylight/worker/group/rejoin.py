@@ -15,124 +15,98 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raylight.contract.errors import StorageError
+from raylight.contract.layout import checkpoint_directory
 from raylight.contract.messages import Message, Saved, SaveFailed
-from raylight.contract.task import Place, Task
-from raylight.worker.checkpoint import contents as state
+from raylight.contract.task import Place, Rejoin, Task
+from raylight.worker.checkpoint import contents
 from raylight.worker.checkpoint.plain_values import copy_plain
-from raylight.worker.checkpoint.snapshot import Snapshots, State
+from raylight.worker.checkpoint.snapshot import State
 from raylight.worker.group.collectives import broadcast_object, gather_objects
 from raylight.worker.group.control import Control
 from raylight.worker.metrics.epoch_shares import merge
-from raylight.worker.rank import Rank
+from raylight.worker.session import Session
+from raylight.worker.worker import Worker
 
 CHUNK_BYTES = 64 << 20
 FINAL_WRITE_TIMEOUT_S = 3600.0
 
 
-def settle(rank: Rank) -> None:
-    """Takes back what a broken step left: gradients, logged values, batches of an accumulation window, running
-    statistics, and what was drawn from torch's random numbers on the CPU (to note numpy's before each batch would cost
-    as much as a small step).
-    """
-    window = rank.gradients.window if rank.gradients is not None else 0
-    if rank.batch is not None and rank.batch_done:  # made on this rank: what failed came behind it
-        rank.batch_idx = rank.batch.index + 1
-        rank.num_batches_seen += 1
-        if not window:
-            if rank.global_step % rank.config.log_every_n_steps == 0:
-                rank.metrics.record(rank.global_step, rank.current_epoch)
-            rank.metrics.end_step()
-    if window or (rank.batch is not None and not rank.batch_done):
-        if rank.window_rng is not None:
-            torch.default_generator.set_state(rank.window_rng)
-        if rank.moving_buffers is not None:
-            rank.moving_buffers.put_back()
-    rank.gradients = None  # and with it DDP, which holds on to the broken group
-    rank.batch_idx -= window
-    rank.num_batches_seen -= window
-    rank.metrics.rollback()
-    rank.module._restore_modes()
-    for parameter in rank.module.parameters():
+def settle(session: Session) -> None:
+    """Takes back what a broken step or evaluation left, so that this rank stands at its last whole step."""
+    worker = session.worker
+    if session.step is not None:
+        session.step.undo()
+        session.drop_loop()
+    for parameter in worker.module.parameters():
         parameter.grad = None
-    if rank.snapshots is not None:
-        rank.snapshots.wait()  # what is being copied may be overwritten when the ranks meet
-    rank.checkpoint_requested = False
-    rank.batch = None
-    rank.stage = "train"
+    worker.metrics.rollback()
+    worker.module._restore_modes()
+    worker.saving.finish_copying()  # what is being copied may be overwritten when the ranks meet
+    worker.saving.drop_request()
+    worker.enter("train")
 
 
-def move(rank: Rank, task: Task, place: Place, control: Control) -> None:
-    """A survivor takes its place in the new group."""
-    if (place.rank, place.world_size) != (rank.global_rank, rank.world_size):
-        rank.val_dataloaders = None  # and so they are divided anew
-        if rank.snapshots is not None:
-            rank.snapshots.move(place.rank, place.world_size)
-    rank.task, rank.place, rank.control = task, place, control
-    rank.metrics.world_size = place.world_size
-    rank.module.trainer = rank
-    if rank.datamodule is not None:
-        rank.datamodule.trainer = rank
-
-
-def meet(rank: Rank) -> None:
+def meet(session: Session, mode: Rejoin) -> None:
     """Gives every rank the state of the one that is furthest; a replacement has none of its own. What those that are
     gone have logged in this epoch goes to rank 0."""
-    standing = (rank.num_batches_seen, rank.current_epoch, rank.validated_at) if rank.has_trained else (-1, 0, 0)
-    standings = gather_objects(standing, rank.world_size)
+    worker, progress = session.worker, session.worker.progress
+    standing = (progress.num_batches_seen, progress.current_epoch, progress.validated_at)
+    standings = gather_objects(standing if worker.has_trained else (-1, 0, 0), worker.world_size)
     furthest = max(standings)
     if furthest[0] < 0:
         return
     source = standings.index(furthest)
-    mine = state.collect(rank) if rank.global_rank == source else None
+    mine = contents.collect(worker) if worker.rank == source else None
     if mine is not None:
         mine.own = {
-            "data": mine.own["data"], "saved_step": _saved_step(rank), "ends": (rank.should_stop, rank.status)
+            "data": mine.own["data"], "saved_step": _saved_step(worker), "ends": (worker.should_stop, worker.status)
         }  # fmt: skip
-    received = broadcast_state(mine, rank.world_size, source)
-    if standings[rank.global_rank] != furthest:
-        state.restore_weights(rank, received)
-        state.restore_training(rank, received)
-    rank.saved_step = received.own["saved_step"]
-    rank.should_stop, rank.status = received.own["ends"]
+    received = broadcast_state(mine, worker.world_size, source)
+    if standings[worker.rank] != furthest:
+        contents.restore_weights(worker, received)
+        contents.restore_training(worker, received)
+    worker.saving.note_saved(received.own["saved_step"])
+    worker.end_as(*received.own["ends"])
     if received.own["data"]:
-        rank.task.options["train_position"] = received.own["data"]
-        rank.position = received.own["data"]["position"]
-    if rank.is_global_zero:
-        for epoch, share in rank.task.options["carried"]:
-            if epoch == rank.current_epoch:
-                rank.metrics.carried = merge(rank.metrics.carried, share)
+        worker.data.enter_at(received.own["data"])
+        progress.note_position(received.own["data"]["position"])
+    if worker.is_first:
+        for epoch, share in mode.carried:
+            if epoch == progress.current_epoch:
+                worker.metrics.carry(merge(worker.metrics.carried, share))
 
 
-def _saved_step(rank: Rank) -> int:
+def _saved_step(worker: Worker) -> int:
     """Where storage cannot say, what this rank has begun counts."""
     try:
-        return state.committed_step(rank)
+        return contents.committed_step(worker)
     except StorageError:
-        return rank.saved_step
+        return worker.saving.saved_step
 
 
-def rescue(rank: Rank | None, task: Task, place: Place, control: Control) -> Iterator[Message]:
+def rescue(session: Session, task: Task, place: Place, control: Control) -> Iterator[Message]:
     """Saves this rank's share of its last whole step, before a run is given up; there is no group to ask any more.
 
     Ranks whose last steps differ write to different directories, and neither checkpoint becomes whole.
     """
-    if rank is None or not rank.has_trained or task.files is None:
+    worker, step = session.worker, session.worker.progress.global_step
+    if not worker.has_trained or task.files is None:
         return
-    move(rank, task, place, control)
-    results = rank.snapshots.close(FINAL_WRITE_TIMEOUT_S) if rank.snapshots is not None else []
+    worker.move(task, place, control)
+    results = worker.saving.close(FINAL_WRITE_TIMEOUT_S)
     yield from results
-    directory = state.checkpoint_directory(rank.global_step, rank.attempt)
+    directory = checkpoint_directory(step, task.attempt)
     if any(isinstance(result, Saved) and result.directory == directory for result in results):
         return
     try:
-        if state.committed_step(rank) == rank.global_step:
+        if contents.committed_step(worker) == step:
             return
     except StorageError as error:  # raised, it would count as the failure of this rank's own code
-        yield SaveFailed(directory, rank.global_step, str(error))
+        yield SaveFailed(directory, step, str(error))
         return
-    rank.snapshots = Snapshots(task.files, place.rank, place.world_size)
-    state.take_snapshot(rank, wait=True)
-    yield from rank.snapshots.close(FINAL_WRITE_TIMEOUT_S)
+    worker.saving.begin(task.files, place.rank, place.world_size)
+    contents.take_snapshot(worker, wait=True)
+    yield from worker.saving.close(FINAL_WRITE_TIMEOUT_S)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,11 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raylight.contract.errors import StorageError
 from raylight.contract.messages import EpochMetrics, Hyperparameters
-
-if TYPE_CHECKING:
-    from raylight.worker.rank import Rank
+from raylight.worker.worker import Worker
 
 FLUSH_EVERY_S = 5
 
@@ -20,8 +18,8 @@ FLUSH_EVERY_S = 5
 class LoggerProxy:
     """Sends values to the driver, which owns the real loggers."""
 
-    def __init__(self, rank: Rank):
-        self._rank = rank
+    def __init__(self, worker: Worker):
+        self._worker = worker
         self._experiment: Any = None
         self._directory: Any = None
         self._copying: threading.Thread | None = None
@@ -29,28 +27,29 @@ class LoggerProxy:
 
     @property
     def log_dir(self) -> str:
-        return self._rank.log_dir
+        return self._worker.task.version_path
 
     save_dir = log_dir
 
     @property
     def name(self) -> str:
-        return self._rank.config.name
+        return self._worker.config.name
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Rank 0's values alone are kept; `step` counts optimizer steps and defaults to the present one."""
-        rank = self._rank
-        if not rank.is_global_zero:
+        worker = self._worker
+        if not worker.is_first:
             return
-        step = rank.global_step if step is None else step
+        step = worker.progress.global_step if step is None else step
         values = {name: float(value) for name, value in metrics.items()}
         logged = frozenset(values)
-        rank.outbox.append(EpochMetrics(rank.stage, rank.current_epoch, step, time.time(), values, logged, frozenset()))
+        epoch = worker.progress.current_epoch
+        worker.outbox.put(EpochMetrics(worker.stage, epoch, step, time.time(), values, logged, frozenset()))
 
     def log_hyperparams(self, params: Any, metrics: dict[str, Any] | None = None) -> None:
         """Adds to the hyperparameters that the run records; `params` is a dict or a namespace. `metrics` are logged."""
-        if self._rank.is_global_zero:
-            self._rank.outbox.append(Hyperparameters(dict(vars(params) if isinstance(params, Namespace) else params)))
+        if self._worker.is_first:
+            self._worker.outbox.put(Hyperparameters(dict(vars(params) if isinstance(params, Namespace) else params)))
         if metrics:
             self.log_metrics(metrics)
 
@@ -59,8 +58,8 @@ class LoggerProxy:
         """A torch SummaryWriter on rank 0 for images, histograms and text, which reach the version's storage every few
         seconds; on other ranks it swallows every call."""
         if self._experiment is None:
-            files = self._rank.task.files
-            if self._rank.is_global_zero and files is not None:
+            files = self._worker.task.files
+            if self._worker.is_first and files is not None:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._directory = files.local_directory()
@@ -98,7 +97,8 @@ class LoggerProxy:
             copy()
         except (OSError, StorageError) as error:
             if tell:
-                self._rank.notice(f"what was logged to trainer.logger.experiment is not on storage: {error}", "warning")
+                text = f"what was logged to trainer.logger.experiment is not on storage: {error}"
+                self._worker.outbox.notice(text, "warning")
             return False
         return True
 

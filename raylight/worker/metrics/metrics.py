@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +116,34 @@ class Metrics:
         series.values.append(value)
         series.weights.append(batch_size)
         series.fresh = True
+
+    def enter(self, stage: str, in_step: bool) -> None:
+        """What is logged from here on belongs to this stage; `in_step`: by hooks of a step, not around the steps."""
+        self.stage, self.hook_is_step = stage, in_step
+
+    def enter_loader(self, dataloader_idx: int | None) -> None:
+        """None: of no loader, or of the only one."""
+        self.dataloader_idx = dataloader_idx
+
+    def resize(self, world_size: int) -> None:
+        self.world_size = world_size
+
+    def carry(self, share: Share) -> None:
+        """What others have logged in this epoch counts too."""
+        self.carried = share
+
+    def restore(self, epoch_values: dict[str, float]) -> None:
+        """The epoch values of a checkpoint."""
+        self.epoch_values = dict(epoch_values)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """What is logged inside counts for nothing."""
+        series, self.series = self.series, {}
+        try:
+            yield
+        finally:
+            self.series = series
 
     def begin_batch(self, batch_size: int | Callable[[], int | None]) -> None:
         self.batch_size = batch_size

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from raylight.arguments.checks import say_unknown_metric
 from raylight.contract.errors import InvalidArguments
-from raylight.worker.group.collectives import mean_over_ranks
-
-if TYPE_CHECKING:
-    from raylight.worker.rank import Rank
 
 FORMS = (
     "an optimizer; a list of optimizers; ([optimizers], [schedulers]); "
@@ -116,25 +112,34 @@ def check_schedulers(optimizers: list[Optimizer], configs: list[SchedulerConfig]
     ]
 
 
-def step_schedulers(rank: Rank, interval: str, count: int, plateau: bool = False) -> None:
-    """Steps the schedulers of an interval; `count` steps or epochs are done. Those on a plateau need the values of
-    a validation and so have a turn of their own. In manual optimization `training_step` steps them all."""
-    if not rank.module.automatic_optimization:
-        return
-    for config in rank.lr_scheduler_configs:
-        if config.interval != interval or config.reduce_on_plateau != plateau or count % config.frequency:
-            continue
-        metric = None
-        if config.reduce_on_plateau:
-            known = rank.metrics.newest()
-            if config.monitor not in known:
-                if config.strict:
-                    raise InvalidArguments(say_unknown_metric(str(config.monitor), known, "a scheduler"))
-                continue
-            metric = known[config.monitor]
-            if interval == "step":
-                metric = mean_over_ranks(metric, rank.world_size)
-        rank.module.lr_scheduler_step(config.scheduler, metric)
+class Optimizers:
+    """What `configure_optimizers` returned."""
+
+    def __init__(self) -> None:
+        self.all: list[Optimizer] = []
+        self.schedulers: list[SchedulerConfig] = []
+        self.configured: dict[str, list[Any]] = {}
+        """Their options before the first step, as optimizer_options.describe gives them."""
+
+    def configure(self, described: dict[str, list[Any]]) -> None:
+        self.configured = described
+
+    def take(self, optimizers: list[Optimizer], schedulers: list[SchedulerConfig]) -> None:
+        self.all, self.schedulers = optimizers, schedulers
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What they train."""
+        return [p for optimizer in self.all for group in optimizer.param_groups for p in group["params"]]
+
+    @property
+    def state_tensors(self) -> list[Tensor]:
+        """What they keep beside the parameters."""
+        states = (state for optimizer in self.all for state in optimizer.state.values())
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+    def steps_every(self, interval: str) -> bool:
+        return any(config.interval == interval for config in self.schedulers)
 
 
 class SteppingOptimizer:

@@ -9,6 +9,7 @@ import timeit
 
 import pytest
 
+from raylight.contract.requests import Request
 from raylight.worker.group.control import Action, Control, Halted
 
 
@@ -32,8 +33,8 @@ class RankThread:
                     self._gate[step].wait(10)
                 action = self.control.tick(step)
                 if action is not None:
-                    self.acted.append((step, action.name))
-                    if action.name == "stop":
+                    self.acted.append((step, action.request))
+                    if action.request == Request.STOP:
                         return
                 self.last_step = step
         except Halted as halted:
@@ -48,10 +49,10 @@ class RankThread:
         assert not self.thread.is_alive()
 
 
-def hold_and_release(ranks: list[RankThread], action: str, **arguments: object) -> int:
+def hold_and_release(ranks: list[RankThread], request: Request) -> int:
     boundary = max(rank.control.hold() for rank in ranks)
     for rank in ranks:
-        rank.control.release(boundary, action, **arguments)
+        rank.control.release(boundary, request)
     return boundary
 
 
@@ -66,13 +67,13 @@ def test_ranks_at_different_steps_act_at_the_boundary_of_the_furthest():
     ranks = [RankThread(100, gate=gate).start() for gate in gates]
     for rank in ranks:
         next(iter(rank.reached.values())).wait(10)
-    boundary = hold_and_release(ranks, "save")
+    boundary = hold_and_release(ranks, Request.SAVE)
     for gate in gates:
         next(iter(gate.values())).set()
     for rank in ranks:
         rank.join()
     assert boundary == 7
-    assert [rank.acted for rank in ranks] == [[(7, "save")]] * 3
+    assert [rank.acted for rank in ranks] == [[(7, Request.SAVE)]] * 3
     assert [rank.last_step for rank in ranks] == [99] * 3
 
 
@@ -81,14 +82,14 @@ def test_free_running_ranks_always_agree():
     sys.setswitchinterval(1e-6)  # a thread switch after nearly every bytecode
     try:
         ranks = [RankThread(10**9, first_step=1).start() for _ in range(3)]
-        boundaries = [hold_and_release(ranks, "save") for _ in range(300)]
-        boundaries.append(hold_and_release(ranks, "stop"))
+        boundaries = [hold_and_release(ranks, Request.SAVE) for _ in range(300)]
+        boundaries.append(hold_and_release(ranks, Request.STOP))
         for rank in ranks:
             rank.join()
     finally:
         sys.setswitchinterval(interval)
     assert ranks[0].acted == ranks[1].acted == ranks[2].acted
-    assert [name for _, name in ranks[0].acted] == ["save"] * 300 + ["stop"]
+    assert [name for _, name in ranks[0].acted] == [Request.SAVE] * 300 + [Request.STOP]
     assert all(step >= boundary for (step, _), boundary in zip(ranks[0].acted, boundaries, strict=True))
 
 
@@ -117,9 +118,9 @@ def test_a_tick_in_the_middle_of_a_hold_does_not_slip_through():
     acted: list[Action | None] = []
     ticking = control.meanwhile = threading.Thread(target=lambda: acted.append(control.tick(5)))
     boundary = control.hold()
-    control.release(boundary, "save")
+    control.release(boundary, Request.SAVE)
     ticking.join(10)
-    assert acted == [Action("save", boundary)]
+    assert acted == [Action(Request.SAVE, boundary)]
     assert boundary == 5
 
 
@@ -131,9 +132,9 @@ def test_a_rank_that_is_ahead_waits_for_the_release():
     rank.thread.join(0.2)
     assert rank.thread.is_alive()
     assert rank.control.hold() == 4  # asked again, it does not move
-    rank.control.release(6, "stop")
+    rank.control.release(6, Request.STOP)
     rank.join()
-    assert rank.acted == [(6, "stop")]
+    assert rank.acted == [(6, Request.STOP)]
 
 
 def test_release_without_an_action_lets_go():
@@ -148,35 +149,35 @@ def test_release_without_an_action_lets_go():
 
 def test_a_rank_that_has_not_begun_acts_at_its_first_boundary():
     control = Control()
-    control.release(control.hold(), "save", reason="drain")
+    control.release(control.hold(), Request.SAVE)
     assert control.pending is not None
-    assert control.tick(1200) == Action("save", 0, {"reason": "drain"})
+    assert control.tick(1200) == Action(Request.SAVE, 0)
     assert control.tick(1201) is None
 
 
 def test_two_actions_for_one_boundary_are_done_one_after_the_other():
     control = Control()
     control.tick(3)
-    control.release(control.hold(), "save")
-    control.release(control.hold(), "interrupt")
-    names = [action.name if action else None for action in (control.tick(step) for step in (4, 5, 6))]
-    assert names == ["save", "interrupt", None]
+    control.release(control.hold(), Request.SAVE)
+    control.release(control.hold(), Request.INTERRUPT)
+    names = [action.request if action else None for action in (control.tick(step) for step in (4, 5, 6))]
+    assert names == [Request.SAVE, Request.INTERRUPT, None]
 
 
 def test_request_acts_at_the_next_boundary_without_a_driver():
     control = Control()
     control.tick(1)
-    control.request("interrupt", by="Ctrl-C")
+    control.request(Request.INTERRUPT)
     assert control.pending is not None
     action = control.tick(2)
     assert action is not None
-    assert (action.name, action.arguments) == ("interrupt", {"by": "Ctrl-C"})
+    assert action.request == Request.INTERRUPT
     assert control.tick(3) is None
 
 
 def test_request_from_a_signal_handler_is_never_lost():
     control = Control()
-    before = signal.signal(signal.SIGALRM, lambda number, frame: control.request("save"))
+    before = signal.signal(signal.SIGALRM, lambda number, frame: control.request(Request.SAVE))
     done, step = 0, 0
     try:
         for _ in range(300):
@@ -203,10 +204,10 @@ def test_halting_raises_at_the_next_tick_and_in_check(broken: bool):
     assert caught.value.broken is broken
     with pytest.raises(Halted):
         control.check()
-    control.kept["model"] = "weights"
+    control.keep("weights")
     control.resume()
     assert control.tick(1) is None
-    assert control.kept == {"model": "weights"}
+    assert control.kept == "weights"
 
 
 def test_halting_wakes_a_rank_that_waits_for_its_release():

@@ -103,9 +103,8 @@ def test_after_an_outage_copying_goes_on(s3_port, tmp_path, monkeypatch):
     monkeypatch.setattr(local_directory, "MAX_COPY_SHARE", 1e9)
     proxy, told = FaultProxy(s3_port), []
     files = Storage(proxy.uri(uuid.uuid4().hex), backoff=Backoff(num_attempts=1))
-    task = SimpleNamespace(files=files)
-    rank = SimpleNamespace(is_global_zero=True, task=task, notice=lambda text, level: told.append(text))
-    logger = logger_proxy.LoggerProxy(rank)
+    outbox = SimpleNamespace(notice=lambda text, level: told.append(text))
+    logger = logger_proxy.LoggerProxy(SimpleNamespace(is_first=True, task=SimpleNamespace(files=files), outbox=outbox))
 
     def wait_for(reached) -> None:
         deadline = time.monotonic() + 30

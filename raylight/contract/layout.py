@@ -1,0 +1,21 @@
+"""The names of files and folders in a version's directory; each is written here once."""
+
+from __future__ import annotations
+
+RUN_FILE = "run.json"
+FENCE_FILE = "fence.json"
+METRICS_FILE = "metrics.parquet"
+CHECKPOINTS = "checkpoints"
+MANIFEST_FILE = "manifest.json"
+LOGS = "logs"
+FAILURES = "failures"
+"""What failed steps have left for `raylight replay`."""
+
+
+def checkpoint_directory(step: int, attempt: int = 0) -> str:
+    """Each attempt has names of its own: one that was thought dead cannot write into a checkpoint of its successor."""
+    return f"{CHECKPOINTS}/step-{step:08d}" + (f"-attempt-{attempt}" if attempt else "")
+
+
+def log_file(rank: int) -> str:
+    return f"{LOGS}/rank-{rank}.log"

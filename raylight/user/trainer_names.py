@@ -1,0 +1,386 @@
+"""The trainer as a hook meets it: Lightning's names, each read from whoever owns the fact.
+
+Three tables say where a name comes from: a `Fact` is the run's, a `Setting` an argument's, and `INSTEAD` holds what
+Lightning's trainer has and this one has not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
+
+import cloudpickle
+import torch
+
+from raylight.user.accelerators import Accelerator, accelerator_of
+from raylight.user.loop_facades import EvaluationLoopFacade, FitLoopFacade
+from raylight.user.overriding import overrides
+from raylight.user.run_view import Record, RunView
+from raylight.user.states import RunningStage, TrainerFn, TrainerState
+from raylight.user.strategy_facade import StrategyFacade
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from raylight.contract.config import Config
+    from raylight.user.run_view import Loader, SchedulerEntry
+
+T = TypeVar("T")
+
+INSTEAD = {
+    "init_module": "build large modules in configure_model(self); it runs on every worker",
+    "enable_autolog_hparams": "save_hyperparameters(logger=False) keeps them from the loggers",
+    "received_sigterm": "trainer.interrupted says that a signal ends the run",
+    "val_check_batch": "trainer.val_check_interval is the argument; trainer.num_training_batches the epoch's length",
+    "data_connector": "trainer.train_dataloader and trainer.val_dataloaders are the loaders",
+}
+"""Public names of Lightning's Trainer that are not here, and what to use."""
+
+
+class Fact(Generic[T]):
+    """A name whose value the run owns: read from the trainer's view, never kept. Its documentation is RunView's."""
+
+    def __init__(self, name: str = "", change: Callable[[RunView, T], None] | None = None):
+        self._name, self._change = name, change
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._public = name
+        self._name = self._name or name
+        self.__doc__ = getattr(RunView, self._name).__doc__
+
+    @overload
+    def __get__(self, trainer: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, trainer: TrainerNames, owner: type) -> T: ...
+    def __get__(self, trainer: TrainerNames | None, owner: type) -> T | Self:
+        if trainer is None:
+            return self
+        found: T = getattr(trainer._view, self._name)
+        return found
+
+    def __set__(self, trainer: TrainerNames, value: T) -> None:
+        if self._change is None:
+            raise AttributeError(f"trainer.{self._public} can be read and not set")
+        self._change(trainer._view, value)
+
+
+class Setting(Generic[T]):
+    """A name whose value is an argument of the trainer; documented at the field of `Config`."""
+
+    def __init__(self, field: str = ""):
+        self._field = field
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._public = name
+        self._field = self._field or name
+        self.__doc__ = f"The argument {self._field!r}, as resolved."
+
+    @overload
+    def __get__(self, trainer: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, trainer: TrainerNames, owner: type) -> T: ...
+    def __get__(self, trainer: TrainerNames | None, owner: type) -> T | Self:
+        if trainer is None:
+            return self
+        found: T = getattr(trainer.config, self._field)
+        return found
+
+    def __set__(self, trainer: TrainerNames, value: T) -> None:
+        raise AttributeError(f"trainer.{self._public} is an argument and cannot be changed: Trainer({self._field}=...)")
+
+
+class TrainerNames:
+    """What hooks and callbacks receive as `trainer`; `raylight.Trainer` adds fit, validate, test and predict."""
+
+    config: Config
+    """All arguments, as resolved."""
+    _view: RunView
+    _fn: TrainerFn | None
+
+    def __init__(self, config: Config, callbacks: list[Any] | None = None):
+        self.config = config
+        self._view = Record(callbacks=callbacks or [], accumulate_grad_batches=config.accumulate_grad_batches)
+        self._fn = None
+
+    def follow(self, view: RunView, fn: str) -> None:
+        """Reads from this run from here on; `fn` is "fit", "validate", "test" or "predict"."""
+        self._view, self._fn = view, TrainerFn(fn)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker gets: the arguments, and what a subclass has added, as far as it can be sent."""
+        config = replace(self.config, logger=bool(self.config.logger), storage_filesystem=None)
+        own = {name: value for name, value in vars(self).items() if name not in self._stays and _can_be_sent(value)}
+        return {**own, "config": config, "_view": Record(), "_fn": None}
+
+    _stays: frozenset[str] = frozenset({"config", "_view", "_fn"})
+    """Attributes that are not sent."""
+
+    # ---- the run's
+
+    world_size: Fact[int] = Fact()
+    global_rank: Fact[int] = Fact()
+    local_rank: Fact[int] = Fact()
+    node_rank: Fact[int] = Fact()
+    num_nodes: Fact[int] = Fact()
+    device: Fact[torch.device] = Fact()
+    attempt: Fact[int] = Fact()
+    seed: Fact[int | None] = Fact()
+    lightning_module: Fact[Any] = Fact("module")
+    model: Fact[Any] = Fact("module")
+    datamodule: Fact[Any] = Fact()
+    callbacks: Fact[list[Any]] = Fact()
+    loggers: Fact[list[Any]] = Fact()
+    log_dir: Fact[str | None] = Fact()
+    ckpt_path: Fact[str | None] = Fact()
+    current_epoch: Fact[int] = Fact()
+    global_step: Fact[int] = Fact()
+    num_batches_seen: Fact[int] = Fact()
+    is_last_batch: Fact[bool] = Fact()
+    interrupted: Fact[bool] = Fact()
+    should_stop: Fact[bool] = Fact(change=lambda view, value: view.request_stop(bool(value)))
+    optimizers: Fact[list[Optimizer]] = Fact(change=lambda view, value: view.replace_optimizers(list(value)))
+    lr_scheduler_configs: Fact[list[SchedulerEntry]] = Fact()
+    stepping_optimizers: Fact[list[Any]] = Fact()
+    accumulate_grad_batches: Fact[int] = Fact(change=lambda view, value: view.set_accumulate_grad_batches(value))
+    scaler: Fact[Any] = Fact()
+    train_dataloader: Fact[Loader] = Fact()
+    val_dataloaders: Fact[Loader] = Fact()
+    test_dataloaders: Fact[Loader] = Fact()
+    predict_dataloaders: Fact[Loader] = Fact()
+    num_training_batches: Fact[int | float] = Fact()
+    num_val_batches: Fact[list[int | float]] = Fact()
+    num_test_batches: Fact[list[int | float]] = Fact()
+    num_predict_batches: Fact[list[int | float]] = Fact()
+    estimated_stepping_batches: Fact[int | float] = Fact()
+    callback_metrics: Fact[dict[str, Tensor]] = Fact()
+    logged_metrics: Fact[dict[str, Tensor]] = Fact()
+    progress_bar_metrics: Fact[dict[str, float]] = Fact()
+
+    # ---- the arguments'
+
+    max_epochs: Setting[int | None] = Setting()
+    min_epochs: Setting[int | None] = Setting()
+    max_steps: Setting[int] = Setting()
+    min_steps: Setting[int | None] = Setting()
+    limit_train_batches: Setting[int | float] = Setting()
+    limit_val_batches: Setting[int | float] = Setting()
+    limit_test_batches: Setting[int | float] = Setting()
+    limit_predict_batches: Setting[int | float] = Setting()
+    overfit_batches: Setting[int | float] = Setting()
+    fast_dev_run: Setting[int] = Setting()
+    val_check_interval: Setting[int | float] = Setting()
+    check_val_every_n_epoch: Setting[int | None] = Setting()
+    num_sanity_val_steps: Setting[int] = Setting()
+    reload_dataloaders_every_n_epochs: Setting[int] = Setting()
+    precision: Setting[str] = Setting()
+    gradient_clip_val: Setting[float | None] = Setting()
+    gradient_clip_algorithm: Setting[str] = Setting()
+    log_every_n_steps: Setting[int] = Setting()
+    default_root_dir: Setting[str] = Setting("storage_path")
+    profiler: Setting[str | None] = Setting()
+
+    barebones = False
+    """Lightning's switch for measuring its own overhead; there is nothing to switch off here."""
+
+    # ---- what follows from these
+
+    @property
+    def is_global_zero(self) -> bool:
+        return self._view.global_rank == 0
+
+    @property
+    def state(self) -> TrainerState:
+        return TrainerState(self._view.status, self._fn, self._view.stage)
+
+    def _is_in(self, *stages: RunningStage) -> bool:
+        return self._view.stage in stages
+
+    @property
+    def training(self) -> bool:
+        return self._is_in(RunningStage.TRAINING)
+
+    @property
+    def validating(self) -> bool:
+        return self._is_in(RunningStage.VALIDATING)
+
+    @property
+    def testing(self) -> bool:
+        return self._is_in(RunningStage.TESTING)
+
+    @property
+    def predicting(self) -> bool:
+        return self._is_in(RunningStage.PREDICTING)
+
+    @property
+    def sanity_checking(self) -> bool:
+        return self._is_in(RunningStage.SANITY_CHECKING)
+
+    @property
+    def evaluating(self) -> bool:
+        return self._view.stage is not None and self._view.stage.evaluating
+
+    @property
+    def fitting(self) -> bool:
+        """Whether `fit` is what was called last; it validates too."""
+        return self._fn is TrainerFn.FITTING
+
+    @property
+    def enable_validation(self) -> bool:
+        """Whether a fit validates: there is a validation_step, and `limit_val_batches` leaves something."""
+        return bool(self.config.limit_val_batches) and overrides(self._view.module, "validation_step")
+
+    @property
+    def num_sanity_val_batches(self) -> list[int | float]:
+        """Batches of each validation loader that the sanity check takes, over all workers."""
+        limit = self.config.num_sanity_val_steps
+        return [count if limit == -1 else min(count, limit) for count in self.num_val_batches]
+
+    @property
+    def logger(self) -> Any:
+        return next(iter(self.loggers), None)
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return accelerator_of(self._view.device)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices on each node."""
+        return max(self._view.world_size // max(self._view.num_nodes, 1), 1)
+
+    @property
+    def device_ids(self) -> list[int]:
+        return list(range(self.num_devices))
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        return {"num_replicas": self._view.world_size, "rank": self._view.global_rank}
+
+    @property
+    def strategy(self) -> StrategyFacade:
+        return StrategyFacade(self._view)
+
+    @property
+    def precision_plugin(self) -> Self:
+        """For code that asks Lightning's plugin: `.precision` and `.scaler`."""
+        return self
+
+    @property
+    def fit_loop(self) -> FitLoopFacade:
+        return FitLoopFacade(self._view, self.config)
+
+    @property
+    def validate_loop(self) -> EvaluationLoopFacade:
+        return EvaluationLoopFacade(self._view, RunningStage.VALIDATING)
+
+    @property
+    def test_loop(self) -> EvaluationLoopFacade:
+        return EvaluationLoopFacade(self._view, RunningStage.TESTING)
+
+    @property
+    def predict_loop(self) -> EvaluationLoopFacade:
+        return EvaluationLoopFacade(self._view, RunningStage.PREDICTING)
+
+    @property
+    def early_stopping_callbacks(self) -> list[Any]:
+        return self._find_callbacks("EarlyStopping")
+
+    @property
+    def early_stopping_callback(self) -> Any:
+        return next(iter(self.early_stopping_callbacks), None)
+
+    @property
+    def checkpoint_callbacks(self) -> list[Any]:
+        return self._find_callbacks("Checkpoint")
+
+    @property
+    def checkpoint_callback(self) -> Any:
+        return next(iter(self.checkpoint_callbacks), None)
+
+    @property
+    def progress_bar_callback(self) -> Any:
+        return next(iter(self._find_callbacks("ProgressBar")), None)
+
+    def _find_callbacks(self, kind: str) -> list[Any]:
+        return [c for c in self.callbacks if any(k.__name__.endswith(kind) for k in type(c).__mro__)]
+
+    # ---- what hooks may do
+
+    def notice(self, text: str, level: str = "info") -> None:
+        """Shows the person a sentence, once, on the driver's console; `level` is "info" or "warning"."""
+        self._view.add_notice(text, level)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Prints on rank 0 alone."""
+        if self.is_global_zero:
+            print(*args, **kwargs)
+
+    def request_checkpoint(self) -> None:
+        """Saves at the end of this step. Call it on every rank at the same step."""
+        self._view.request_checkpoint()
+
+    def save_checkpoint(self, filepath: Any, weights_only: bool = False, storage_options: Any = None) -> None:
+        """Writes the present state to one file that `torch.load(path)["state_dict"]` opens.
+
+        Call it on every rank at the same step; rank 0 writes. With `weights_only` optimizers, schedulers and callbacks
+        are left out. `storage_options` changes nothing.
+        """
+        self._view.save_checkpoint(filepath, weights_only)
+
+    def find_samples(self, dataloader_idx: int, batch_idx: int) -> list[Any] | None:
+        """The samples of a batch of the evaluation that is on, as indices into the loader's dataset; None where the
+        data has no indices."""
+        return self._view.find_samples(dataloader_idx, batch_idx)
+
+    def finish_copying(self) -> None:
+        """Returns once no checkpoint copies weights and optimizer state any more, so that they may be changed."""
+        self._view.finish_copying()
+
+    def forward_training_epoch(self, skip_uneven: bool = False) -> None:
+        """Calls training_step on each of this rank's batches, as to measure statistics; what it logs is dropped.
+
+        With `skip_uneven` a batch that some rank lacks is left out.
+        """
+        self._view.forward_training_epoch(skip_uneven)
+
+    def barrier(self) -> None:
+        """Returns once every rank has called it."""
+        self._view.barrier()
+
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        """The value of rank `src`, on every rank."""
+        return self._view.broadcast(value, src)
+
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Tensors of all ranks, stacked along a new first dimension; one rank adds none."""
+        return self._view.all_gather(data, group, sync_grads)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: str = "mean") -> Tensor:
+        """The mean over all ranks, or with "sum" the sum."""
+        return self._view.reduce(tensor, group, reduce_op)
+
+    # ---- what is not there
+
+    if not TYPE_CHECKING:  # a type checker tells of unknown names itself
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_") or name == "config":
+                raise AttributeError(name)
+            if hasattr(type(self), name):  # a property that failed: call it again, for its own error
+                return object.__getattribute__(self, name)
+            known = [attribute for attribute in {*dir(type(self)), *self.__dict__} if not attribute.startswith("_")]
+            near = difflib.get_close_matches(name, known, 1)
+            hint = INSTEAD.get(name) or (f"did you mean {near[0]!r}?" if near else "")
+            raise AttributeError(f"the trainer has no attribute {name!r}" + (f"; {hint}" if hint else ""))
+
+
+def _can_be_sent(value: Any) -> bool:
+    try:
+        cloudpickle.dumps(value)
+    except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return True

@@ -1,0 +1,59 @@
+"""Saving: which checkpoint of this rank is on its way, which step it has, and whether another was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from raylight.contract.messages import Message
+from raylight.contract.task import Files
+from raylight.worker.checkpoint.snapshot import Snapshots
+from raylight.worker.outbox import Outbox
+
+
+class Saving:
+    """The snapshots of one rank, None where a run makes none, and what its loop remembers of them."""
+
+    def __init__(self) -> None:
+        self.snapshots: Snapshots | None = None
+        self.saved_step = -1
+        """Of the newest snapshot."""
+        self.is_requested = False
+        """A checkpoint was asked for, by a hook or the driver, and is not made yet."""
+        self._unsaved: set[str] = set()
+
+    def begin(self, files: Files, rank: int, world_size: int) -> None:
+        self.snapshots = Snapshots(files, rank, world_size)
+
+    def move(self, rank: int, world_size: int) -> None:
+        if self.snapshots is not None:
+            self.snapshots.move(rank, world_size)
+
+    def request(self) -> None:
+        self.is_requested = True
+
+    def drop_request(self) -> None:
+        self.is_requested = False
+
+    def note_saved(self, step: int) -> None:
+        self.saved_step, self.is_requested = step, False
+
+    def name_unsaved(self, name: str, value: object, outbox: Outbox) -> None:
+        """Names a hyperparameter that no checkpoint can hold, once."""
+        if name not in self._unsaved:
+            self._unsaved.add(name)
+            outbox.notice(
+                f"hyperparameter {name!r} ({type(value).__name__}) is no plain value and not in the checkpoints: "
+                f"give it to load_from_checkpoint(path, {name}=...)"
+            )
+
+    def finish_copying(self) -> bool:
+        """Returns once weights and optimizer state may change; False if user code has changed them already."""
+        return self.snapshots is None or self.snapshots.wait()
+
+    def poll(self) -> Iterator[Message]:
+        if self.snapshots is not None:
+            yield from self.snapshots.poll()
+
+    def close(self, timeout_s: float) -> list[Message]:
+        """Waits for the write in flight."""
+        return list(self.snapshots.close(timeout_s)) if self.snapshots is not None else []

@@ -1,0 +1,107 @@
+"""TrainingData: the training loader of one rank, and the evaluation loaders of each stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raylight.contract.config import Config
+from raylight.contract.errors import DataError
+from raylight.contract.task import Loaders, Place
+from raylight.worker.data.batches import EvaluationBatches, TrainBatches
+from raylight.worker.hooks import Hooks
+
+Position = dict[str, Any]
+"""What `TrainBatches.state_dict` returns."""
+
+
+class TrainingData:
+    """The training loader as the user gave it, divided among the ranks; opened when it is first needed."""
+
+    def __init__(self, config: Config, seed: int):
+        self.config, self.seed = config, seed
+        self.loader: Any = None
+        self.batches: TrainBatches | None = None
+        self.accumulate = config.accumulate_grad_batches
+        """Batches in one optimizer step."""
+        self._position: Position | None = None
+
+    @property
+    def num_batches(self) -> int | None:
+        """Batches of this rank in an epoch; None where the data has no length."""
+        return self.batches.num_batches if self.batches is not None else None
+
+    def enter_at(self, position: Position) -> None:
+        """The next `open` enters the epoch there."""
+        self._position = position
+
+    def open(self, loader: Any, rank: int, world_size: int) -> int | None:
+        """Divides the loader anew; returns the batch at which a position was entered, if there was one."""
+        if loader is None:
+            raise DataError("fit needs training data: pass train_dataloaders or define train_dataloader()")
+        config = self.config
+        self.loader = loader
+        self.batches = TrainBatches(
+            loader,
+            rank=rank,
+            world_size=world_size,
+            seed=self.seed,
+            limit=config.overfit_batches or config.limit_train_batches,
+            use_distributed_sampler=config.use_distributed_sampler,
+            global_batch_size=config.global_batch_size,
+            overfit=bool(config.overfit_batches),
+        )
+        if config.global_batch_size is not None:
+            self.accumulate = self.batches.accumulate
+        if self._position is None:
+            return None
+        self.batches.load_state_dict(self._position)
+        self._position = None
+        return self.batches.first_index
+
+    def accumulate_over(self, num_batches: int) -> None:
+        self.accumulate = num_batches
+
+
+class EvaluationData:
+    """The loaders of one stage, dealt to the ranks."""
+
+    def __init__(self, given: Any, place: Place, limit: int | float, seed: int):
+        self.given = given
+        """As the user gave it: one loader, a list or a dict of them; None if there is none."""
+        self.batches = [
+            EvaluationBatches(loader, rank=place.rank, world_size=place.world_size, limit=limit, seed=seed)
+            for loader in _list_loaders(given)
+        ]
+
+    @property
+    def num_batches(self) -> list[int | None]:
+        """Batches of each loader, over all ranks; None for one without a length."""
+        return [batches.num_batches for batches in self.batches]
+
+    @property
+    def total(self) -> int | None:
+        """Batches over all loaders and ranks; None if one has no length."""
+        counts = self.num_batches
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+
+def find_loader(given: Loaders, hooks: Hooks, stage: str) -> Any:
+    """What the caller passed for this stage, else the data module's hook, else the module's; None where none."""
+    passed = getattr(given, stage)
+    if passed is not None:
+        return passed
+    name = f"{'val' if stage == 'validate' else stage}_dataloader"
+    for owner in (hooks.data_module, hooks.module):
+        hook = getattr(owner, name, None)
+        loader = hook() if hook is not None else None
+        if loader is not None:
+            return loader
+    return None
+
+
+def _list_loaders(given: Any) -> list[Any]:
+    if given is None:
+        return []
+    if isinstance(given, dict):
+        return list(given.values())
+    return list(given) if isinstance(given, (list, tuple)) else [given]

@@ -1,0 +1,344 @@
+"""Session: one rank's part in a run over all generations of its group, and the run as its trainer sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from raylight.contract.errors import InvalidArguments
+from raylight.contract.messages import Hyperparameters
+from raylight.contract.seeding import RNGState
+from raylight.contract.task import Place, Task
+from raylight.user.module import Module
+from raylight.user.run_view import NO_RUN
+from raylight.user.states import RunningStage, TrainerStatus
+from raylight.worker.checkpoint.lightning_file import write_lightning_file
+from raylight.worker.group.collectives import all_gather, broadcast_object, reduce_tensor
+from raylight.worker.group.control import Control
+from raylight.worker.loop import Loop
+from raylight.worker.metrics.logger_proxy import LoggerProxy
+from raylight.worker.step.optimizers import SchedulerConfig
+from raylight.worker.step.step import Step
+from raylight.worker.worker import Worker
+
+STAGES = {
+    "sanity": RunningStage.SANITY_CHECKING,
+    "train": RunningStage.TRAINING,
+    "validate": RunningStage.VALIDATING,
+    "test": RunningStage.TESTING,
+    "predict": RunningStage.PREDICTING,
+}
+
+
+class Session:
+    """A worker, its loop while it trains, and what is read of both under the names of `RunView`."""
+
+    def __init__(self, task: Task, place: Place, control: Control):
+        self.worker = Worker(task, place, control)
+        self.loop: Loop | None = None
+        self.restored_rng: RNGState | None = None
+        """To be put in place just before the first step."""
+        self._is_on = True
+        self._logger = LoggerProxy(self.worker) if task.config.logger is not False else None
+        self.log = self.worker.metrics.log
+        self.begin()
+
+    # ---- its life
+
+    def begin(self) -> None:
+        """The trainer reads from this session from here on."""
+        self._is_on = True
+        self.worker.hooks.trainer.follow(self, self.worker.task.stage)
+        self.worker.hooks.attach()
+
+    def open_loop(self) -> Loop:
+        self.loop = Loop(self.worker)
+        return self.loop
+
+    def drop_loop(self) -> None:
+        """With it goes DDP, which holds on to the group."""
+        self.loop = None
+
+    def keep_random_numbers(self, state: RNGState | None) -> None:
+        self.restored_rng = state
+
+    def take_random_numbers(self) -> RNGState | None:
+        taken, self.restored_rng = self.restored_rng, None
+        return taken
+
+    def close_logger(self) -> None:
+        if self._logger is not None:
+            self._logger.close()
+
+    def end(self) -> None:
+        """The run is over; what it has left can still be read."""
+        self._is_on = False
+        self.worker.hooks.detach()
+
+    @property
+    def step(self) -> Step | None:
+        return self.loop.step if self.loop is not None else None
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the batch in hand; 0 if there is none."""
+        return self.step.batch.size if self.step is not None and self.step.batch is not None else 0
+
+    # ---- where it runs
+
+    @property
+    def stage(self) -> RunningStage | None:
+        return STAGES[self.worker.stage] if self._is_on else None
+
+    @property
+    def status(self) -> TrainerStatus:
+        if self._is_on:
+            return TrainerStatus.RUNNING
+        return TrainerStatus.INTERRUPTED if self.interrupted else TrainerStatus.FINISHED
+
+    @property
+    def world_size(self) -> int:
+        return self.worker.world_size
+
+    @property
+    def global_rank(self) -> int:
+        return self.worker.rank
+
+    @property
+    def local_rank(self) -> int:
+        return self.worker.place.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        return self.worker.place.node_rank
+
+    @property
+    def num_nodes(self) -> int:
+        return self.worker.place.num_nodes
+
+    @property
+    def device(self) -> torch.device:
+        return self.worker.device
+
+    @property
+    def attempt(self) -> int:
+        return self.worker.task.attempt
+
+    @property
+    def seed(self) -> int:
+        return self.worker.task.seed
+
+    # ---- what it runs
+
+    @property
+    def module(self) -> Module:
+        return self.worker.module
+
+    @property
+    def datamodule(self) -> Any:
+        return self.worker.data_module
+
+    @property
+    def callbacks(self) -> list[Any]:
+        return self.worker.hooks.callbacks
+
+    @property
+    def loggers(self) -> list[Any]:
+        return [self._logger] if self._logger is not None else []
+
+    @property
+    def log_dir(self) -> str:
+        return self.worker.task.version_path
+
+    @property
+    def ckpt_path(self) -> str | None:
+        checkpoint = self.worker.task.checkpoint
+        return checkpoint.path if checkpoint is not None else self.worker.task.lightning_file
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        return self.worker.optimizers.all
+
+    @property
+    def lr_scheduler_configs(self) -> list[SchedulerConfig]:
+        return self.worker.optimizers.schedulers
+
+    @property
+    def stepping_optimizers(self) -> list[Any]:
+        return list(self.step.stepping_optimizers) if self.step is not None else []
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        return self.worker.precision.scaler
+
+    # ---- where it stands
+
+    @property
+    def current_epoch(self) -> int:
+        return self.worker.progress.current_epoch
+
+    @property
+    def global_step(self) -> int:
+        return self.worker.progress.global_step
+
+    @property
+    def batch_idx(self) -> int:
+        return self.worker.progress.batch_idx
+
+    @property
+    def num_batches_seen(self) -> int:
+        return self.worker.progress.num_batches_seen
+
+    @property
+    def has_batch(self) -> bool:
+        return self.step is not None and self.step.batch is not None
+
+    @property
+    def is_last_batch(self) -> bool:
+        return self.step is not None and self.step.batch is not None and self.step.batch.last
+
+    @property
+    def should_stop(self) -> bool:
+        return self.worker.should_stop
+
+    @property
+    def interrupted(self) -> bool:
+        return self.worker.status == "interrupted"
+
+    @property
+    def is_resuming(self) -> bool:
+        return self.worker.task.checkpoint is not None and not self.worker.has_trained
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        return self.worker.data.accumulate
+
+    # ---- loaders
+
+    @property
+    def train_dataloader(self) -> Any:
+        return self.worker.data.loader
+
+    @property
+    def val_dataloaders(self) -> Any:
+        return self._given("validate")
+
+    @property
+    def test_dataloaders(self) -> Any:
+        return self._given("test")
+
+    @property
+    def predict_dataloaders(self) -> Any:
+        return self._given("predict")
+
+    def _given(self, stage: str) -> Any:
+        data = self.worker.evaluation_data.get(stage)
+        return data.given if data is not None else None
+
+    @property
+    def num_training_batches(self) -> int | float:
+        return _or_inf(self.worker.data.num_batches)
+
+    @property
+    def num_val_batches(self) -> list[int | float]:
+        return self._count("validate")
+
+    @property
+    def num_test_batches(self) -> list[int | float]:
+        return self._count("test")
+
+    @property
+    def num_predict_batches(self) -> list[int | float]:
+        return self._count("predict")
+
+    def _count(self, stage: str) -> list[int | float]:
+        data = self.worker.evaluation_data.get(stage)
+        return [_or_inf(count) for count in data.num_batches] if data is not None else []
+
+    def find_samples(self, dataloader_idx: int, batch_idx: int) -> list[Any] | None:
+        return self.worker.evaluation_data[self.worker.stage].batches[dataloader_idx].find_samples(batch_idx)
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        config, data = self.worker.config, self.worker.data
+        if data.batches is None and self.worker.is_fitting:
+            self.worker.open_training_data()
+        batches = data.num_batches
+        if config.max_epochs == -1 or config.max_epochs is None or batches is None:
+            return config.max_steps if config.max_steps != -1 else float("inf")
+        steps = -(-batches // data.accumulate) * max(config.max_epochs, 1)
+        return min(steps, config.max_steps) if config.max_steps != -1 else steps
+
+    # ---- what was logged
+
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        return {name: torch.tensor(value) for name, value in self.worker.metrics.newest().items()}
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        return {name: torch.tensor(value) for name, value in self.worker.metrics.logged_values.items()}
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        return self.worker.metrics.shown()
+
+    def log_hyperparameters(self, values: dict[str, Any]) -> None:
+        self.worker.outbox.put(Hyperparameters(values))
+
+    # ---- what hooks may do
+
+    def request_stop(self, should_stop: bool) -> None:
+        self.worker.request_stop(should_stop)
+
+    def set_accumulate_grad_batches(self, count: int) -> None:
+        self.worker.data.accumulate_over(count)
+
+    def replace_optimizers(self, optimizers: list[Optimizer]) -> None:
+        if self.loop is not None:
+            raise RuntimeError("trainer.optimizers can be replaced until on_train_start; add parameter groups instead")
+        self.worker.optimizers.take(optimizers, self.worker.optimizers.schedulers)
+
+    def add_notice(self, text: str, level: str = "info") -> None:
+        self.worker.outbox.notice(text, level)
+
+    def request_checkpoint(self) -> None:
+        self.worker.saving.request()
+
+    def save_checkpoint(self, path: Any, weights_only: bool) -> None:
+        write_lightning_file(self.worker, path, weights_only)
+
+    def finish_copying(self) -> None:
+        self.worker.saving.finish_copying()
+
+    def manual_backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:
+        if self.step is None or self.worker.module.automatic_optimization:
+            raise RuntimeError(
+                "manual_backward is for modules with automatic_optimization = False, inside training_step"
+            )
+        self.step.backward_manually(loss, *arguments, **keywords)
+
+    def forward_training_epoch(self, skip_uneven: bool) -> None:
+        if self.loop is None:
+            raise InvalidArguments(f"the training data cannot be gone through: {NO_RUN}")
+        self.loop.forward_epoch(skip_uneven)
+
+    def barrier(self) -> None:
+        self.worker.barrier()
+
+    def broadcast(self, value: Any, src: int) -> Any:
+        return broadcast_object(value, self.worker.world_size, src)
+
+    def all_gather(self, data: Any, group: Any, sync_grads: bool) -> Any:
+        return all_gather(data, self.worker.world_size, group, sync_grads)
+
+    def reduce(self, tensor: Any, group: Any, reduce_op: str) -> Tensor:
+        tensor = torch.as_tensor(tensor, device=self.worker.device)
+        return reduce_tensor(tensor, self.worker.world_size, group, is_mean=reduce_op in ("mean", "avg"))
+
+
+def _or_inf(count: int | None) -> int | float:
+    return float("inf") if count is None else count

@@ -1,0 +1,138 @@
+"""Worker: one rank of a run. It holds its place, what it was given to do, and the parts that own its state."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raylight.contract.task import Place, Task
+from raylight.user.data_module import DataModule
+from raylight.user.module import Module
+from raylight.worker.checkpoint.saving import Saving
+from raylight.worker.data.batch_transfer import BatchTransfer
+from raylight.worker.data.training_data import EvaluationData, TrainingData, find_loader
+from raylight.worker.diagnosis.profiler import Profiler, make_profiler
+from raylight.worker.group.control import Control
+from raylight.worker.hooks import Hooks
+from raylight.worker.metrics.metrics import Metrics
+from raylight.worker.outbox import Outbox
+from raylight.worker.progress import Progress
+from raylight.worker.step.optimizers import Optimizers
+from raylight.worker.step.precision import make_precision
+
+
+class Worker:
+    """Everything of one rank that outlives a generation of its group."""
+
+    def __init__(self, task: Task, place: Place, control: Control):
+        self.task, self.place, self.control, self.config = task, place, control, task.config
+        self.hooks = Hooks(task.trainer, task.module, task.loaders.data_module, task.callbacks)
+        self.device = torch.device(place.device)
+        self.stage = "train" if task.stage == "fit" else task.stage
+        self.precision = make_precision(self.config.precision, self.device.type, plugins=self.config.plugins)
+        self.transfer = BatchTransfer(self.hooks, self.device, self.precision)
+        self.metrics = Metrics(task.module, place.world_size)
+        self.profiler: Profiler | None = make_profiler(self.config.profiler, trace_path=self._trace_path())
+        self.progress = Progress()
+        self.optimizers = Optimizers()
+        self.saving = Saving()
+        self.data = TrainingData(self.config, task.seed)
+        self.evaluation_data: dict[str, EvaluationData] = {}
+        self.outbox = Outbox()
+        self.epoch_outputs: list[Any] = []
+        """Of the epoch's training steps, for `training_epoch_end`."""
+        self.should_stop = False
+        self.status = "finished"
+        self.has_trained = False
+        """Its state is that of the run, and not only of its start."""
+        self.seconds: dict[str, float] = {}
+        """What its time went to."""
+
+    def _trace_path(self) -> str:
+        local = self.task.files.local_path("") if self.task.files is not None else None
+        return os.path.join(local or tempfile.gettempdir(), f"trace-rank-{self.place.rank}.json")
+
+    # ---- where it stands
+
+    @property
+    def module(self) -> Module:
+        return self.hooks.module
+
+    @property
+    def data_module(self) -> DataModule | None:
+        return self.hooks.data_module
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.place.world_size
+
+    @property
+    def is_first(self) -> bool:
+        return self.place.rank == 0
+
+    @property
+    def is_fitting(self) -> bool:
+        return self.task.stage == "fit"
+
+    def move(self, task: Task, place: Place, control: Control) -> None:
+        """Takes another place, in the group that goes on after a failure."""
+        if (place.rank, place.world_size) != (self.rank, self.world_size):
+            self.evaluation_data.clear()  # and so the loaders are dealt anew
+            self.saving.move(place.rank, place.world_size)
+        self.task, self.place, self.control = task, place, control
+        self.metrics.resize(place.world_size)
+        self.hooks.attach()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    # ---- what it does now
+
+    def enter(self, stage: str) -> None:
+        self.stage = stage
+
+    def begin_training(self) -> None:
+        self.has_trained = True
+
+    def drop_epoch_outputs(self) -> None:
+        self.epoch_outputs = []  # a new list: the user's hook may have kept the other
+
+    def request_stop(self, should_stop: bool = True) -> None:
+        """Ends training after the present batch, once the minimum of epochs and steps is reached."""
+        self.should_stop = should_stop
+
+    def end_as(self, should_stop: bool, status: str) -> None:
+        """`status` is "finished", "stopped" or "interrupted"."""
+        self.should_stop, self.status = should_stop, status
+
+    # ---- loaders
+
+    def open_training_data(self) -> None:
+        """Finds the training loader and divides it; again where loaders are reloaded every n epochs."""
+        loader = find_loader(self.task.loaders, self.hooks, "train")
+        index = self.data.open(loader, self.rank, self.world_size)
+        if index is not None:
+            self.progress.enter_epoch_at(index)
+
+    def open_evaluation_data(self, stage: str) -> EvaluationData:
+        """Finds the loaders of a stage and deals them."""
+        config = self.config
+        limit = {
+            "validate": config.limit_val_batches,
+            "test": config.limit_test_batches,
+            "predict": config.limit_predict_batches,
+        }[stage]
+        if stage == "validate" and config.overfit_batches and self.is_fitting:
+            limit = config.overfit_batches
+        given = find_loader(self.task.loaders, self.hooks, stage)
+        data = self.evaluation_data[stage] = EvaluationData(given, self.place, limit, self.task.seed)
+        return data
