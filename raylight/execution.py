@@ -260,6 +260,11 @@ class Execution:
         return self.result is None or self.result.status == "interrupted" if self.stage == "fit" else False
 
     @property
+    def trained(self) -> tuple[int, int]:
+        """Steps and epochs behind the weights that were evaluated."""
+        return self.task.trained
+
+    @property
     def kept(self) -> Kept:
         assert self.driver is not None
         return Kept(list(self.driver.checkpoints), self.driver.best, self.driver.last)

@@ -15,7 +15,7 @@ from raylight.arguments.scale import Available
 from raylight.contract.errors import InvalidArguments
 from raylight.contract.task import Loaders
 from raylight.user.data_module import DataModule
-from raylight.user.run_view import Record, WorkersRecord, record_of
+from raylight.user.run_view import Record, WorkersRecord, facts_of
 from raylight.user.states import TrainerStatus
 from raylight.user.trainer_names import TrainerNames
 
@@ -176,26 +176,31 @@ class Trainer(TrainerNames):
             self._remember(execution)
 
     def _remember(self, execution: Execution) -> None:
-        """What a run leaves behind for the caller to read."""
-        driver, before = execution.driver, self._view
+        """Keeps what a run leaves behind for the caller to read."""
+        driver, before, given = execution.driver, self._view, execution.loaders
         if driver is None:
             return
-        record = record_of(before) if execution.group.is_local else WorkersRecord(**execution.facts)
-        record.module, record.callbacks, record.loggers = execution.module, execution.callbacks, driver.loggers
-        record.stage, record.datamodule = None, execution.loaders.data_module
-        record.status = TrainerStatus.INTERRUPTED if execution.was_interrupted else TrainerStatus.FINISHED
-        record.log_dir = driver.version.path if driver.version is not None else before.log_dir
-        record.callback_metrics = {name: torch.tensor(value) for name, value in driver.callback_metrics.items()}
-        record.logged_metrics = {name: torch.tensor(value) for name, value in driver.logged_metrics.items()}
-        if not execution.group.is_local:
-            given = execution.loaders
-            record.train_dataloader, record.val_dataloaders = given.train, given.validate
-            record.test_dataloaders, record.predict_dataloaders = given.test, given.predict
         if execution.stage == "fit":
             self.result, self._kept = execution.result or self.result, execution.kept
-            record.global_step, record.current_epoch = driver.step, driver.epoch
-        else:
-            record.global_step, record.current_epoch = before.global_step, before.current_epoch
+        step, epoch = (driver.step, driver.epoch) if execution.stage == "fit" else execution.trained
+        facts = facts_of(before) if execution.group.is_local else execution.facts | {
+            "train_dataloader": given.train, "val_dataloaders": given.validate, "test_dataloaders": given.test,
+            "predict_dataloaders": given.predict,
+        }  # fmt: skip
+        facts |= {
+            "module": execution.module,
+            "datamodule": given.data_module,
+            "callbacks": execution.callbacks,
+            "loggers": driver.loggers,
+            "stage": None,
+            "status": TrainerStatus.INTERRUPTED if execution.was_interrupted else TrainerStatus.FINISHED,
+            "log_dir": driver.version.path if driver.version is not None else before.log_dir,
+            "callback_metrics": {name: torch.tensor(value) for name, value in driver.callback_metrics.items()},
+            "logged_metrics": {name: torch.tensor(value) for name, value in driver.logged_metrics.items()},
+            "global_step": step,
+            "current_epoch": epoch,
+        }
+        record = Record(**facts) if execution.group.is_local else WorkersRecord(**facts)
         self.follow(record, execution.stage)
         for callback in self.callbacks:
             self._fill(callback)

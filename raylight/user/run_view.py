@@ -268,8 +268,8 @@ LIVE = ("optimizers", "lr_scheduler_configs", "stepping_optimizers", "scaler")
 PLAIN = (
     "stage", "status", "world_size", "num_nodes", "attempt", "seed", "ckpt_path", "current_epoch", "global_step",
     "batch_idx", "num_batches_seen", "should_stop", "accumulate_grad_batches", "num_training_batches",
-    "num_val_batches", "num_test_batches", "num_predict_batches", "estimated_stepping_batches", "callback_metrics", "logged_metrics",
-    "progress_bar_metrics",
+    "num_val_batches", "num_test_batches", "num_predict_batches", "estimated_stepping_batches", "callback_metrics",
+    "logged_metrics", "progress_bar_metrics",
 )  # fmt: skip
 """Facts that can be sent from a worker."""
 
@@ -383,6 +383,6 @@ class WorkersRecord(Record):
         return super().__getattribute__(name)
 
 
-def record_of(view: RunView) -> Record:
-    """What the run in this process has left, its live objects included."""
-    return Record(**{item.name: getattr(view, item.name) for item in fields(Record)})
+def facts_of(view: RunView) -> dict[str, Any]:
+    """Everything that a `Record` holds, live objects included, as it is now."""
+    return {item.name: getattr(view, item.name) for item in fields(Record)}

@@ -190,10 +190,12 @@ class TrainerNames:
 
     @property
     def is_global_zero(self) -> bool:
+        """Whether this is rank 0."""
         return self._view.global_rank == 0
 
     @property
     def state(self) -> TrainerState:
+        """Function, stage and status, as they are now."""
         return TrainerState(self._view.status, self._fn, self._view.stage)
 
     def _is_in(self, *stages: RunningStage) -> bool:
@@ -201,26 +203,32 @@ class TrainerNames:
 
     @property
     def training(self) -> bool:
+        """Whether a batch of training is on, or a hook around it."""
         return self._is_in(RunningStage.TRAINING)
 
     @property
     def validating(self) -> bool:
+        """Whether a validation is on; the sanity check is none."""
         return self._is_in(RunningStage.VALIDATING)
 
     @property
     def testing(self) -> bool:
+        """Whether a test is on."""
         return self._is_in(RunningStage.TESTING)
 
     @property
     def predicting(self) -> bool:
+        """Whether a prediction is on."""
         return self._is_in(RunningStage.PREDICTING)
 
     @property
     def sanity_checking(self) -> bool:
+        """Whether the validation batches before training are on."""
         return self._is_in(RunningStage.SANITY_CHECKING)
 
     @property
     def evaluating(self) -> bool:
+        """Whether validation, test or sanity check is on."""
         return self._view.stage is not None and self._view.stage.evaluating
 
     @property
@@ -241,10 +249,12 @@ class TrainerNames:
 
     @property
     def logger(self) -> Any:
+        """The first of the loggers; None if there is none."""
         return next(iter(self.loggers), None)
 
     @property
     def accelerator(self) -> Accelerator:
+        """The kind of device that this worker has."""
         return accelerator_of(self._view.device)
 
     @property
@@ -254,14 +264,17 @@ class TrainerNames:
 
     @property
     def device_ids(self) -> list[int]:
+        """Indices of the devices of a node."""
         return list(range(self.num_devices))
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """What a DistributedSampler of the user's own needs."""
         return {"num_replicas": self._view.world_size, "rank": self._view.global_rank}
 
     @property
     def strategy(self) -> StrategyFacade:
+        """How the ranks act together."""
         return StrategyFacade(self._view)
 
     @property
@@ -271,38 +284,47 @@ class TrainerNames:
 
     @property
     def fit_loop(self) -> FitLoopFacade:
+        """Where the epochs and batches of a fit stand."""
         return FitLoopFacade(self._view, self.config)
 
     @property
     def validate_loop(self) -> EvaluationLoopFacade:
+        """The loaders of validation."""
         return EvaluationLoopFacade(self._view, RunningStage.VALIDATING)
 
     @property
     def test_loop(self) -> EvaluationLoopFacade:
+        """The loaders of a test."""
         return EvaluationLoopFacade(self._view, RunningStage.TESTING)
 
     @property
     def predict_loop(self) -> EvaluationLoopFacade:
+        """The loaders of a prediction."""
         return EvaluationLoopFacade(self._view, RunningStage.PREDICTING)
 
     @property
     def early_stopping_callbacks(self) -> list[Any]:
+        """All EarlyStopping among the callbacks."""
         return self._find_callbacks("EarlyStopping")
 
     @property
     def early_stopping_callback(self) -> Any:
+        """The first EarlyStopping among the callbacks, or None."""
         return next(iter(self.early_stopping_callbacks), None)
 
     @property
     def checkpoint_callbacks(self) -> list[Any]:
+        """All ModelCheckpoint among the callbacks."""
         return self._find_callbacks("Checkpoint")
 
     @property
     def checkpoint_callback(self) -> Any:
+        """The first ModelCheckpoint among the callbacks, or None."""
         return next(iter(self.checkpoint_callbacks), None)
 
     @property
     def progress_bar_callback(self) -> Any:
+        """The progress bar among the callbacks, or None."""
         return next(iter(self._find_callbacks("ProgressBar")), None)
 
     def _find_callbacks(self, kind: str) -> list[Any]:
