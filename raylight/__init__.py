@@ -1,7 +1,5 @@
 """raylight trains PyTorch models at any scale on Ray."""
 
-# ruff: noqa: F401  (names for type checkers; __getattr__ loads them)
-
 from __future__ import annotations
 
 import importlib
@@ -36,7 +34,8 @@ if TYPE_CHECKING:
     from raylight.user.data_module import DataModule
     from raylight.user.module import Module
 
-    LightningModule, LightningDataModule = Module, DataModule
+    LightningModule = Module
+    LightningDataModule = DataModule
 
 _ERRORS = (
     "RaylightError", "InvalidArguments", "WorkerFailed", "WorkerHung", "CheckpointCorrupt", "CheckpointMismatch",
@@ -71,7 +70,14 @@ _NAMES = {
     **{name: ("contract.errors", name) for name in _ERRORS},
 }
 
-__all__ = list(_NAMES)
+# Written out, because type checkers read it: of a typed package they let users import these names alone.
+__all__ = [  # noqa: RUF022  (in the order of the table)
+    "Module", "LightningModule", "DataModule", "LightningDataModule", "Trainer", "fit", "validate", "test", "predict",
+    "sweep", "open_run", "Run", "Result", "Callback", "Checkpointing", "DDP", "seed_everything", "rank_zero_only",
+    "rank_zero_info", "rank_zero_warn", "callbacks", "loggers", "RaylightError", "InvalidArguments", "WorkerFailed",
+    "WorkerHung", "CheckpointCorrupt", "CheckpointMismatch", "StorageError", "ClusterError", "NotEnoughResources",
+    "DataError",
+]  # fmt: skip
 
 
 class _LazyReader(checkpoint_reader.CheckpointReader):
@@ -102,4 +108,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_NAMES])
+    return sorted([*_NAMES, "__version__"])

@@ -14,9 +14,11 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from raylight.arguments.resolving import as_list, resolve
+from raylight.arguments.signatures import passes_on_keywords_of
+from raylight.arguments.trainer_arguments import TrainerArguments
 from raylight.contract.config import Checkpointing, Config
 from raylight.contract.errors import InvalidArguments, NotEnoughResources, RaylightError
 from raylight.contract.seeding import isolate_rng
@@ -24,7 +26,7 @@ from raylight.storage.filesystem import Storage
 from raylight.storage.location import locate
 from raylight.storage.remote_files import RemoteFiles
 from raylight.storage.retry import Backoff
-from raylight.trainer import find_available
+from raylight.trainer import Trainer, find_available
 from raylight.tuning.recipe import SCALE_ARGUMENTS, Made, Recipe, Shape
 
 if TYPE_CHECKING:
@@ -39,10 +41,11 @@ PAGE = "sweep.html"
 NOTE_EVERY_S = "2"
 
 
+@passes_on_keywords_of(Trainer)
 def sweep(
     module_or_function: Callable[..., Any], space: Mapping[str, Any] | None = None, *, num_samples: int, metric: str,
     mode: str, data: Any = None, scheduler: Any = None, search_alg: Any = None,
-    max_concurrent_trials: int | None = None, resume: bool = False, **trainer_arguments: Any,
+    max_concurrent_trials: int | None = None, resume: bool = False, **trainer_arguments: Unpack[TrainerArguments],
 ) -> ResultGrid:  # fmt: skip
     """Trains `num_samples` configurations drawn from `space` and returns Ray Tune's ResultGrid.
 
@@ -57,16 +60,17 @@ def sweep(
     """
     from raylight.tuning.mistakes import Plan, find_mistakes
 
-    recipe = Recipe(module_or_function, data, trainer_arguments)
+    arguments: dict[str, Any] = {**trainer_arguments}
+    recipe = Recipe(module_or_function, data, arguments)
     plan = Plan(recipe, space or {}, num_samples, metric, mode, scheduler, search_alg, max_concurrent_trials)
-    mistakes = find_mistakes(plan) + _find_argument_mistakes(trainer_arguments)
+    mistakes = find_mistakes(plan) + _find_argument_mistakes(arguments)
     if mistakes:
         raise InvalidArguments(mistakes)
     trial_class = trainable(
         module_or_function, data=data, metric=metric, mode=mode, space=plan.space, **trainer_arguments
     )
     shape = _check_first_trial(plan, trial_class)
-    config, run = resolve(_without_scale(trainer_arguments), find_available({})), trial_class.run_storage
+    config, run = resolve(_without_scale(arguments), find_available({})), trial_class.run_storage
     with _tune_environment():
         watcher, tuner, folder = _make_tuner(plan, trial_class, config, run, resume)
         try:
@@ -78,9 +82,10 @@ def sweep(
     return results
 
 
+@passes_on_keywords_of(Trainer)
 def trainable(
     module_or_function: Callable[..., Any], *, data: Any = None, metric: str | None = None, mode: str = "min",
-    space: Mapping[str, Any] | None = None, **trainer_arguments: Any,
+    space: Mapping[str, Any] | None = None, **trainer_arguments: Unpack[TrainerArguments],
 ) -> type[Trial]:  # fmt: skip
     """The same trials for a `ray.tune.Tuner` of your own: a class for it, with Tune's every scheduler and option.
 

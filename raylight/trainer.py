@@ -5,16 +5,30 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Never, Unpack
 
 import torch
 
 from raylight.arguments import checks
 from raylight.arguments.resolving import as_list, resolve
 from raylight.arguments.scale import Available
+from raylight.arguments.signatures import KeywordDoc, find_given, passes_on_keywords_of
+from raylight.arguments.trainer_arguments import (
+    Duration,
+    EvaluationArguments,
+    NumWorkers,
+    Path,
+    Precision,
+    TakesMetrics,
+    TrainerArguments,
+)
+from raylight.contract.config import DDP, Checkpointing, Config
 from raylight.contract.errors import InvalidArguments
 from raylight.contract.task import Loaders
+from raylight.user.callback import Callback
 from raylight.user.data_module import DataModule
+from raylight.user.module import Module
 from raylight.user.run_view import Record, WorkersRecord, facts_of
 from raylight.user.states import TrainerStatus
 from raylight.user.trainer_names import TrainerNames
@@ -30,13 +44,45 @@ class Trainer(TrainerNames):
     """Lightning's Trainer over raylight, and what hooks receive as `trainer`: in this process this very object, on a
     worker one of the same class.
 
-    Every argument is keyword only and one of API.md's "Trainer arguments". Raises InvalidArguments with all mistakes
-    at once, and NotEnoughResources where more was asked for than there is.
+    Raises InvalidArguments with all mistakes at once, and NotEnoughResources if more was asked for than there is. None
+    stands for an argument's default, except in `check_val_every_n_epoch`. What each argument means is said below its
+    field in raylight.contract.config.Config; `help(raylight.Trainer)` shows it here.
     """
 
     _stays = TrainerNames._stays | {"arguments", "result", "_claimed", "_kept"}
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        num_workers: NumWorkers | None = "auto", use_gpu: bool | None = None,
+        resources_per_worker: Mapping[str, float] | None = None, strategy: str | DDP = "auto",
+        devices: int | str | Sequence[int] = "auto", gpus: int | str | Sequence[int] | None = None,
+        num_nodes: int = 1, accelerator: str = "auto",
+        max_epochs: int | None = None, min_epochs: int | None = None, max_steps: int = -1,
+        min_steps: int | None = None, max_time: Duration | None = None,
+        limit_train_batches: int | float | None = 1.0, limit_val_batches: int | float | None = 1.0,
+        limit_test_batches: int | float | None = 1.0, limit_predict_batches: int | float | None = 1.0,
+        overfit_batches: int | float = 0.0, fast_dev_run: int | bool = False,
+        val_check_interval: int | float | Duration | None = 1.0, check_val_every_n_epoch: int | None = 1,
+        num_sanity_val_steps: int | None = 2, reload_dataloaders_every_n_epochs: int = 0,
+        precision: Precision | None = None, accumulate_grad_batches: int = 1, global_batch_size: int | None = None,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: Literal["norm", "value"] | None = "norm",
+        deterministic: bool | Literal["warn"] | None = False, benchmark: bool | None = None,
+        sync_batchnorm: bool = False, detect_anomaly: bool = False, inference_mode: bool = True,
+        seed: int | None = None, use_distributed_sampler: bool = True,
+        storage_path: Path | None = None, default_root_dir: Path | None = None, storage_filesystem: Any = None,
+        name: str = "default", checkpoint: bool | Checkpointing | Mapping[str, Any] | None = None,
+        enable_checkpointing: bool | None = None,
+        logger: bool | TakesMetrics | Collection[TakesMetrics] | None = True, log_every_n_steps: int | None = 50,
+        enable_progress_bar: bool | None = True, enable_model_summary: bool | None = True,
+        profiler: str | None = None,
+        max_restarts: int = 3, hang_timeout_s: float | None = None, replacement_timeout_s: float = 60.0,
+        num_standby: int | None = None,
+        callbacks: Callback | Collection[Callback] | None = None, plugins: Any = None,
+        **unknown: Never,  # for a type checker there is none; here they become one error with all other mistakes
+    ) -> None:  # fmt: skip
+        arguments = find_given(Trainer, locals()) | unknown
         super().__init__(resolve(arguments, find_available(arguments)), as_list(arguments.get("callbacks")))
         self.arguments = arguments
         self.result: Result | None = None
@@ -47,56 +93,72 @@ class Trainer(TrainerNames):
 
     def fit(
         self,
-        model: Any,
+        model: Module,
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
-        datamodule: Any = None,
+        datamodule: DataModule | None = None,
         ckpt_path: Any = None,
         weights_only: bool | None = None,
-    ) -> Any:
+    ) -> Result:
         """Trains `model` and returns a Result; afterwards `model` holds the trained weights, on the CPU.
 
         `ckpt_path`: None starts a new version; "last" continues the newest version of this run where it stopped, or
         starts one where there is none; "best" or a checkpoint's path continue from there in a new version.
+        `weights_only` changes nothing, here and below: no checkpoint is read in a way that could execute code.
         """
         if isinstance(train_dataloaders, DataModule):
             train_dataloaders, datamodule = None, train_dataloaders
         loaders = Loaders(train=train_dataloaders, validate=val_dataloaders, data_module=datamodule)
-        return self._execute("fit", model, loaders, ckpt_path)
+        result: Result = self._execute("fit", model, loaders, ckpt_path)
+        return result
 
     def validate(
         self,
-        model: Any = None,
+        model: Module | None = None,
         dataloaders: Any = None,
-        datamodule: Any = None,
         ckpt_path: Any = None,
         verbose: bool = True,
+        datamodule: DataModule | None = None,
+        weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """One dict of metrics for each loader, exact for any number of workers."""
-        loaders = self._evaluation_loaders("validate", dataloaders, datamodule)
-        return self._execute("validate", model, loaders, ckpt_path, verbose)
+        return self._evaluate("validate", model, dataloaders, datamodule, ckpt_path, verbose)
 
     def test(
         self,
-        model: Any = None,
+        model: Module | None = None,
         dataloaders: Any = None,
-        datamodule: Any = None,
         ckpt_path: Any = None,
         verbose: bool = True,
+        datamodule: DataModule | None = None,
+        weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """As `validate`, with test_step and the test loaders."""
-        loaders = self._evaluation_loaders("test", dataloaders, datamodule)
-        return self._execute("test", model, loaders, ckpt_path, verbose)
+        return self._evaluate("test", model, dataloaders, datamodule, ckpt_path, verbose)
 
     def predict(
-        self, model: Any = None, dataloaders: Any = None, datamodule: Any = None, return_predictions: bool = True,
+        self,
+        model: Module | None = None,
+        dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        return_predictions: bool | None = None,
         ckpt_path: Any = None,
-    ) -> list[Any]:  # fmt: skip
+        weights_only: bool | None = None,
+    ) -> list[Any]:
         """What predict_step returned for each batch, on the CPU, in dataset order; a list of such lists where there
-        are several loaders."""
-        loaders = self._evaluation_loaders("predict", dataloaders, datamodule)
-        found = self._execute("predict", model, loaders, ckpt_path)
-        return found if return_predictions else []
+        are several loaders. Empty with return_predictions=False."""
+        found = self._evaluate("predict", model, dataloaders, datamodule, ckpt_path)
+        return [] if return_predictions is False else found
+
+    def _evaluate(
+        self, stage: str, model: Any, dataloaders: Any, datamodule: Any, ckpt_path: Any, verbose: bool = True
+    ) -> list[Any]:
+        if isinstance(ckpt_path, DataModule):
+            raise InvalidArguments(f"{stage}: ckpt_path is a data module; Lightning's order is dataloaders, ckpt_path, "
+                                   f"verbose, datamodule: pass datamodule=...")  # fmt: skip
+        loaders = self._evaluation_loaders(stage, dataloaders, datamodule)
+        found: list[Any] = self._execute(stage, model, loaders, ckpt_path, verbose)
+        return found
 
     def _evaluation_loaders(self, stage: str, dataloaders: Any, datamodule: Any) -> Loaders:
         if isinstance(dataloaders, DataModule):
@@ -211,6 +273,10 @@ class Trainer(TrainerNames):
             callback.take_kept(self._kept.checkpoints, self._kept.best, self._kept.last)
 
 
+# Not written into the class, because editors read the plain docstring there.
+setattr(Trainer, "__doc__", KeywordDoc(Trainer.__doc__, Trainer, Config, EvaluationArguments))  # noqa: B010
+
+
 def find_available(arguments: dict[str, Any]) -> Available:
     """What this machine has; a Ray that the user connected or named is asked only where workers go there."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -226,15 +292,16 @@ def find_available(arguments: dict[str, Any]) -> Available:
     return Available(num_gpus, address)
 
 
+@passes_on_keywords_of(Trainer)
 def fit(
-    module: Any,
+    module: Module,
     train_dataloaders: Any = None,
     val_dataloaders: Any = None,
     *,
-    datamodule: Any = None,
+    datamodule: DataModule | None = None,
     resume: Any = None,
-    **trainer_arguments: Any,
-) -> Any:
+    **trainer_arguments: Unpack[TrainerArguments],
+) -> Result:
     """Trains `module` and returns a Result.
 
     `resume`: None starts a new version; "last" continues where the newest version of this run stopped, "best" and a
@@ -245,22 +312,30 @@ def fit(
     return Trainer(**trainer_arguments).fit(module, train_dataloaders, val_dataloaders, datamodule, resume)
 
 
+@passes_on_keywords_of(Trainer)
 def validate(
-    module: Any, dataloaders: Any = None, *, datamodule: Any = None, checkpoint: Any = None, **trainer_arguments: Any
-) -> Any:
-    """Metrics of validation_step over `dataloaders`: a list with one dict for each loader."""
-    return Trainer(**trainer_arguments).validate(module, dataloaders, datamodule, checkpoint)
+    module: Module, dataloaders: Any = None, *, datamodule: DataModule | None = None, checkpoint: Any = None,
+    **trainer_arguments: Unpack[EvaluationArguments],
+) -> list[dict[str, float]]:  # fmt: skip
+    """Metrics of validation_step over `dataloaders`: a list with one dict for each loader. The weights are those of
+    `module`, or of `checkpoint`: "best", "last" or a path. The other arguments are the Trainer's."""
+    return Trainer(**trainer_arguments).validate(module, dataloaders, checkpoint, datamodule=datamodule)
 
 
+@passes_on_keywords_of(Trainer)
 def test(
-    module: Any, dataloaders: Any = None, *, datamodule: Any = None, checkpoint: Any = None, **trainer_arguments: Any
-) -> Any:
-    """Metrics of test_step over `dataloaders`: a list with one dict for each loader."""
-    return Trainer(**trainer_arguments).test(module, dataloaders, datamodule, checkpoint)
+    module: Module, dataloaders: Any = None, *, datamodule: DataModule | None = None, checkpoint: Any = None,
+    **trainer_arguments: Unpack[EvaluationArguments],
+) -> list[dict[str, float]]:  # fmt: skip
+    """As `validate`, with test_step and the test loaders."""
+    return Trainer(**trainer_arguments).test(module, dataloaders, checkpoint, datamodule=datamodule)
 
 
+@passes_on_keywords_of(Trainer)
 def predict(
-    module: Any, dataloaders: Any = None, *, datamodule: Any = None, checkpoint: Any = None, **trainer_arguments: Any
-) -> Any:
-    """Outputs of predict_step in dataset order, each sample once, whatever the number of workers."""
+    module: Module, dataloaders: Any = None, *, datamodule: DataModule | None = None, checkpoint: Any = None,
+    **trainer_arguments: Unpack[EvaluationArguments],
+) -> list[Any]:  # fmt: skip
+    """Outputs of predict_step in dataset order, each sample once, whatever the number of workers. `checkpoint` and the
+    other arguments are as for `validate`."""
     return Trainer(**trainer_arguments).predict(module, dataloaders, datamodule, ckpt_path=checkpoint)

@@ -39,13 +39,18 @@ class Checkpointing:
 
 @dataclass(frozen=True, slots=True)
 class DDP:
-    """torch's DistributedDataParallel; each field is its argument of that name."""
+    """torch's DistributedDataParallel."""
 
     find_unused_parameters: bool = False
+    """Look in each step for parameters that the loss does not depend on; needed if there are any."""
     static_graph: bool = False
+    """The same parameters are used in every step, which lets DDP plan ahead."""
     gradient_as_bucket_view: bool = True
+    """Gradients are views into DDP's buckets, which saves their memory once."""
     bucket_cap_mb: float | None = None
+    """Megabytes of gradients that are reduced in one collective; None: torch's 25."""
     broadcast_buffers: bool = True
+    """Before each forward all ranks take rank 0's buffers, such as running statistics."""
     placement: str = "PACK"
     """Ray's placement group strategy: "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"."""
     backend: str | None = None
@@ -56,62 +61,117 @@ class DDP:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The resolved trainer arguments: Lightning's spellings are already translated, defaults filled in."""
+    """The resolved trainer arguments: Lightning's spellings are already translated, defaults filled in.
+
+    The docstring below a field is the documentation of the trainer's argument of that name; help(raylight.Trainer)
+    shows it.
+    """
 
     # scale
     num_workers: int | tuple[int, int] | str = "auto"
+    """0: train in this process, without Ray. N: on N Ray workers. (min, max): on as many of these as there is room for,
+    with new ones taken on later. "auto": a worker for each GPU of the Ray cluster that is connected or named by
+    RAY_ADDRESS, else for each GPU of this machine; with one GPU or none, in this process."""
     use_gpu: bool | None = None
+    """Whether each worker has a GPU. None: if there are any."""
     resources_per_worker: dict[str, float] = field(default_factory=dict)
+    """What Ray reserves for each worker, such as {"CPU": 4}; by default one CPU, and one GPU with `use_gpu`."""
     strategy: DDP = field(default_factory=DDP)
+    """How gradients are combined: "auto" or "ddp", "ddp_find_unused_parameters_true", or a raylight.DDP(...)."""
     # length
-    max_epochs: int | None = None  # None with no other limit: 1000, as Lightning; -1: no limit
+    max_epochs: int | None = None
+    """Epochs after which training ends; -1: no limit. None: 1000, or no limit if `max_steps` or `max_time` ends it."""
     min_epochs: int | None = None
+    """Epochs to train before `max_time` or a callback may end it."""
     max_steps: int = -1
+    """Optimizer steps after which training ends; -1: no limit."""
     min_steps: int | None = None
+    """Optimizer steps to make before `max_time` or a callback may end training."""
     max_time_s: float | None = None
+    """Seconds after which training ends: `max_time`."""
     limit_train_batches: int | float = 1.0
+    """Batches of a training epoch: an int is a number, a float a share of them."""
     limit_val_batches: int | float = 1.0
+    """Batches of each validation, as for `limit_train_batches`; 0 turns validation off."""
     limit_test_batches: int | float = 1.0
+    """Batches of each test loader, as for `limit_train_batches`."""
     limit_predict_batches: int | float = 1.0
+    """Batches of each prediction loader, as for `limit_train_batches`."""
     overfit_batches: int | float = 0.0
-    fast_dev_run: int = 0  # number of batches; 0 is off
+    """Train and validate on the same few batches, as for `limit_train_batches`; 0 is off."""
+    fast_dev_run: int = 0
+    """See whether the code runs: this many batches of each loop, with neither logger nor checkpoints. True is 1."""
     val_check_interval: int | float = 1.0
+    """From one validation to the next: a share of the epoch (float) or a number of training batches (int)."""
     check_val_every_n_epoch: int | None = 1
+    """Validate in every n-th epoch alone. None: batches are counted over epochs, for `val_check_interval` as an int."""
     num_sanity_val_steps: int = 2
+    """Validation batches to try before training; -1: all, 0: none."""
     reload_dataloaders_every_n_epochs: int = 0
+    """Ask for the loaders again every n epochs; 0: never."""
     # numerics
     precision: str = "32-true"
+    """"32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"; 16, 32, 64 and "bf16" as Lightning reads
+    them."""
     accumulate_grad_batches: int = 1
+    """Batches whose gradients make one optimizer step."""
     global_batch_size: int | None = None
+    """Samples of one optimizer step over all workers, whatever their number. None: the loader's batch size for each."""
     gradient_clip_val: float | None = None
+    """Bound that gradients are clipped to before each step; None or 0: no clipping."""
     gradient_clip_algorithm: str = "norm"
+    """What the bound is for: the "norm" of all gradients together, or the "value" of each."""
     deterministic: bool | str = False
+    """Let torch use deterministic algorithms alone; "warn" only says where there is none."""
     benchmark: bool | None = None
+    """Let cuDNN try its algorithms and keep the fastest. None: as torch is set."""
     sync_batchnorm: bool = False
+    """Compute the statistics of batch norm over all workers; on GPUs."""
     detect_anomaly: bool = False
+    """Stop at the first loss that is not finite, and name the operation that a NaN in a gradient came from. Slow."""
     inference_mode: bool = True
+    """Evaluate under torch.inference_mode(); False: under torch.no_grad()."""
     seed: int | None = None
+    """Seed of all random numbers of the run. None: that of the last seed_everything, else a random one."""
     use_distributed_sampler: bool = True
+    """Divide the samples over the workers. False: the loader gives each worker its own."""
     # storage
     storage_path: str = "runs"
+    """Where runs are stored: a path, or a URI that pyarrow.fs reads (s3://, gs://, hdfs://)."""
     storage_filesystem: Any = None
+    """A pyarrow.fs.FileSystem that `storage_path` lies on."""
     name: str = "default"
-    checkpoint: Checkpointing | None = field(default_factory=Checkpointing)  # None: none are made
+    """The run: everything lies under <storage_path>/<name>/version_N/."""
+    checkpoint: Checkpointing | None = field(default_factory=Checkpointing)
+    """When checkpoints are made and which are kept: a raylight.Checkpointing(...) or a dict of its fields. True: one
+    after each epoch; False: none."""
     # report
     logger: Any = True
+    """True: TensorBoard; False: none; or one or several of raylight.loggers, Lightning's or your own."""
     log_every_n_steps: int = 50
+    """Optimizer steps between rows of step values; 0: no step values are logged, epoch values still are."""
     enable_progress_bar: bool = True
+    """Show how far the run is."""
     enable_model_summary: bool = True
+    """Show the module's layers and their sizes before training."""
     profiler: str | None = None
+    """"simple": seconds by what they went to; "torch": torch's profiler, written beside the logs."""
     # failure
     max_restarts: int = 3
-    hang_timeout_s: float | None = None  # None: adapted to the run's own step times
+    """Failures from which a run goes on; a lost node does not count."""
+    hang_timeout_s: float | None = None
+    """Seconds without a sign of life after which the workers count as hung; inf: never. None: from the run's own
+    silences."""
     replacement_timeout_s: float = 60.0
-    num_standby: int | None = None  # None: one on each node that holds workers
+    """Seconds to wait for room for the replacement of a lost worker."""
+    num_standby: int | None = None
+    """Workers on each node that wait, with torch imported, to replace one that is lost; 0: none. None: one a node."""
     # extension
     plugins: tuple[Any, ...] = ()
-    # what the user wrote, as plain values without secrets, for run.json
+    """A precision of your own."""
+    # no argument
     given: dict[str, Any] = field(default_factory=dict)
+    """What the user wrote, as plain values without secrets, for run.json."""
 
 
 RUN_NAMES = (
