@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
-from raylight.arguments.resolving import as_list, resolve
+from raylight.arguments.resolving import resolve
+from raylight.arguments.rules import as_list
 from raylight.arguments.signatures import passes_on_keywords_of
 from raylight.arguments.trainer_arguments import TrainerArguments
 from raylight.contract.config import Checkpointing, Config

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Never, Unpack
 
 import torch
 
 from raylight.arguments import checks
-from raylight.arguments.resolving import as_list, resolve
+from raylight.arguments.resolving import resolve
+from raylight.arguments.rules import as_list
 from raylight.arguments.scale import Available
 from raylight.arguments.signatures import KeywordDoc, find_given, passes_on_keywords_of
 from raylight.arguments.trainer_arguments import (
@@ -74,12 +75,12 @@ class Trainer(TrainerNames):
         storage_path: Path | None = None, default_root_dir: Path | None = None, storage_filesystem: Any = None,
         name: str = "default", checkpoint: bool | Checkpointing | Mapping[str, Any] | None = None,
         enable_checkpointing: bool | None = None,
-        logger: bool | TakesMetrics | Collection[TakesMetrics] | None = True, log_every_n_steps: int | None = 50,
+        logger: bool | TakesMetrics | Sequence[TakesMetrics] | None = True, log_every_n_steps: int | None = 50,
         enable_progress_bar: bool | None = True, enable_model_summary: bool | None = True,
         profiler: str | None = None,
         max_restarts: int = 3, hang_timeout_s: float | None = None, replacement_timeout_s: float = 60.0,
         num_standby: int | None = None,
-        callbacks: Callback | Collection[Callback] | None = None, plugins: Any = None,
+        callbacks: Callback | Sequence[Callback] | None = None, plugins: Any = None,
         **unknown: Never,  # for a type checker there is none; here they become one error with all other mistakes
     ) -> None:  # fmt: skip
         arguments = find_given(Trainer, locals()) | unknown

@@ -98,13 +98,6 @@ def resolve(arguments: dict[str, Any], available: Available) -> Config:
     return _limit_batches(config)
 
 
-def as_list(value: Any) -> list[Any]:
-    """`callbacks` as a list: nothing, one, or several."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
 def check_checkpointing(given: Checkpointing | Mapping[str, Any], label: str, mistakes: list[str]) -> Checkpointing:
     """What the fields say, each in its one spelling; fields that are wrong keep their default."""
     if isinstance(given, Checkpointing):

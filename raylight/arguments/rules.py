@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from numbers import Integral, Real
 from typing import Any
 
-from raylight.contract.config import DDP, RUN_NAMES, Checkpointing, is_run_name
+from raylight.contract.config import DDP, RUN_NAMES, Checkpointing, is_collection, is_run_name
 from raylight.contract.seeding import MAX_SEED
 
 
@@ -24,6 +24,13 @@ class Rule:
 
     allowed: str
     parse: Callable[[Any], Any]
+
+
+def as_list(value: Any) -> list[Any]:
+    """`callbacks`, `logger` or `plugins` as a list: of nothing (None), of one, or of several."""
+    if value is None:
+        return []
+    return list(value) if is_collection(value) and not hasattr(value, "log_metrics") else [value]
 
 
 def say_nearest(name: str, names: Iterable[str]) -> str:
@@ -147,7 +154,7 @@ def _validation_interval(value: Any) -> int | float:
 def _num_workers(value: Any) -> int | tuple[int, int] | str:
     if value == "auto":
         return "auto"
-    if isinstance(value, (list, tuple)):
+    if is_collection(value):
         if len(value) != 2:
             raise Refused
         low, high = (whole(1).parse(item) for item in value)
@@ -161,7 +168,7 @@ def _devices(value: Any, name: str, least: int) -> int | str:
     """Lightning's ways to say how many: a number, all of them, or single ones by index."""
     if isinstance(value, str) and "," in value:
         value = [int(part) for part in value.split(",") if part.strip().isdigit()]
-    if isinstance(value, (list, tuple)):
+    if is_collection(value):
         if list(value) != list(range(len(value))) or not value:
             indices = ",".join(str(item) for item in value)
             raise Refused(
@@ -251,9 +258,9 @@ def _checkpoint(value: Any) -> Any:
 def _logger(value: Any) -> bool | list[Any]:
     if isinstance(value, bool):
         return value
-    loggers = list(value) if isinstance(value, (list, tuple)) else [value]
+    loggers = as_list(value)
     if any(not hasattr(logger, "log_metrics") for logger in loggers):
-        raise Refused
+        raise Refused(_MAKE_LIST if _is_read_once(value) else "")
     return loggers or False
 
 
@@ -271,7 +278,7 @@ def _accumulate_grad_batches(value: Any) -> int:
 
 
 def _plugins(value: Any) -> tuple[Any, ...]:
-    plugins = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    plugins = tuple(as_list(value))
     for plugin in plugins:
         if hasattr(plugin, "unscale") and hasattr(plugin, "forward_context"):
             continue
@@ -289,7 +296,13 @@ def _plugins(value: Any) -> tuple[Any, ...]:
 
 
 def _callbacks(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    if _is_read_once(value):
+        raise Refused(_MAKE_LIST)
+    return as_list(value)
+
+
+def _is_read_once(value: Any) -> bool:
+    return isinstance(value, (Iterator, ValuesView))
 
 
 _DEVICES = 'a whole number of at least {least}, -1 or "auto" for all there are'
@@ -299,6 +312,7 @@ _PRECISIONS = {
     "bf16-true": "bf16-true", "64-true": "64-true", 16: "16-mixed", 32: "32-true", 64: "64-true", "bf16": "bf16-mixed",
     "16": "16-mixed", "32": "32-true", "64": "64-true",
 }  # fmt: skip
+_MAKE_LIST = "make it a list: list(...)"
 _SECONDS = "a number of seconds above 0"
 
 
@@ -357,7 +371,7 @@ RULES: dict[str, Rule] = {
     "checkpoint": Rule("True, False, a raylight.Checkpointing(...), or a dict of its fields", _checkpoint),
     "enable_checkpointing": FLAG,
     # report
-    "logger": Rule("True, False, an object with log_metrics(metrics, step), or a list of them", _logger),
+    "logger": Rule("True, False, an object with log_metrics(metrics, step), or a sequence of them", _logger),
     "log_every_n_steps": whole(1),
     "enable_progress_bar": FLAG,
     "enable_model_summary": FLAG,
@@ -368,7 +382,7 @@ RULES: dict[str, Rule] = {
     "replacement_timeout_s": number("a number of seconds of at least 0", lambda value: value >= 0),
     "num_standby": whole(0),
     # extension
-    "callbacks": Rule("a raylight.Callback or a list of them", _callbacks),
+    "callbacks": Rule("a raylight.Callback or a sequence of them", _callbacks),
     "plugins": Rule("a list with a raylight Precision", _plugins),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal, Protocol, TypedDict
 
@@ -83,7 +83,7 @@ class EvaluationArguments(TypedDict, total=False):
     enable_checkpointing: bool | None
     """False: no checkpoints are made, as with checkpoint=False."""
     # report
-    logger: bool | TakesMetrics | Collection[TakesMetrics] | None
+    logger: bool | TakesMetrics | Sequence[TakesMetrics] | None
     log_every_n_steps: int | None
     enable_progress_bar: bool | None
     enable_model_summary: bool | None
@@ -94,7 +94,7 @@ class EvaluationArguments(TypedDict, total=False):
     replacement_timeout_s: float
     num_standby: int | None
     # extension
-    callbacks: Callback | Collection[Callback] | None
+    callbacks: Callback | Sequence[Callback] | None
     """A raylight.Callback or several, called in this order."""
     plugins: Any
 

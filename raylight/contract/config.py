@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from typing import Any
@@ -209,7 +209,7 @@ def to_plain(value: Any, name: str = "") -> Any:
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
         return {str(key): to_plain(item, str(key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if is_collection(value):
         return [to_plain(item, name) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
         return {item.name: to_plain(getattr(value, item.name), item.name) for item in fields(value)}
@@ -219,6 +219,12 @@ def to_plain(value: Any, name: str = "") -> Any:
         return to_plain(str(value), name)
     kind = value if hasattr(value, "__qualname__") else type(value)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def is_collection(value: Any) -> bool:
+    """Whether `value` is several things, as a list is, that can be gone through more than once: no text and no bytes,
+    nor a tensor or an array."""
+    return isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes, bytearray, memoryview, range))
 
 
 def mask_command(words: list[str]) -> list[str]:

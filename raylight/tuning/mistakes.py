@@ -15,8 +15,8 @@ from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.variant_generator import generate_variants, parse_spec_vars
 
 from raylight.arguments import checks
-from raylight.arguments.resolving import as_list, resolve
-from raylight.arguments.rules import RULES, say_nearest
+from raylight.arguments.resolving import resolve
+from raylight.arguments.rules import RULES, as_list, say_nearest
 from raylight.arguments.scale import Available
 from raylight.contract.errors import InvalidArguments, NotEnoughResources
 from raylight.contract.seeding import isolate_rng

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from raylight.arguments import checks
-from raylight.arguments.resolving import as_list, resolve
+from raylight.arguments.resolving import resolve
+from raylight.arguments.rules import as_list
 from raylight.contract.config import Config, to_plain
 from raylight.contract.errors import CheckpointCorrupt, InvalidArguments, MissingFile
 from raylight.contract.messages import (

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from raylight.arguments.rules import as_list
 from raylight.contract.errors import InvalidArguments
 from raylight.contract.messages import Finished, Hyperparameters, Message, PeerLost, Started
 from raylight.contract.rank_zero import set_rank
@@ -100,7 +101,7 @@ def prepare(session: Session) -> Iterator[Message]:
     task, hooks, data_module = worker.task, worker.hooks, worker.data_module
     added = worker.module.configure_callbacks()
     if added:
-        hooks.add_callbacks(added if isinstance(added, (list, tuple)) else [added])
+        hooks.add_callbacks(as_list(added))
     if worker.place.local_rank == 0:
         if data_module is not None:
             data_module.prepare_data()

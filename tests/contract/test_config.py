@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections import UserList, deque
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from raylight.arguments.resolving import as_list, resolve
+from raylight.arguments.resolving import resolve
+from raylight.arguments.rules import as_list
 from raylight.arguments.scale import Available
 from raylight.contract import seeding
 from raylight.contract.config import DDP, MASK, Checkpointing, Config, describe, is_secret, mask_command, to_plain
 from raylight.contract.errors import InvalidArguments, NotEnoughResources
+from raylight.trainer import Trainer
 from raylight.user.callback import Callback
 
 CPU = Available(num_gpus_here=0)
@@ -114,6 +117,10 @@ BAD = [
     (dict(name="a/b"), CPU, ["name", "none of / ", "'a/b'"]),
     (dict(name="version_1"), CPU, ["name", "not version_N", "'version_1'"]),
     (dict(name=".."), CPU, ["name", "'..'"]),
+    (dict(logger=iter([Loud()])), CPU, ["logger", "make it a list"]),
+    (dict(callbacks=iter([Callback()])), CPU, ["callbacks", "a sequence of them", "make it a list"]),
+    (dict(callbacks={"one": Callback()}.values()), CPU, ["callbacks", "make it a list"]),
+    (dict(callbacks={"one": Callback()}), CPU, ["callbacks[0] is dict"]),
     (dict(callbacks=[3]), CPU, ["callbacks[0] is int", "raylight.Callback"]),
     (dict(callbacks=[Callback(), KeepBest]), CPU, ["callbacks[1] is KeepBest, a class", "KeepBest(...)"]),
     (dict(plugins=[object()]), CPU, ["plugins", "raylight Precision"]),
@@ -380,10 +387,29 @@ def test_loggers_become_a_list_and_plugins_a_tuple() -> None:
     assert config.plugins == (own,)
 
 
+SEQUENCES = [list, tuple, deque, UserList]
+
+
+@pytest.mark.parametrize("make", SEQUENCES)
+def test_callbacks_and_loggers_come_in_any_sequence(make: Any) -> None:
+    one, loud, own = KeepBest(monitor="acc"), Loud(), OwnPrecision()
+    config = resolve(dict(callbacks=make([one]), logger=make([loud]), plugins=make([own])), CPU)
+    assert config.checkpoint == Checkpointing(monitor="acc")
+    assert (config.logger, config.plugins) == ([loud], (own,))
+    assert config.given["callbacks"] == [f"{__name__}.KeepBest"]
+    assert Trainer(callbacks=make([one]), num_workers=0).callbacks == [one]
+
+
+@pytest.mark.parametrize("make", SEQUENCES)
+def test_numbers_of_workers_and_devices_come_in_any_sequence(make: Any) -> None:
+    config = resolve(dict(devices=make([0, 1])), FOUR_GPUS)
+    assert config.num_workers == resolve(dict(num_workers=make([2, 2])), FOUR_GPUS).num_workers[0] == 2  # type: ignore[index]
+
+
 def test_one_callback_or_several_or_none() -> None:
     one = Callback()
     assert as_list(None) == []
-    assert as_list(one) == as_list([one]) == as_list((one,)) == [one]
+    assert as_list(one) == as_list([one]) == as_list((one,)) == as_list({one}) == [one]
 
 
 @dataclass
