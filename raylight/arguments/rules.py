@@ -372,7 +372,7 @@ RULES: dict[str, Rule] = {
     "enable_checkpointing": FLAG,
     # report
     "logger": Rule("True, False, an object with log_metrics(metrics, step), or a sequence of them", _logger),
-    "log_every_n_steps": whole(1),
+    "log_every_n_steps": whole(0, " (0: no step values)"),
     "enable_progress_bar": FLAG,
     "enable_model_summary": FLAG,
     "profiler": choice({"simple": "simple", "torch": "torch", "pytorch": "torch"}),

@@ -173,7 +173,7 @@ class ThroughputMonitor(Callback):
         counts.flops += getattr(module, "flops_per_batch", 0)
 
     def _log(self, trainer: TrainerNames, stage: str) -> None:
-        if not trainer.logger or not trainer.is_global_zero:
+        if not (trainer.logger and trainer.is_global_zero and trainer.config.log_every_n_steps):
             return
         if trainer.device.type == "cuda":
             torch.cuda.synchronize(trainer.device)  # else the clock would measure the queueing of the work

@@ -6,6 +6,7 @@ a second.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from time import monotonic, perf_counter
 from typing import Any
@@ -34,6 +35,7 @@ from raylight.worker.worker import Worker
 REPORT_EVERY_S = 0.25
 FINAL_WRITE_TIMEOUT_S = 3600.0
 SKIP_EPOCH = -1
+NO_ROWS = sys.maxsize  # steps between rows of step values with log_every_n_steps=0
 
 
 def sanity_check(worker: Worker) -> Iterator[Message]:
@@ -65,7 +67,7 @@ class Loop:
         self.keeps_outputs = worker.hooks.overrides("training_epoch_end")
         self.wants_outputs = self.keeps_outputs or bool(self.on_batch_end)
         self.steps_schedulers = worker.optimizers.steps_every("step")
-        self.log_every = self.config.log_every_n_steps
+        self.log_every = self.config.log_every_n_steps or NO_ROWS
         self.beat_stage = "first training batch"
         self.num_samples = 0
         self.next_report = 0.0

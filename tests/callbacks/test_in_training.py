@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 import torch
 
@@ -88,6 +90,25 @@ def test_throughput_and_device_stats_are_in_the_history(fit, make_net):
     assert [step for step, _ in logged(trainer, "validate/")["validate/device/samples_per_sec"]] == [6, 12]
     stats = logged(trainer, "DeviceStatsMonitor.on_train_batch_end/")
     assert [step for step, _ in stats["DeviceStatsMonitor.on_train_batch_end/cpu_vm_percent"]] == [4, 8, 12]
+
+
+def test_no_step_value_is_logged_every_zero_steps(fit, make_net):
+    """Epoch values still are. Lightning 2.6 logs the same names."""
+    monitors = ThroughputMonitor(lambda batch: len(batch[0])), DeviceStatsMonitor(), LearningRateMonitor("step")
+    trainer = fit(make_net(), *monitors, max_epochs=2, log_every_n_steps=0)
+    assert logged(trainer, "").keys() == {"train_loss_epoch", "val_loss"}
+    assert trainer.global_step == 12
+
+
+def test_a_module_brings_callbacks_in_any_sequence(fit, make_net):
+    seen = []
+
+    class Bringing(make_net):
+        def configure_callbacks(self):
+            return deque([LambdaCallback(on_fit_start=lambda trainer, module: seen.append("brought"))])
+
+    fit(Bringing(), max_epochs=1)
+    assert seen == ["brought"]
 
 
 def test_accumulation_changes_with_the_epoch(fit, make_net):

@@ -112,7 +112,8 @@ class Step:
         if self.batch is not None and self.is_done:
             progress.finish_batch(self.batch.index)
             if not self.window:
-                if progress.global_step % self.config.log_every_n_steps == 0:
+                every = self.config.log_every_n_steps
+                if every and progress.global_step % every == 0:
                     metrics.record(progress.global_step, progress.current_epoch)
                 metrics.end_step()
         if self.window or (self.batch is not None and not self.is_done):

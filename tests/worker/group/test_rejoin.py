@@ -49,3 +49,20 @@ def test_a_last_checkpoint_waits_for_the_one_in_flight(step, tmp_path, monkeypat
         )  # fmt: skip
     assert written == [at for at in sorted({3, step}) for _ in range(3)]  # files
     assert pl.open_run(str(tmp_path)).last.step == step
+
+
+class FailBehindStep(pl.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == 3:
+            raise KeyError("behind the step")
+
+
+@pytest.mark.parametrize("log_every_n_steps", [0, 3])
+def test_a_step_that_was_made_counts_though_what_follows_it_fails(log_every_n_steps, tmp_path):
+    with pytest.raises(pl.WorkerFailed, match="behind the step"):
+        pl.fit(
+            Net(), DataLoader(TensorDataset(torch.ones(20, 1)), batch_size=2), num_workers=0, use_gpu=False,
+            max_epochs=1, storage_path=str(tmp_path), enable_progress_bar=False, enable_model_summary=False,
+            log_every_n_steps=log_every_n_steps, callbacks=[FailBehindStep()],
+        )  # fmt: skip
+    assert pl.open_run(str(tmp_path)).last.step == 3
