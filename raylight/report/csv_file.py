@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from raylight.storage.local_files import HIDDEN_PREFIX
 
 Row = Mapping[str, Any]
 
@@ -51,9 +54,10 @@ class CsvFile:
 
     def _rewrite(self, columns: list[str], rows: Iterable[Row]) -> None:
         """Aside and renamed, so that a reader, or a crash, never meets half a file."""
-        aside = f"{self.path}.partial"
+        folder, name = os.path.split(self.path)
+        aside = os.path.join(folder, f"{HIDDEN_PREFIX}{uuid.uuid4().hex}-{name}")
         try:
-            with open(aside, "w", newline="", encoding="utf-8") as file:
+            with open(aside, "x", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 writer.writerows(rows)

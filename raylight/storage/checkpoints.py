@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from raylight.contract.messages import SavedFile
 from raylight.storage.digests import digest_of_file
 from raylight.storage.fence import Fence, check_attempt, read_fence, write_fence
 from raylight.storage.filesystem import Storage
+from raylight.storage.local_files import HIDDEN_PREFIX
 from raylight.storage.manifest import Manifest, check_inside
 
 __all__ = [
@@ -26,6 +28,9 @@ __all__ = [
 ]  # fmt: skip
 
 logger = logging.getLogger("raylight.storage")
+# What raylight writes, and therefore may delete: nothing else is touched.
+OWN_FOLDER = re.compile(r"step-\d{8,}(-attempt-\d+)?")
+OWN_FILE = re.compile(rf"manifest\.json|mod(el|ule)\.pt|[a-z_]+-\d{{5,}}-of-\d{{5,}}\.pt|{re.escape(HIDDEN_PREFIX)}.+")
 # A shared file system may show another machine's files a little late.
 ARRIVAL_TIMEOUT_S = 10.0
 
@@ -296,9 +301,26 @@ def _nothing_committed(folder: Storage) -> CheckpointCorrupt | MissingFile:
 
 
 def delete(checkpoint: Checkpoint) -> None:
-    """Deletes the manifest first: a kill in between leaves leftovers, never half a checkpoint."""
-    checkpoint.storage.delete(MANIFEST_FILE)
-    checkpoint.storage.parent().delete_directory(checkpoint.name)
+    """Deletes the manifest first: a kill in between leaves leftovers, never half a checkpoint. A folder that is not
+    called as raylight calls them stays, and so does what else lies in it. Raises StorageError where a link leads there.
+    """
+    version = checkpoint.storage.parent().parent()
+    _delete_folder(version, checkpoint.name, checkpoint.file_names)
+
+
+def _delete_folder(version: Storage, name: str, files: Collection[str] = ()) -> bool:
+    """False where the folder stays, because raylight has not made it or something in it."""
+    if not OWN_FOLDER.fullmatch(name):
+        return False
+    path = f"{CHECKPOINTS}/{name}"
+    version.delete(f"{path}/{MANIFEST_FILE}")
+    stays = version.delete_own(path, lambda file: file in files or OWN_FILE.fullmatch(file) is not None)
+    if stays:
+        logger.warning(
+            "%s stays on storage, because raylight has not written all that is in it: %s.",
+            version.uri_of(path), _listed(stays),
+        )  # fmt: skip
+    return not stays
 
 
 def raise_fence(version: Storage, attempt: int) -> None:
@@ -313,7 +335,8 @@ def raise_fence(version: Storage, attempt: int) -> None:
 
 
 def sweep_leftovers(version: Storage, keep: Collection[str] = ()) -> list[str]:
-    """Removes what dead attempts left: folders without a manifest, and checkpoints that the fence shuts out.
+    """Removes what dead attempts left: checkpoints without a manifest, and those that the fence shuts out. Folders of
+    other names and links are not raylight's, and stay.
 
     Call it where no older attempt's writer matters any more, after `raise_fence`. `keep` holds names or
     version-relative paths of folders that are being written. Returns the names that are gone.
@@ -323,16 +346,17 @@ def sweep_leftovers(version: Storage, keep: Collection[str] = ()) -> list[str]:
     leftovers = [name for name in _folders(version) if name not in kept and _is_leftover(version, name, fence)]
     gone = []
     for name in leftovers:
-        version.child(CHECKPOINTS, name).delete(MANIFEST_FILE)
         try:
-            version.delete_directory(f"{CHECKPOINTS}/{name}")
-            gone.append(name)
+            if _delete_folder(version, name):
+                gone.append(name)
         except StorageError as error:
             logger.warning("what a dead attempt left stays on storage: %s", error)
     return gone
 
 
 def _is_leftover(version: Storage, name: str, fence: Fence) -> bool:
+    if not OWN_FOLDER.fullmatch(name) or version.is_link(CHECKPOINTS) or version.is_link(f"{CHECKPOINTS}/{name}"):
+        return False
     try:
         checkpoint = read_checkpoint(version.child(CHECKPOINTS, name))
     except MissingFile:

@@ -140,16 +140,34 @@ class Storage:
         return self.info(path) is not None
 
     def delete(self, path: str) -> None:
-        """Deletes a file; one that is not there is no error."""
+        """Deletes a file; one that is not there is no error. Raises StorageError where a link leads to it."""
         with self._explained("delete", path):
+            self._check_no_link(path.rpartition("/")[0])
             self._files.delete(self._absolute(path))
 
-    def delete_directory(self, path: str) -> None:
-        """Deletes a folder and all in it; one that is not there is no error."""
+    def delete_own(self, path: str, is_own: Callable[[str], bool]) -> builtins.list[str]:
+        """Deletes the files of a folder whose name `is_own`, then the folder if nothing else is in it; one that is not
+        there is no error. Returns the names of what stays. Raises StorageError where a link leads to it."""
         if not path:
             raise ValueError("the root of a storage is not deleted")
         with self._explained("delete", path):
-            self._files.delete_directory(self._absolute(path))
+            self._check_no_link(path)
+            return self._files.delete_own(self._absolute(path), is_own)
+
+    def is_link(self, path: str) -> bool:
+        with self._explained("look at", path):
+            return self._files.is_link(self._absolute(path))
+
+    def _check_no_link(self, path: str) -> None:
+        """Of the root alone, which a person has named, it does not matter whether it is one."""
+        parts = path.split("/") if path else []
+        for depth in range(1, len(parts) + 1):
+            folder = "/".join(parts[:depth])
+            if self._files.is_link(self._absolute(folder)):
+                raise StorageError(
+                    f"{self.uri_of(folder)} is a link, through which nothing is deleted. Delete what it leads to by "
+                    "hand if it is not needed."
+                )
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
         """Creates a file that was not there; of several callers at most one gets True."""

@@ -75,8 +75,11 @@ class LocalFiles:
             return
         sync_directory(os.path.dirname(path))
 
-    def delete_directory(self, path: str) -> None:
-        remove_tree(path)
+    def is_link(self, path: str) -> bool:
+        return os.path.islink(path)
+
+    def delete_own(self, path: str, is_own: Callable[[str], bool]) -> builtins.list[str]:
+        return delete_own(path, is_own)
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
         """A hard link to a whole file is refused where the name exists: nobody ever sees a part of `data`."""
@@ -196,19 +199,25 @@ def sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def remove_tree(path: str) -> None:
-    """Removes a folder and all in it; what another process removes meanwhile is no error. Links are not followed."""
+def delete_own(path: str, is_own: Callable[[str], bool]) -> list[str]:
+    """Deletes the files of a folder whose name `is_own`, then the folder if nothing else is in it. Returns the names of
+    what stays: folders and links do. What another process removes meanwhile is no error."""
     try:
         with os.scandir(path) as found:
             items = list(found)
     except FileNotFoundError:
-        return
+        return []
+    stays = []
     for item in items:
-        if item.is_dir(follow_symlinks=False):
-            remove_tree(item.path)
+        if is_own(item.name) and item.is_file(follow_symlinks=False):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(item.path)
         else:
-            _ignoring_missing(os.unlink, item.path)
-    _ignoring_missing(os.rmdir, path)
+            stays.append(item.name)
+    if not stays:
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(path)
+    return sorted(stays)
 
 
 def _scan(path: str) -> list[os.DirEntry[str]]:
@@ -228,8 +237,3 @@ def _entry_if_there(item: os.DirEntry[str], name: str) -> Entry | None:
         return _entry(name, item.stat(), item.is_dir())
     except FileNotFoundError:
         return None  # removed since the folder was read, or a broken link
-
-
-def _ignoring_missing(remove: Callable[[str], None], path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        remove(path)

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
-from raylight.contract.errors import StorageError
+from raylight.contract.errors import MissingFile, StorageError
 from raylight.storage.local_files import HIDDEN_PREFIX, Entry
 from raylight.storage.retry import Backoff, retry
 
@@ -125,12 +125,35 @@ class RemoteFiles:
 
         self.retry(delete_once, "delete", path)
 
-    def delete_directory(self, path: str) -> None:
+    def is_link(self, path: str) -> bool:
+        """Object stores have no links; of pyarrow's file systems only those of fsspec say what is one."""
+        wrapped = getattr(getattr(self.filesystem(), "handler", None), "fs", None)
+        if wrapped is None:
+            return False
+        try:
+            facts = self.retry(lambda: wrapped.info(path), "look at", path)
+        except MissingFile:
+            return False
+        return bool(facts.get("islink")) or facts.get("type") == "link"
+
+    def delete_own(self, path: str, is_own: Callable[[str], bool]) -> builtins.list[str]:
+        """As `local_files.delete_own`."""
+        from pyarrow.fs import FileSelector
+
+        selector = FileSelector(path, allow_not_found=True)
+        found = self.retry(lambda: self.filesystem().get_file_info(selector), "list", path)
+        own = [info for info in found if info.type.name == "File" and is_own(info.base_name)]
+        if len(own) < len(found):
+            for info in own:
+                self.delete(info.path)
+            return sorted(info.base_name for info in found if info not in own)
+
         def delete_once() -> None:
             with contextlib.suppress(FileNotFoundError):
                 self.filesystem().delete_dir(path)
 
         self.retry(delete_once, "delete", path)
+        return []
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
         """At most one caller ever gets True: the one whose claim stood alone, who then writes the file."""

@@ -22,7 +22,7 @@ OPERATIONS: dict[str, Callable[[Storage], object]] = {
     "list": lambda storage: [entry.name for entry in storage.list("folder")],
     "info": lambda storage: storage.info("old").size,
     "delete": lambda storage: (storage.delete("folder/one"), storage.exists("folder/one"))[1],
-    "delete folder": lambda storage: (storage.delete_directory("folder"), storage.list("folder"))[1],
+    "delete folder": lambda storage: (storage.delete_own("folder", lambda name: True), storage.list("folder"))[1],
     "create": lambda storage: storage.create_exclusive("lock", b"mine"),
 }
 
