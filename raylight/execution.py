@@ -13,6 +13,7 @@ import torch
 from raylight.contract.config import Config
 from raylight.contract.messages import BatchOutputs, Message, Trained
 from raylight.contract.task import Loaders, Task
+from raylight.driver.damage import set_aside_damaged
 from raylight.driver.group import Group
 from raylight.driver.recovery import Recovery
 from raylight.driver.restart import History
@@ -224,10 +225,12 @@ class Execution:
             return None, 0
         if self.stage == "fit":
             if resume.version is not None:
+                set_aside_damaged(resume.version)
                 is_new = resume.checkpoint is None and not resume.version.read_run()
                 return resume.version, 0 if is_new else claim_attempt(resume.version.storage)
             return self._claim(storage), 0
         if self.previous is not None and self.previous.version is not None:
+            set_aside_damaged(self.previous.version)
             return self.previous.version, 0
         return self._claim(storage), 0
 

@@ -19,8 +19,9 @@ from raylight.storage.checkpoints import (
     newest_whole,
 )
 from raylight.storage.filesystem import Storage
+from raylight.storage.json_text import parse_object
 from raylight.storage.retention import rank
-from raylight.storage.summaries import monitor_of
+from raylight.storage.summaries import monitor_of, read_run_or_status
 from raylight.storage.versions import Version, list_versions
 
 POINTER_FILE = "raylight.json"
@@ -57,8 +58,16 @@ class Pointer:
 
     @classmethod
     def read(cls, folder: str) -> Pointer:
-        with open(os.path.join(folder, POINTER_FILE)) as file:
-            return cls(**json.load(file))
+        path = os.path.join(folder, POINTER_FILE)
+        try:
+            with open(path, "rb") as file:
+                content = parse_object(file.read())
+            kinds = {"trial_id": str, "version": int, "checkpoint": str, "path": str}
+            if content.keys() != kinds.keys() or not all(isinstance(content[name], kinds[name]) for name in kinds):
+                raise ValueError("an entry is missing or of the wrong kind")
+        except (OSError, ValueError) as error:
+            raise CheckpointCorrupt(f"{path} does not say where the checkpoint of a trial lies: {error}") from error
+        return cls(**content)
 
 
 def find_resume(
@@ -104,9 +113,12 @@ def _check_resumable(checkpoint: Checkpoint, stage: str) -> Checkpoint:
 
 
 def find_seed(checkpoint: Any) -> int | None:
-    """The seed of the run that made the checkpoint; None where it lies outside its version directory."""
+    """The seed of the run that made the checkpoint; None where the checkpoint does not say, outside of its version.
+    """
     if not isinstance(checkpoint, Checkpoint):
         return None
+    if checkpoint.manifest.seed is not None:
+        return checkpoint.manifest.seed
     version = checkpoint.storage.parent().parent()
     try:
         seed = Version(0, version, "").read_run().get("seed")
@@ -120,7 +132,7 @@ def _find_last(storage: Storage, name: str) -> Resume:
     for version in reversed(versions):
         checkpoint = newest_whole(version.storage, resumable=True)
         if checkpoint is not None:
-            seed = version.read_run().get("seed")
+            seed = find_seed(checkpoint)
             return Resume(checkpoint, version, seed, f"continues {version.path} at step {checkpoint.step}")
         for weights in list_checkpoints(version.storage)[-1:]:
             _check_resumable(weights, "fit")
@@ -143,12 +155,12 @@ def _find_newest(storage: Storage, name: str) -> Checkpoint:
 def _find_best(storage: Storage, name: str, previous: Any) -> Checkpoint:
     """The best whole checkpoint: of the fit just done where there was one, else of the newest version that has any."""
     if previous is not None and previous.best_checkpoint is not None:
-        found = first_whole(rank(previous.checkpoints, *monitor_of(previous.version.read_run())))
+        found = first_whole(rank(previous.checkpoints, *monitor_of(read_run_or_status(previous.version))))
         if found is None:
             raise CheckpointCorrupt(f"'best': none of the checkpoints of {previous.version.path} is whole")
         return found
     for version in reversed(list_versions(storage, name)):
-        found = first_whole(rank(list_checkpoints(version.storage), *monitor_of(version.read_run())))
+        found = first_whole(rank(list_checkpoints(version.storage), *monitor_of(read_run_or_status(version))))
         if found is not None:
             return found
     raise _nothing_whole("best", storage, name)

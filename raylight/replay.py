@@ -11,11 +11,12 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any
 
 import torch
 
-from raylight.contract.errors import InvalidArguments, MissingFile
+from raylight.contract.errors import CheckpointCorrupt, InvalidArguments, MissingFile
 from raylight.contract.layout import FAILURES
 from raylight.contract.seeding import seed_step, set_rng_state
 from raylight.contract.task import Loaders, Place, Task
@@ -34,6 +35,13 @@ from raylight.worker.session import Session
 from raylight.worker.task_runner import prepare
 
 PATH_VARIABLE, DEBUGGER_VARIABLE = "RAYLIGHT_REPLAY", "RAYLIGHT_DEBUGGER"
+
+# What `worker.evidence` writes; the batch may be anything.
+KINDS: dict[str, tuple[type, ...]] = {
+    "kind": (str,), "text": (str,), "rank": (int,), "world_size": (int,), "seed": (int,), "step": (int,),
+    "epoch": (int,), "index": (int,), "num_batches_seen": (int,), "data": (dict,), "indices": (list, NoneType),
+    "share": (int, float), "size": (int,), "rng": (dict, NoneType),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +74,17 @@ def read_evidence(path: str) -> Evidence:
         where = run.storage.uri_of(f"{FAILURES}/{name}")
         raise MissingFile(f"{where} is not there; there are: {', '.join(names) or 'none'}")
     with run.storage.open_read(f"{FAILURES}/{name}") as file:
-        facts = read_file(file, run.storage.uri_of(f"{FAILURES}/{name}"))
-    return Evidence(run, restore_arrays(facts))
+        where = run.storage.uri_of(f"{FAILURES}/{name}")
+        facts = restore_arrays(read_file(file, where))
+    if not isinstance(facts, dict) or (wrong := _find_wrong(facts)):
+        what = f" ({', '.join(wrong)})" if isinstance(facts, dict) else ""
+        raise CheckpointCorrupt(f"{where} does not hold the facts of a failed step{what}")
+    return Evidence(run, facts)
+
+
+def _find_wrong(facts: dict[str, Any]) -> list[str]:
+    missing = [key for key in (*KINDS, "batch") if key not in facts]
+    return missing or [key for key, kinds in KINDS.items() if not isinstance(facts[key], kinds)]
 
 
 def command_of(evidence: Evidence, given: list[str]) -> list[str]:

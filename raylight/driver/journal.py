@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
 
-from raylight.contract.errors import MissingFile
+from raylight.contract.errors import MissingFile, StorageError
+from raylight.storage.damage import set_aside
 from raylight.storage.row_writer import RowWriter
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+logger = logging.getLogger("raylight.storage")
+Result = TypeVar("Result")
 METRICS_PATH = "metrics.parquet"
 PART_NAME = re.compile(r"metrics-(\d{5,})\.parquet")
 
@@ -39,6 +44,15 @@ class Files(Protocol):
     def read_bytes(self, path: str) -> bytes: ...
     def list(self, path: str) -> Iterable[Any]: ...  # of entries with a `name`
     def delete(self, path: str) -> None: ...
+    def uri_of(self, path: str) -> str: ...
+
+
+class Damaged(StorageError):
+    """The file `path` of the journal holds something else than was written."""
+
+    def __init__(self, path: str, why: str):
+        super().__init__(f"{path} is damaged: {why}")
+        self.path, self.why = path, why
 
 
 class Journal:
@@ -102,6 +116,7 @@ class Journal:
         import pyarrow as pa
 
         if self._part_number is None:
+            set_aside_damaged_metrics(self._files)
             self._part_number = _survey(self._files).next_part
         table = pa.concat_tables([_schema().empty_table(), *self._tables])
         metadata = {} if self._drop is None else {DROP_KEY: str(self._drop).encode()}
@@ -116,24 +131,64 @@ class Journal:
 def read_metrics(files: Files) -> pa.Table:
     """All rows of a version, running or not, in the order in which they were logged.
 
-    Columns: step int64, epoch int64, name (dictionary of strings), value float64, time in microseconds, UTC.
+    Columns: step int64, epoch int64, name (dictionary of strings), value float64, time in microseconds, UTC. The rows
+    of a damaged file are left out, with a warning.
     """
     import pyarrow as pa
 
-    try:
-        tables = list(_read_tables(files, _survey(files)))
-    except MissingFile:  # the run ended meanwhile and replaced its parts by one file
-        tables = list(_read_tables(files, _survey(files)))
-    return pa.concat_tables([_schema().empty_table(), *tables]).unify_dictionaries()
+    damaged: set[str] = set()
+
+    def read() -> pa.Table:
+        tables = list(_read_tables(files, _survey(files, damaged)))
+        return pa.concat_tables([_schema().empty_table(), *tables]).unify_dictionaries()
+
+    def leave_out(error: Damaged) -> None:
+        logger.warning("%s is damaged: %s. Its rows are left out.", files.uri_of(error.path), error.why)
+        damaged.add(error.path)
+
+    def read_again() -> pa.Table:
+        try:
+            return read()
+        except (MissingFile, Damaged):  # the run ended meanwhile and replaced its parts by one file
+            return read()
+
+    return _until_whole(read_again, leave_out)
 
 
 def merge_metrics(files: Files) -> None:
     """Replace the parts that a finished or dead run left by one file. Safe to repeat after a crash at any point."""
-    survey = _survey(files)
-    if survey.parts:
-        files.write(METRICS_PATH, _Merged(files, survey))
-        for path in survey.parts:
-            files.delete(path)
+
+    def merge() -> None:
+        survey = _survey(files)
+        if survey.parts:
+            files.write(METRICS_PATH, _Merged(files, survey))
+            for path in survey.parts:
+                files.delete(path)
+
+    _until_whole(merge, lambda error: _set_aside(files, error))
+
+
+def set_aside_damaged_metrics(files: Files) -> None:
+    """Called before a version goes on: all its rows are read once, and what cannot be read is said."""
+
+    def read() -> None:
+        for _ in _read_tables(files, _survey(files)):
+            continue
+
+    _until_whole(read, lambda error: _set_aside(files, error))
+
+
+def _set_aside(files: Files, error: Damaged) -> None:
+    set_aside(files, error.path, error.why, "The values in it are missing in the history of the version.")
+
+
+def _until_whole(operation: Callable[[], Result], on_damage: Callable[[Damaged], None]) -> Result:
+    """Calls `operation` again as long as it meets another damaged file."""
+    while True:
+        try:
+            return operation()
+        except Damaged as error:
+            on_damage(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,18 +201,19 @@ class _Survey:
     limits: dict[str, int | None]
 
 
-def _survey(files: Files) -> _Survey:
-    names = [entry.name for entry in files.list("")]
+def _survey(files: Files, damaged: Collection[str] = ()) -> _Survey:
+    """Raises Damaged for a file that is not among those known to be."""
+    names = [entry.name for entry in files.list("") if entry.name not in damaged]
     parts = sorted((int(match[1]), match[0]) for match in map(PART_NAME.fullmatch, names) if match)
     metadata = {path: _read_metadata(files, path) for path in (METRICS_PATH,) if path in names}
-    num_merged = int(metadata.get(METRICS_PATH, {}).get(MERGED_KEY, 0))
+    num_merged = _number_in(metadata.get(METRICS_PATH, {}), MERGED_KEY, METRICS_PATH)
     metadata |= {path: _read_metadata(files, path) for number, path in parts if number >= num_merged}
     limits: dict[str, int | None] = {}
     limit = None
     for path in reversed(metadata):
         limits[path] = limit
         if DROP_KEY in metadata[path]:
-            drop = int(metadata[path][DROP_KEY])
+            drop = _number_in(metadata[path], DROP_KEY, path)
             limit = drop if limit is None else min(limit, drop)
     next_part = max([num_merged, *(number + 1 for number, _ in parts)])
     return _Survey(tuple(path for _, path in parts), next_part, dict(reversed(limits.items())))
@@ -210,9 +266,21 @@ def _encode(tables: Iterable[pa.Table], metadata: dict[bytes, bytes]) -> Iterato
     yield sink.drain()
 
 
-def _open(files: Files, path: str) -> BinaryIO:
-    """A part is replaced while it grows, and so it is taken whole, at once."""
-    return io.BytesIO(files.read_bytes(path)) if PART_NAME.fullmatch(path) else files.open_read(path)
+@contextmanager
+def _open(files: Files, path: str) -> Iterator[BinaryIO]:
+    """A part is replaced while it grows, and so it is taken whole, at once. What the parquet reader stumbles over,
+    other than storage, is damage."""
+    from pyarrow.lib import ArrowException
+
+    file = io.BytesIO(files.read_bytes(path)) if PART_NAME.fullmatch(path) else files.open_read(path)
+    with file:
+        try:
+            yield file
+        except StorageError:
+            raise
+        except (ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+            text = str(error).strip() or type(error).__name__
+            raise Damaged(path, text.splitlines()[0].rstrip(".")) from error
 
 
 def _read_metadata(files: Files, path: str) -> dict[bytes, bytes]:
@@ -222,15 +290,39 @@ def _read_metadata(files: Files, path: str) -> dict[bytes, bytes]:
         return parquet.read_schema(file).metadata or {}
 
 
+def _number_in(metadata: dict[bytes, bytes], key: bytes, path: str) -> int:
+    """0 where it is not there."""
+    try:
+        return int(metadata.get(key, 0))
+    except ValueError as error:
+        raise Damaged(path, f"{key.decode()} is no number") from error
+
+
 def _read_tables(files: Files, survey: _Survey) -> Iterator[pa.Table]:
+    for path, limit in survey.limits.items():
+        for table in _read_file(files, path):
+            yield table if limit is None else _filter_steps(table, limit)
+
+
+def _read_file(files: Files, path: str) -> Iterator[pa.Table]:
+    """One table a row group; whoever takes them raises nothing in between."""
     from pyarrow import parquet
 
-    for path, limit in survey.limits.items():
-        with _open(files, path) as file:
-            source = parquet.ParquetFile(file)
-            for number in range(source.num_row_groups):
-                table = source.read_row_group(number)
-                yield table if limit is None else _filter_steps(table, limit)
+    with _open(files, path) as file:
+        source = parquet.ParquetFile(file)
+        for number in range(source.num_row_groups):
+            yield _checked(source.read_row_group(number))
+
+
+def _checked(table: pa.Table) -> pa.Table:
+    """Raises ValueError or what pyarrow does where it is not a table of the journal."""
+    table = table.select(_schema().names).cast(_schema())
+    table.validate(full=True)
+    if any(column.null_count for column in table.columns) or any(
+        chunk.dictionary.null_count for chunk in table["name"].chunks
+    ):
+        raise ValueError("a value is missing")
+    return table
 
 
 def _filter_steps(table: pa.Table, last_step: int) -> pa.Table:

@@ -221,6 +221,7 @@ class Run:
             files=tuple(file for rank in sorted(shares) for file in shares[rank].files),
             metrics=first.metrics,
             weights_only=first.weights_only,
+            seed=self.record.get("seed"),
         )
         try:
             committed = store.commit(self.version.storage, directory, manifest)
@@ -347,8 +348,8 @@ class Run:
         for close in [self._close_journal, *(_closer(log, status) for log in self.loggers)]:
             try:
                 close()
-            except (OSError, StorageError) as error:
-                self.tell(f"what was logged is not all on storage: {error}", "warning")
+            except Exception as error:  # of a logger of the user's own too: the result must not be lost by it
+                self.tell(f"what was logged is not all on storage: {_describe(error)}", "warning")
         self.write_record()
         self._writer.shutdown()
 

@@ -224,7 +224,7 @@ def _digest_problem(checkpoint: Checkpoint, file: SavedFile, must_answer: bool) 
     try:
         with checkpoint.open_read(file.path) as opened:
             digest = digest_of_file(opened, algorithm)
-    except ValueError:
+    except (ValueError, TypeError):  # the latter for a kind whose length has to be named
         return f"{file.path} has a digest of an unknown kind, {algorithm!r}"
     except (StorageError, CheckpointCorrupt, OSError) as error:
         if must_answer and not checkpoint.storage.is_local and not isinstance(error, MissingFile | CheckpointCorrupt):

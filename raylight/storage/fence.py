@@ -9,16 +9,20 @@ is passed over by every reader.
 
 from __future__ import annotations
 
-import json
+import logging
 from dataclasses import dataclass
 from typing import Any
 
-from raylight.contract.errors import MissingFile, StorageError, Superseded
+from raylight.contract.errors import MissingFile, Superseded
+from raylight.storage.damage import set_aside
 from raylight.storage.filesystem import Storage
-from raylight.storage.json_text import to_json
+from raylight.storage.json_text import parse_object, to_json
 from raylight.storage.local_files import HIDDEN_PREFIX
 
+logger = logging.getLogger("raylight.storage")
 FENCE_FILE = "fence.json"
+ATTEMPTS = f"{HIDDEN_PREFIX}attempts"
+_LOST = "What a replaced attempt may have committed late is not told apart any more."
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +43,68 @@ def write_fence(version: Storage, fence: Fence) -> None:
 
 
 def read_fence(version: Storage) -> Fence:
-    content = _read_json(version, FENCE_FILE)
-    committed = content.get("committed")
-    return Fence(int(content.get("attempt", 0)), None if committed is None else frozenset(committed))
+    """Where the file is damaged, the newest attempt is known by its claim, and what was committed is not."""
+    try:
+        return _parse_fence(version)
+    except ValueError as error:
+        logger.warning("%s is damaged: %s. %s", version.uri_of(FENCE_FILE), error, _LOST)
+        return Fence(_newest_claim(version), None)
+
+
+def set_aside_damaged_fence(version: Storage) -> None:
+    """Called before the version goes on."""
+    try:
+        _parse_fence(version)
+    except ValueError as error:
+        set_aside(version, FENCE_FILE, str(error), _LOST)
+        write_fence(version, Fence(_newest_claim(version), None))
+
+
+def _parse_fence(version: Storage) -> Fence:
+    """Raises ValueError if the file is damaged."""
+    try:
+        content = parse_object(version.read_bytes(FENCE_FILE))
+    except MissingFile:
+        return Fence()
+    attempt, committed = content.get("attempt", 0), content.get("committed")
+    is_list = committed is None or (isinstance(committed, list) and all(isinstance(it, str) for it in committed))
+    if not _is_number(attempt) or not is_list:
+        raise ValueError("an entry is missing or of the wrong kind")
+    return Fence(attempt, None if committed is None else frozenset(committed))
 
 
 def newest_attempt(version: Storage) -> int:
     """The newest attempt that the fence or `run.json` names; 0 where neither does."""
-    fence, run = version.map(lambda name: _read_json(version, name), (FENCE_FILE, "run.json"))
-    attempts = run.get("attempts") or []
+    readers = (lambda: read_fence(version).attempt, lambda: _newest_recorded(version))
+    return max(version.map(lambda read: read(), readers))
+
+
+def _newest_recorded(version: Storage) -> int:
+    """By run.json. A damaged one is said by those who read it for more than this."""
+    try:
+        attempts = parse_object(version.read_bytes("run.json")).get("attempts") or []
+    except MissingFile:
+        return 0
+    except ValueError:
+        return _newest_claim(version)
+    if not isinstance(attempts, list):
+        return _newest_claim(version)
     named = [it.get("attempt", index) if isinstance(it, dict) else index for index, it in enumerate(attempts)]
-    return max(int(attempt) for attempt in [fence.get("attempt", 0), *named])
+    return max((attempt for attempt in named if _is_number(attempt)), default=0)
+
+
+def _newest_claim(version: Storage) -> int:
+    return max((int(entry.name) for entry in version.list(ATTEMPTS) if entry.name.isdecimal()), default=0)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 1 << 31
 
 
 def claim_attempt(version: Storage) -> int:
     """A number above those of all attempts that have begun; of several callers no two get the same one."""
     attempt = newest_attempt(version) + 1
-    while not version.create_exclusive(f"{HIDDEN_PREFIX}attempts/{attempt}", b"claimed\n"):
+    while not version.create_exclusive(f"{ATTEMPTS}/{attempt}", b"claimed\n"):
         attempt += 1
     return attempt
 
@@ -68,13 +117,3 @@ def check_attempt(version: Storage, attempt: int) -> None:
             f"attempt {attempt} of {version.uri} commits nothing any more: attempt {newest} has taken over.\n"
             "This process was cut off or thought dead; it can be stopped."
         )
-
-
-def _read_json(version: Storage, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(version.read_bytes(name))
-    except MissingFile:
-        return {}
-    except ValueError as error:
-        raise StorageError(f"{version.uri_of(name)} is no JSON ({error}). Delete it if nothing runs there.") from error
-    return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""JSON that any tool can read, whatever the values were."""
+"""JSON that any tool can read, whatever the values were; and JSON read back, whatever has become of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Mapping, Set
 from typing import Any
+
+MAX_DEPTH = 100
 
 
 def to_json(value: Any, indent: int | None = 1) -> bytes:
@@ -16,18 +18,60 @@ def to_json(value: Any, indent: int | None = 1) -> bytes:
 
 def plain(value: Any) -> Any:
     """The value out of dicts, lists, texts, finite numbers, booleans and None alone."""
-    if value is None or isinstance(value, (bool, str)):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return to_utf8(value)
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {to_utf8(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, Set):
         return sorted((plain(item) for item in value), key=str)
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # a number of numpy or torch
         return plain(value.item())
-    return str(value)
+    return to_utf8(str(value))
+
+
+def to_utf8(text: str) -> str:
+    r"""The text, with what UTF-8 cannot hold as escapes: Python's texts of file names that are no UTF-8 have a "\udcff"
+    for a byte."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Raises ValueError saying why `data` is no JSON object that raylight can have written."""
+    try:
+        content = json.loads(data, parse_constant=_refuse_number, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:  # also bytes that are no text
+        raise ValueError(f"it is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    level: list[Any] = [content]
+    for _ in range(MAX_DEPTH):
+        level = [item for holder in level for item in _items(holder)]
+        if not level:
+            return content
+    raise ValueError("it is nested too deeply")
+
+
+def _items(holder: Any) -> list[Any]:
+    items = holder.values() if isinstance(holder, dict) else holder
+    return [item for item in items if isinstance(item, (dict, list))]
+
+
+def _refuse_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large")
+    return number

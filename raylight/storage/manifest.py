@@ -12,7 +12,8 @@ from raylight import __version__
 from raylight.contract.errors import CheckpointCorrupt
 from raylight.contract.messages import SavedFile
 from raylight.storage.digests import ALGORITHM, digest_of
-from raylight.storage.json_text import plain
+from raylight.storage.json_text import parse_object, plain
+from raylight.storage.record_kinds import LATEST_S
 
 FORMAT = 1
 _BLANK_DIGEST = f"{ALGORITHM}:{'0' * 32}"
@@ -31,6 +32,8 @@ class Manifest:
     weights_only: bool = False
     time: float = field(default_factory=time.time)
     """Seconds since 1970."""
+    seed: int | None = None
+    """Of the run, so that it goes on with the same order of samples, also without its record."""
     raylight: str = __version__
     format: int = FORMAT
 
@@ -57,6 +60,7 @@ class Manifest:
             "world_size": self.world_size,
             "weights_only": self.weights_only,
             "time": self.time,
+            **({} if self.seed is None else {"seed": self.seed}),
             "metrics": plain(self.metrics),
             "files": [{"path": file.path, "size": file.size, "digest": file.digest} for file in self.files],
         }
@@ -82,12 +86,17 @@ class Manifest:
                 metrics={name: float(value) for name, value in content["metrics"].items()},
                 weights_only=bool(content["weights_only"]),
                 time=float(content["time"]),
+                seed=None if content.get("seed") is None else int(content["seed"]),
                 raylight=str(content["raylight"]),
             )._checked()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointCorrupt(f"an entry is missing or of the wrong kind ({error!r})") from error
 
     def _checked(self) -> Manifest:
+        counts = [self.seed or 0, self.step, self.epoch, self.attempt, self.world_size]
+        counts += [file.size for file in self.files]
+        if not all(0 <= count < 1 << 63 for count in counts) or not abs(self.time) < LATEST_S:
+            raise CheckpointCorrupt("a number in it is out of all range")
         for file in self.files:
             check_inside(file.path)
         return self
@@ -102,13 +111,13 @@ def check_inside(path: str) -> None:
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(data)
-    except ValueError as error:  # also bytes that are no text
-        raise CheckpointCorrupt(f"it is no JSON ({error})") from error
-    if not isinstance(content, dict) or "format" not in content:
+        content = parse_object(data)
+    except ValueError as error:
+        raise CheckpointCorrupt(str(error)) from error
+    if "format" not in content:
         raise CheckpointCorrupt("it has no format number")
     digest = content.get("digest")
-    if not isinstance(digest, str) or len(digest) != len(_BLANK_DIGEST):
+    if not isinstance(digest, str) or not digest.isascii() or len(digest) != len(_BLANK_DIGEST):
         raise CheckpointCorrupt("it has no digest of itself")
     blank = data.replace(digest.encode(), _BLANK_DIGEST.encode(), 1)
     if digest_of(blank) != digest:

@@ -88,7 +88,8 @@ def monitor_of(run: dict[str, Any]) -> tuple[str | None, str]:
     """The metric by which the run chose its best checkpoint, and its mode."""
     options = (run.get("arguments") or {}).get("checkpoint")
     options = options if isinstance(options, dict) else {}
-    return options.get("monitor"), options.get("mode") or "min"
+    monitor = options.get("monitor")
+    return monitor if isinstance(monitor, str) else None, "max" if options.get("mode") == "max" else "min"
 
 
 def default_metric(run: dict[str, Any], checkpoints: list[Checkpoint]) -> str | None:
@@ -102,7 +103,7 @@ def default_metric(run: dict[str, Any], checkpoints: list[Checkpoint]) -> str | 
 def is_number(value: Any) -> bool:
     try:
         float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return not isinstance(value, bool)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import time
@@ -11,11 +10,17 @@ from typing import Any
 
 from raylight.contract.config import RUN_NAMES, is_run_name
 from raylight.contract.errors import InvalidArguments, MissingFile, StorageError
+from raylight.storage.damage import set_aside
 from raylight.storage.filesystem import Storage
-from raylight.storage.json_text import to_json
+from raylight.storage.json_text import parse_object, to_json
+from raylight.storage.record_kinds import find_wrong_field
 
 RUN_FILE = "run.json"
 _FOLDER = re.compile(r"version_(0|[1-9]\d*)")
+
+
+class DamagedRecord(StorageError):
+    """A run.json that cannot be read though storage has answered."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,25 @@ class Version:
     def read_run(self) -> dict[str, Any]:
         """What `run.json` holds; empty where the fit has not written it yet. Raises StorageError if it is damaged."""
         try:
-            content = json.loads(self.storage.read_bytes(RUN_FILE))
+            content = parse_object(self.storage.read_bytes(RUN_FILE))
+            if wrong := find_wrong_field(content):
+                raise ValueError(f"{wrong!r} is not of its kind")
         except MissingFile:
             return {}
         except ValueError as error:
-            raise StorageError(
-                f"{self.storage.uri_of(RUN_FILE)} is no JSON ({error}).\n"
-                "Its checkpoints can still be read: name one by its path."
+            raise DamagedRecord(
+                f"{self.storage.uri_of(RUN_FILE)} is damaged: {error}.\n"
+                "The checkpoints of the version can still be read, and resume='last' goes on from them."
             ) from error
-        return content if isinstance(content, dict) else {}
+        return content
+
+    def set_aside_damaged_run(self) -> None:
+        """Called before the version goes on: what run.json held begins anew if it cannot be read."""
+        try:
+            self.read_run()
+        except DamagedRecord as error:
+            lost = "The record of the version begins anew: arguments and attempts so far are missing in it."
+            set_aside(self.storage, RUN_FILE, str(error.__cause__), lost)
 
     def write_run(self, content: dict[str, Any]) -> None:
         """Replaces `run.json`; a reader sees the old or the new one, whole."""

@@ -7,7 +7,9 @@ from typing import Any
 
 from raylight.contract import errors
 from raylight.contract.errors import MissingFile, RaylightError, WorkerFailed
+from raylight.storage.damage import set_aside
 from raylight.storage.filesystem import Storage
+from raylight.storage.json_text import parse_object
 
 FOLDER = "trials"
 
@@ -21,9 +23,16 @@ class Notes:
     def read(self) -> dict[str, Any]:
         """Empty where the trial is new."""
         try:
-            return json.loads(self._folder.read_bytes(self._file))
+            facts = parse_object(self._folder.read_bytes(self._file))
+            if not isinstance(facts.get("version", 0), int) or not _is_error(facts.get("error")):
+                raise ValueError("an entry is of the wrong kind")
         except MissingFile:
             return {}
+        except ValueError as error:
+            lost = "The trial begins anew, in a version of its own."
+            set_aside(self._folder, self._file, str(error), lost)
+            return {}
+        return facts
 
     def write(self, **facts: Any) -> None:
         """Adds to what is there."""
@@ -41,3 +50,9 @@ class Notes:
         if error is not None and error["session"] == session:
             kind = getattr(errors, error["kind"], WorkerFailed)
             raise kind(error["text"])
+
+
+def _is_error(value: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("kind", "text", "session"))

@@ -29,7 +29,7 @@ from raylight.loading import Pointer, Resume
 from raylight.storage.checkpoints import CHECKPOINTS, Checkpoint, delete, list_checkpoints, read_checkpoint, verify
 from raylight.storage.fence import newest_attempt
 from raylight.storage.filesystem import Storage
-from raylight.storage.summaries import is_number
+from raylight.storage.summaries import is_number, read_run_or_status
 from raylight.storage.versions import Version, claim_version, open_version
 from raylight.trainer import find_available
 from raylight.tuning.recipe import Made
@@ -68,11 +68,12 @@ class TrialRun:
     def begin(self, pointer: Pointer | None) -> None:
         """`pointer`: the checkpoint that Tune restores: this trial's own, or that of a trial that it clones."""
         version = self._find_version()
+        version.set_aside_damaged_run()
         record = version.read_run()
-        if pointer is None and record and record["trial"]["config"] != to_plain(self.values):
+        if pointer is None and record and (record.get("trial") or {}).get("config") != to_plain(self.values):
             # Tune was killed before it noted this trial, and has drawn another under its name.
             version, record = self._claim_version(), {}
-        facts: dict[str, Any] = dict(record.get("trial") or {"clones": [], "result_steps": []})
+        facts: dict[str, Any] = {"clones": [], "result_steps": [], **(record.get("trial") or {})}
         source, is_clone = self._find_source(version, facts, pointer)
         step = source.step if source is not None else 0
         if is_clone and source is not None and pointer is not None:
@@ -84,8 +85,8 @@ class TrialRun:
                 "attempt": newest_attempt(version.storage) + 1, "config": to_plain(self.values),
             }  # fmt: skip
             facts["clones"] = [*facts["clones"], clone]
-            cloned = open_version(self.storage, self.config.name, pointer.version).read_run()
-            facts["result_steps"] = cloned.get("trial", facts)["result_steps"]
+            cloned = read_run_or_status(open_version(self.storage, self.config.name, pointer.version))
+            facts["result_steps"] = (cloned.get("trial") or facts).get("result_steps", [])
         is_changed = "config" in facts and facts["config"] != to_plain(self.values)
         self.facts = facts | {
             "id": self.trial_id,

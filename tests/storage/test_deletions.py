@@ -40,6 +40,7 @@ KNOWN = {
     "storage/local_directory.py LocalDirectory.close rmtree",  # a folder that mkdtemp has made
     "storage/checkpoints.py _delete_folder delete",  # the manifest, in a folder of an exact name
     "storage/checkpoints.py _delete_folder delete_own",  # files of exact names in it
+    "storage/damage.py set_aside delete",  # a file of raylight's that is damaged, once it has another name
     "driver/journal.py merge_metrics delete",  # metrics-00000.parquet and so on
     "driver/run.py Run._retain delete",  # a checkpoint that the run has committed or listed
     "tuning/trial_run.py TrialRun.begin delete",  # a checkpoint of the trial's own version

@@ -113,7 +113,7 @@ def test_run_json_is_replaced_whole_and_any_tool_reads_it(tmp_path: Path) -> Non
 def test_a_damaged_run_json_is_told(tmp_path: Path) -> None:
     version = claim_version(Storage(tmp_path), "digits")
     (tmp_path / "digits/version_0/run.json").write_bytes(b"\xff{")
-    with pytest.raises(StorageError, match=r"run\.json is no JSON"):
+    with pytest.raises(StorageError, match=r"run\.json is damaged: it is no JSON"):
         version.read_run()
 
 

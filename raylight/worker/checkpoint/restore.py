@@ -69,6 +69,8 @@ def load_any(source: SavedState | str, map_location: Any = "cpu") -> State:
     state = State(model=_merge_model(source, _find_world_size(source), map_location))
     if MODULE_FILE in source.file_names:
         state.module = restore_arrays(_load(source, MODULE_FILE, map_location))
+        if any(not isinstance(value, dict) for value in state.module.values()):
+            raise CheckpointCorrupt(f"{source.path}/{MODULE_FILE} holds something else than raylight writes there.")
     return state
 
 
@@ -151,7 +153,9 @@ def load_lightning(path: str, map_location: Any = "cpu") -> State:
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         if key in content:
             values = content[key]
-            module[key] = dict(vars(values) if isinstance(values, argparse.Namespace) else values)
+            if not isinstance(values, dict | argparse.Namespace | None):
+                raise CheckpointCorrupt(f"{path} is no Lightning checkpoint: its {key} are a {type(values).__name__}.")
+            module[key] = dict(vars(values) if isinstance(values, argparse.Namespace) else values or {})
     module["progress"] = {key: content.get(key, 0) for key in ("epoch", "global_step")}
     known = {"state_dict", *module, *module["progress"]}
     module["extra"] = {key: value for key, value in content.items() if key not in known}

@@ -1,0 +1,27 @@
+"""Damaged files of a version: kept under another name, so that the run can go on without them."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+logger = logging.getLogger("raylight.storage")
+
+
+class Files(Protocol):
+    """What it needs of `storage.filesystem.Storage`."""
+
+    def read_bytes(self, path: str) -> bytes: ...
+    def write(self, path: str, chunks: Iterable[Any]) -> Any: ...
+    def delete(self, path: str) -> None: ...
+    def uri_of(self, path: str) -> str: ...
+
+
+def set_aside(files: Files, name: str, why: str, lost: str) -> None:
+    """`lost` says what the run goes on without."""
+    aside = f"damaged-{uuid.uuid4().hex[:8]}-{name}"
+    files.write(aside, [files.read_bytes(name)])
+    files.delete(name)
+    logger.warning("%s is damaged: %s. It is now called %s. %s", files.uri_of(name), why.rstrip("."), aside, lost)
