@@ -7,13 +7,15 @@ import codecs
 import io
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from raylight import __version__
-from raylight.contract.errors import MissingFile, RaylightError
+from raylight.contract.errors import InvalidArguments, MissingFile, RaylightError
+from raylight.contract.plain_text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,18 +28,31 @@ LOCAL_INTERVAL_S, REMOTE_INTERVAL_S = 0.3, 2.0  # between looks at a log that is
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where something is wrong, 2 for a command that cannot be understood."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig(handlers=[_log_handler()], level=logging.WARNING)
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
     except RaylightError as error:
-        print(f"raylight {options.name}: {error}", file=sys.stderr)
+        print(visible(f"raylight {options.name}: {error}", keep="\n"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader, as `head` does, has seen enough; nothing more may be flushed to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+class _VisibleFormatter(logging.Formatter):
+    """What is logged of a file on storage may hold what a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), keep="\n\t")
+
+
+def _log_handler() -> logging.Handler:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_VisibleFormatter("%(levelname)s: %(message)s"))
+    return handler
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
     replay = commands.add_parser("replay", help="run one failed training step again, in one process")
     replay.add_argument("path", metavar="PATH", help="file in the folder failures of a version, or the version")
+    replay.add_argument("--yes", "-y", action="store_true", help="run the script that run.json names without asking")
     replay.add_argument("--debugger", metavar="MODULE", help="enter it where the step fails: pdb, ipdb, pudb, ...")
     replay.add_argument("script", nargs="*", help="the script and its arguments, after -- (as run.json tells)")
     replay.set_defaults(command=_replay)
@@ -126,7 +142,7 @@ def _export(options: argparse.Namespace) -> int:
 
     checkpoint = checkpoint_at(options.checkpoint, options.which)
     number = export(checkpoint, options.out)
-    print(f"{options.out}: {number} entries, the weights of {checkpoint.path} (step {checkpoint.step})")
+    print(visible(f"{options.out}: {number} entries, the weights of {checkpoint.path} (step {checkpoint.step})"))
     return 0
 
 
@@ -188,11 +204,28 @@ def _replay(options: argparse.Namespace) -> int:
     from raylight.replay import DEBUGGER_VARIABLE, PATH_VARIABLE, command_of, read_evidence
 
     command = command_of(read_evidence(options.path), options.script)
+    if not options.script:
+        _confirm(command, options.path, options.yes)
     environment = os.environ | {PATH_VARIABLE: options.path}
     if options.debugger:
         environment[DEBUGGER_VARIABLE] = options.debugger
     sys.stdout.flush()
     os.execve(command[0], command, environment)  # in its place, so that a debugger has the terminal
+
+
+def _confirm(command: list[str], path: str, is_agreed: bool) -> None:
+    """A command from storage is whatever whoever may write there wants to be run here."""
+    shown = visible(shlex.join(command))
+    print(f"raylight: the record of the run in {visible(path)} names this command, which is run here:\n  {shown}")
+    if is_agreed:
+        return
+    if not sys.stdin.isatty():
+        raise InvalidArguments(
+            "nobody is here to agree to that command: add --yes, or name the script yourself: "
+            "raylight replay PATH -- train.py --its-arguments"
+        )
+    if input("run it? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise InvalidArguments("not run. To run another script: raylight replay PATH -- train.py --its-arguments")
 
 
 def _run(options: argparse.Namespace) -> int:

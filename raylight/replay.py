@@ -18,6 +18,7 @@ import torch
 
 from raylight.contract.errors import CheckpointCorrupt, InvalidArguments, MissingFile
 from raylight.contract.layout import FAILURES
+from raylight.contract.plain_text import visible
 from raylight.contract.seeding import seed_step, set_rng_state
 from raylight.contract.task import Loaders, Place, Task
 from raylight.runs import Run, open_run
@@ -109,7 +110,7 @@ def replay(module: Module, loaders: Loaders, trainer: TrainerNames) -> None:
     evidence = read_evidence(os.environ[PATH_VARIABLE])
     facts, config = evidence.facts, trainer.config
     checkpoint = _checkpoint_before(evidence)
-    print(f"raylight: replaying {evidence.describe()}")
+    print(visible(f"raylight: replaying {evidence.describe()}", keep="\n"))
     at = f"checkpoint {checkpoint.path} (step {checkpoint.step})" if checkpoint else "the script, before training"
     print(f"raylight: weights of {at}", flush=True)
     use_gpu = torch.cuda.is_available() and config.use_gpu is not False

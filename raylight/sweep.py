@@ -22,6 +22,7 @@ from raylight.arguments.signatures import passes_on_keywords_of
 from raylight.arguments.trainer_arguments import TrainerArguments
 from raylight.contract.config import Checkpointing, Config
 from raylight.contract.errors import InvalidArguments, NotEnoughResources, RaylightError
+from raylight.contract.plain_text import to_utf8
 from raylight.contract.seeding import isolate_rng
 from raylight.storage.filesystem import Storage
 from raylight.storage.location import locate
@@ -316,7 +317,7 @@ def _report(plan: Plan, shape: Shape, results: ResultGrid, watcher: Watcher, run
     state = watcher.state
     if state is None:
         return
-    run.child(folder).write(PAGE, [make_page(state, f"{run.name}, {folder}").encode()])
+    run.child(folder).write(PAGE, [to_utf8(make_page(state, f"{run.name}, {folder}")).encode()])
     best = find_best(results, plan.metric, plan.mode)
     code = write_code(plan.recipe, best.config or {}, plan.recipe.arguments, shape) if best is not None else ""
     metrics = best.metrics if best is not None else None

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from typing import Any
 
+from raylight.contract.plain_text import has_control
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpointing:
@@ -175,14 +177,15 @@ class Config:
 
 
 RUN_NAMES = (
-    'at least one character, none of / \\ : * ? " < > |, no space at its ends, no dot at its start, and not version_N, '
-    "as the folders in it are called"
+    'at least one character, none of / \\ : * ? " < > |, none that controls a terminal or is no Unicode, no space at '
+    "its ends, no dot at its start, and not version_N, as the folders in it are called"
 )
 
 
 def is_run_name(name: str) -> bool:
     """Whether a run may be called so: it becomes one folder on any kind of storage, beside those of other runs."""
-    fits = re.fullmatch(r"[^/\\\0\n:*?\"<>|]+", name) and not name.startswith(".") and name == name.strip()
+    fits = re.fullmatch(r"[^/\\:*?\"<>|]+", name) and not has_control(name)
+    fits = fits and not name.startswith(".") and name == name.strip()
     return bool(fits) and not re.fullmatch(r"version_\d+", name)
 
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
 
 from raylight.contract.errors import MissingFile, StorageError
+from raylight.contract.plain_text import to_utf8
 from raylight.storage.damage import set_aside
 from raylight.storage.row_writer import RowWriter
 
@@ -335,7 +336,7 @@ def _build_table(rows: list[tuple]) -> pa.Table:
     import pyarrow as pa
 
     flat = [
-        (step, epoch, name, value, int(seconds * 1e6))
+        (step, epoch, to_utf8(name), value, int(seconds * 1e6))
         for step, epoch, seconds, values in rows
         for name, value in values.items()
     ]

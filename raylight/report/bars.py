@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from raylight.contract.plain_text import visible
 from raylight.report.summary import format_seconds, format_value
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def describe(progress: RunProgress, now: float) -> list[tuple[Stage, list[str]]]
     if lines:
         left = progress.time_left_s(now)
         lines[0][1].extend([f"{format_seconds(left)} left"] if left is not None else [])
-        lines[0][1].extend(f"{name} {format_value(value)}" for name, value in progress.values.items())
+        lines[0][1].extend(f"{visible(name)} {format_value(value)}" for name, value in progress.values.items())
     return lines
 
 

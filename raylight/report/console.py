@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from raylight.contract.messages import Message, Notice, Output, Progress
+from raylight.contract.plain_text import visible
 from raylight.report.bars import describe, label, render
 from raylight.report.drawing import Drawing
 from raylight.report.progress import RunProgress
@@ -116,7 +117,8 @@ class Console:
             return
         mark = "warning: " if notice.level == "warning" else ""
         lead = "raylight: " if mark or "\n" not in notice.text else ""
-        self._write(f"{lead}{mark}{notice.text}\n")
+        text = visible(notice.text, keep="\n\t")
+        self._write(f"{lead}{mark}{text}\n")
 
     def _write(self, text: str) -> None:
         """Above the bars, if there are any."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import logging
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from raylight.contract.plain_text import to_utf8
 from raylight.storage.local_files import HIDDEN_PREFIX
 
+logger = logging.getLogger("raylight")
 Row = Mapping[str, Any]
 
 
@@ -21,12 +24,12 @@ class CsvFile:
         self.path = path
         self._columns: list[str] = []
         if os.path.exists(path):
-            with open(path, newline="", encoding="utf-8") as file:
-                self._columns = next(csv.reader(file), [])
+            self._columns = self._look_through()
 
     def append(self, rows: Sequence[Row | int]) -> None:
         """Append all rows, or none where the file system refuses. A number among them takes out what is before it and
         beyond that step."""
+        rows = [row if isinstance(row, int) else {to_utf8(name): row[name] for name in row} for row in rows]
         added = [row for row in rows if not isinstance(row, int)]
         new = [name for name in dict.fromkeys(name for row in added for name in row) if name not in self._columns]
         if new or len(added) < len(rows):
@@ -36,6 +39,22 @@ class CsvFile:
             self._rewrite([*self._columns, *new], kept)
         else:
             self._extend(added)
+
+    def _look_through(self) -> list[str]:
+        """The columns of a file that is to go on; one that is damaged is kept under another name."""
+        try:
+            with open(self.path, newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                columns = list(reader.fieldnames or [])
+                for row in reader:
+                    int(row["step"])
+                return columns
+        except (csv.Error, ValueError, KeyError, TypeError) as error:
+            folder, name = os.path.split(self.path)
+            aside = f"damaged-{uuid.uuid4().hex[:8]}-{name}"
+            os.replace(self.path, os.path.join(folder, aside))
+            logger.warning("%s is damaged: %r. It is now called %s, and a new one begins.", self.path, error, aside)
+            return []
 
     def _extend(self, rows: Iterable[Row]) -> None:
         size = os.path.getsize(self.path)

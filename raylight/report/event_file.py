@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from raylight.contract.plain_text import to_utf8
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -105,7 +107,7 @@ def _layout(names: tuple[str, ...], num_step_bytes: int) -> tuple[bytes, tuple[i
     offsets of the values."""
     summary, ends = b"", []
     for name in names:
-        tag = b"\x0a" + _delimit(name.encode())
+        tag = b"\x0a" + _delimit(to_utf8(name).encode())
         summary += b"\x0a" + _delimit(tag + b"\x15" + bytes(4))
         ends.append(len(summary))
     before = b"\x09" + bytes(8) + b"\x10" + bytes(num_step_bytes) + b"\x2a" + _varint(len(summary))

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from raylight.contract.plain_text import visible
+
 if TYPE_CHECKING:
     import torch
 
@@ -39,7 +41,7 @@ def summarize_model(module: torch.nn.Module) -> str:
     The last line counts what layers share once. Lazy parameters show as "?" until a first batch gives them a shape.
     """
     rows = [
-        _model_row(name, type(layer).__name__, layer.parameters(), layer.buffers())
+        _model_row(visible(name), type(layer).__name__, layer.parameters(), layer.buffers())
         for name, layer in module.named_children()
     ]
     if any(True for _ in module.parameters(recurse=False)):
@@ -80,19 +82,20 @@ def summarize_result(result: Result, seconds: float | None = None, with_tensorbo
     if result.path and with_tensorboard:
         facts["look at it with"] = f"tensorboard --logdir {shlex.quote(result.path)}"
     lines += [f"{name:<16} {fact}" for name, fact in facts.items() if fact]
-    return "\n".join(lines)
+    return visible("\n".join(lines), keep="\n")
 
 
 def format_values(values: Mapping[str, float]) -> str:
     """A table of metrics."""
-    return format_table(("metric", "value"), [(name, format_value(value)) for name, value in values.items()])
+    return format_table(("metric", "value"), [(visible(name), format_value(value)) for name, value in values.items()])
 
 
 def format_results(stage: str, results: Sequence[Mapping[str, float]]) -> str:
     """What `validate` or `test` measured, a column for each loader."""
     names = list(dict.fromkeys(name for values in results for name in values))
     columns = [stage] if len(results) == 1 else [f"{stage} {index}" for index in range(len(results))]
-    rows = [[name, *(format_value(values[name]) if name in values else "" for values in results)] for name in names]
+    cells = {name: [format_value(values[name]) if name in values else "" for values in results] for name in names}
+    rows = [[visible(name), *cells[name]] for name in names]
     return format_table(["metric", *columns], rows)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from raylight.contract.plain_text import visible
 from raylight.report.summary import format_seconds
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def describe(state: SweepState) -> str:
     counts["waiting"] = max(waiting, 0)
     parts = [f"{state.total} trials: " + ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])]
     if state.best is not None:
-        parts.append(f"best {state.metric} {format_number(state.best.best)} ({state.best.name})")
+        parts.append(f"best {visible(state.metric)} {format_number(state.best.best)} ({visible(state.best.name)})")
     parts.append(format_seconds(state.elapsed_s))
     if state.left_s is not None and counts["running"] + counts["waiting"] + counts["paused"]:
         parts.append(f"about {format_seconds(state.left_s)} left")
@@ -84,14 +85,15 @@ def render(state: SweepState, width: int, ascii_only: bool = False) -> Renderabl
     names = list(dict.fromkeys(key for row in state.rows for key in row.config))
     table = Table(box=box.ASCII2 if ascii_only else box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for header in ("trial", "state", "epoch", state.metric, "best", "time", *names):
-        table.add_column(header, justify="left" if header in ("trial", "state") else "right", no_wrap=True)
+        side: Any = "left" if header in ("trial", "state") else "right"
+        table.add_column(Text(visible(header)), justify=side, no_wrap=True)
     best = state.best
     for row in choose_rows(state):
         style = "bold green" if row is best else _STYLES.get(row.state, "")
         cells = [row.name, row.state, "-" if row.epoch is None else str(row.epoch)]
         cells += [format_number(row.value), format_number(row.best), format_seconds(row.seconds)]
         cells += [format_setting(row.config.get(name)) for name in names]
-        table.add_row(*(Text(cell) for cell in cells), style=style)
+        table.add_row(*(Text(visible(cell)) for cell in cells), style=style)
     hidden = len(state.rows) - min(len(state.rows), MAX_ROWS)
     more = [Text(f"and {hidden} more", "dim")] if hidden else []
     return Group(Text(describe(state), "bold", overflow="ellipsis", no_wrap=True), table, *more)
@@ -115,5 +117,5 @@ def format_setting(value: Any) -> str:
     """A hyperparameter in a cell."""
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = "" if value is None else str(value)
+    text = "" if value is None else visible(str(value))
     return text if len(text) <= 24 else f"{text[:21]}..."

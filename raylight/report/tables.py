@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from raylight.contract.plain_text import visible
 from raylight.storage.checkpoints import Checkpoint
 from raylight.storage.summaries import Summary
 
@@ -24,6 +25,11 @@ STATUS_STYLES = {
     "running": "cyan", "finished": "green", "stopped": "green", "interrupted": "yellow", "failed": "red",
     "unreadable": "red", "claimed": "dim",
 }  # fmt: skip
+
+
+def escape(text: str) -> str:
+    """As a cell shows it, whatever the text is."""
+    return escape_markup(visible(text))
 
 
 def runs_table(summaries: Sequence[Summary]) -> Table:
@@ -54,7 +60,7 @@ def runs_table(summaries: Sequence[Summary]) -> Table:
 
 
 def status_text(summary: Summary) -> Text:
-    text = Text(summary.status, STATUS_STYLES.get(summary.status, ""))
+    text = Text(visible(summary.status), STATUS_STYLES.get(summary.status, ""))
     if summary.silent_s is not None and summary.silent_s > SILENCE_S:
         text.append(f" (silent for {duration_text(summary.silent_s)})", "yellow")
     if summary.num_attempts > 1:
@@ -85,18 +91,18 @@ def run_view(
     if checkpoints or leftovers:
         parts += _section("checkpoints", checkpoints_table(checkpoints, best))
     if leftovers:
-        parts.append(Text(f"  never committed: {', '.join(leftovers)}", "yellow"))
+        parts.append(Text(f"  never committed: {visible(', '.join(leftovers))}", "yellow"))
     return Group(*parts)
 
 
 def _heading(summary: Summary, record: Mapping[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
-    table.add_row(Text(f"{summary.name} version {summary.number}", "bold"), status_text(summary))
-    table.add_row("path", Text(summary.path, overflow="fold"))
+    table.add_row(Text(visible(f"{summary.name} version {summary.number}"), "bold"), status_text(summary))
+    table.add_row("path", Text(visible(summary.path), overflow="fold"))
     table.add_row("started", f"{time_text(summary.started_at)}, {duration_text(summary.duration_s)}")
     table.add_row("size", f"{size_text(summary.size)}, {count_text(summary.num_checkpoints, 'checkpoint')}")
     if record.get("error"):
-        table.add_row("error", Text(str(record["error"]), "red", overflow="fold"))
+        table.add_row("error", Text(visible(str(record["error"]), keep="\n"), "red", overflow="fold"))
     return table
 
 
@@ -123,7 +129,7 @@ def pairs_table(values: Mapping[str, Any]) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in values.items():
-        table.add_row(escape(str(name)), Text(value_text(value)))
+        table.add_row(escape(str(name)), Text(visible(value_text(value))))
     return table
 
 
@@ -169,8 +175,8 @@ def checkpoints_table(checkpoints: Sequence[Checkpoint], best: Checkpoint | None
         marks += ["weights only"] if it.manifest.weights_only else []
         values = [number_text(it.metrics.get(name)) for name in names]
         table.add_row(
-            it.name, str(it.epoch), str(len(it.file_names)), size_text(it.size), *values, time_text(it.manifest.time),
-            Text(", ".join(marks), "green"),
+            escape(it.name), str(it.epoch), str(len(it.file_names)), size_text(it.size), *values,
+            time_text(it.manifest.time), Text(", ".join(marks), "green"),
         )  # fmt: skip
     return table
 
@@ -178,9 +184,9 @@ def checkpoints_table(checkpoints: Sequence[Checkpoint], best: Checkpoint | None
 def verification_lines(results: Iterable[tuple[str, list[str]]]) -> Iterable[Text]:
     """One line a checkpoint, as it is found, and one more for each problem."""
     for path, problems in results:
-        yield Text.assemble(("damaged  ", "bold red") if problems else ("whole    ", "green"), path)
+        yield Text.assemble(("damaged  ", "bold red") if problems else ("whole    ", "green"), visible(path))
         for problem in problems:
-            yield Text(f"         {problem}", "red")
+            yield Text(f"         {visible(problem)}", "red")
 
 
 def doctor_table(checks: Iterable[tuple[str, str, str]]) -> Table:
@@ -188,7 +194,7 @@ def doctor_table(checks: Iterable[tuple[str, str, str]]) -> Table:
     table = Table.grid(padding=(0, 2))
     marks = {"ok": ("✓", "green"), "note": ("·", "yellow"), "bad": ("✗", "bold red")}
     for state, name, found in checks:
-        table.add_row(Text(*marks[state]), name, Text(found, overflow="fold"))
+        table.add_row(Text(*marks[state]), name, Text(visible(found, keep="\n"), overflow="fold"))
     return table
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from raylight.contract.plain_text import to_utf8
 from raylight.contract.task import Files
 from raylight.report.event_file import Event, EventFile, ScalarRow, encode_restart
 from raylight.storage.local_directory import LocalDirectory
@@ -77,13 +78,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float | st
     flat: dict[str, float | str | bool] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{name}/")
-        elif isinstance(value, bool | str):
-            flat[prefix + str(name)] = value
+            flat |= flatten(value, f"{prefix}{to_utf8(str(name))}/")
+        elif isinstance(value, bool):
+            flat[prefix + to_utf8(str(name))] = value
         elif isinstance(value, numbers.Real):
-            flat[prefix + str(name)] = float(value)
+            flat[prefix + to_utf8(str(name))] = float(value)
         else:
-            flat[prefix + str(name)] = str(value)[:MAX_TEXT_LENGTH]
+            text = value if isinstance(value, str) else str(value)[:MAX_TEXT_LENGTH]
+            flat[prefix + to_utf8(str(name))] = to_utf8(text)
     return flat
 
 

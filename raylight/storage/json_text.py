@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Set
 from typing import Any
 
+from raylight.contract.plain_text import to_utf8
+
 MAX_DEPTH = 100
 
 
@@ -35,12 +37,6 @@ def plain(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # a number of numpy or torch
         return plain(value.item())
     return to_utf8(str(value))
-
-
-def to_utf8(text: str) -> str:
-    r"""The text, with what UTF-8 cannot hold as escapes: Python's texts of file names that are no UTF-8 have a "\udcff"
-    for a byte."""
-    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from raylight.contract.errors import CheckpointCorrupt, CheckpointMismatch, MissingFile, StorageError
+from raylight.contract.plain_text import to_utf8
 from raylight.contract.task import SavedState
 from raylight.worker.checkpoint.plain_values import restore_arrays
 from raylight.worker.checkpoint.staging import MODULE_FILE, State, model_file, training_file
@@ -218,6 +219,9 @@ def _copy_here(saved: SavedState, name: str, file: Any) -> None:
 
 def read_file(file: str | BinaryIO, where: str, map_location: Any = "cpu") -> Any:
     """Tensors and plain values; of a path, mapped. Raises `CheckpointCorrupt`, naming `where`, and runs nothing."""
+    if isinstance(file, str) and to_utf8(file) != file:  # torch cannot map a file whose name is no UTF-8
+        with open(file, "rb") as opened:
+            return read_file(opened, where, map_location)
     try:
         return torch.load(file, map_location=map_location, mmap=isinstance(file, str), weights_only=True)
     except FileNotFoundError as error:

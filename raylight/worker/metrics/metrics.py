@@ -13,6 +13,7 @@ from torch import Tensor
 
 from raylight.contract.errors import InvalidArguments
 from raylight.contract.messages import EpochMetrics, StepMetrics, StepRow, StepValue
+from raylight.contract.plain_text import has_control, to_utf8
 from raylight.worker.group.collectives import gather_objects
 from raylight.worker.metrics.epoch_shares import Flags, Pairs, Reduce, Share, fold, make_pairs, merge, reduce_pairs
 
@@ -311,6 +312,8 @@ class Metrics:
         stage, name, *_ = key
         if not isinstance(name, str):
             raise InvalidArguments(f"log(name={name!r}): a name is a str, not {type(name).__name__}")
+        if has_control(to_utf8(name)):
+            raise InvalidArguments(f"log({name!r}): a name holds no characters that control a terminal")
         is_metric = hasattr(value, "compute") and hasattr(value, "update") and hasattr(value, "reset")
         if isinstance(value, dict) or not (
             is_metric or isinstance(value, (Tensor, int, float)) or hasattr(value, "item")
