@@ -22,6 +22,7 @@ class Files(Protocol):
     def local_path(self, path: str) -> str | None: ...  # where the bytes lie on this machine, if they do
     def exists(self, path: str) -> bool: ...
     def argument_of(self, path: str) -> str: ...  # for a shell
+    def local_spare(self) -> Any: ...  # of this machine: a last checkpoint's .files, and .commit(saved, seed) -> URI
     def local_directory(self) -> Any: ...  # of this machine, at .path, for files that grow: .copy() and .close() store
 
 

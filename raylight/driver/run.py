@@ -85,6 +85,7 @@ class Run:
         self._writes: list[Future[None]] = []
         self.began = time.time()
         self.record: dict[str, Any] = {}
+        self._record_problem = ""  # told last, until it is over
         self._on: dict[type, Callable[[int, Any], None]] = {
             m.Started: self._on_started,
             m.StepMetrics: self._on_step_metrics,
@@ -327,8 +328,12 @@ class Run:
             }
         try:
             self.version.write_run(self.record)
+            self._record_problem = ""
         except Exception as error:
-            self.tell(f"run.json could not be written: {_describe(error)}", "warning")
+            problem = f"run.json could not be written: {_describe(error)}"
+            if problem != self._record_problem:  # it is written at every checkpoint, and one line is enough
+                self._record_problem = problem
+                self.tell(problem, "warning")
 
     def close(self, status: str) -> None:
         """Brings everything to storage. Called once, whatever happened."""

@@ -6,6 +6,7 @@ import builtins
 import copy
 import os
 import shlex
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from raylight.contract.messages import SavedFile
 from raylight.storage.digests import format_digest, new_digest
 from raylight.storage.local_directory import LocalDirectory
 from raylight.storage.local_files import HIDDEN_PREFIX, Entry, LocalFiles, LocalSink
+from raylight.storage.local_spare import LocalSpare
 from raylight.storage.location import locate
 from raylight.storage.remote_files import RemoteSink
 from raylight.storage.retry import Backoff, explain, is_worth_retrying, logger, reason
@@ -121,6 +123,10 @@ class Storage:
     def local_directory(self) -> LocalDirectory:
         """A directory of this machine for files that grow, which come to the root."""
         return LocalDirectory(self)
+
+    def local_spare(self) -> LocalSpare:
+        """A new folder of this machine, for a last checkpoint that the storage does not take."""
+        return LocalSpare(Storage(tempfile.mkdtemp(prefix="raylight-kept-")))
 
     def list(self, path: str = "") -> builtins.list[Entry]:
         """What a folder holds, sorted by name; empty where there is no such folder."""

@@ -9,12 +9,13 @@ import io
 import random
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from raylight.contract.errors import MissingFile, StorageError
 from raylight.storage.local_files import HIDDEN_PREFIX, Entry
-from raylight.storage.retry import Backoff, retry
+from raylight.storage.outage import Outage
+from raylight.storage.retry import Backoff, is_worth_retrying, note_if_given_up, retry
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -44,6 +45,7 @@ class RemoteFiles:
         self._backoff = backoff
         self._prefix = prefix
         self._opened: dict[bool, fs.FileSystem] = {}
+        self._outage = Outage()  # shared by all storages that are made from one, in this process
 
     def __reduce__(self) -> tuple:
         return RemoteFiles, (self._open_filesystem, self._backoff, self._prefix)
@@ -59,7 +61,24 @@ class RemoteFiles:
         return kind in OBJECT_STORES
 
     def retry(self, operation: Callable[[], Result], what: str, path: str) -> Result:
-        return retry(operation, self._backoff, what, self._prefix + path)
+        return retry(operation, self._backoff, what, self._prefix + path, self._outage, lambda: self._answers(path))
+
+    def note_broken_stream(self, error: OSError, path: str, took_s: float) -> None:
+        """A stream is tried again by the client itself, and fails once all that was vain."""
+        if is_worth_retrying(error):
+            self._outage.note_failure(error)
+            note_if_given_up(self._outage, self._backoff, self._prefix + path, took_s, lambda: self._answers(path))
+
+    def _answers(self, path: str) -> bool:
+        """Whether the store answers a question that has nothing to do with the file: then the file alone is bad."""
+        opened = self._opened.get(False)
+        if opened is None:
+            return False
+        try:
+            opened.get_file_info(path.partition("/")[0] or "/")
+        except OSError as error:
+            return not is_worth_retrying(error)
+        return True
 
     def open_sink(self, path: str) -> RemoteSink:
         return RemoteSink(self, path)
@@ -221,7 +240,8 @@ class RemoteSink:
             return
         if self._stream is None:
             self._open_stream()
-        self._stream.close()
+        with self._noting_failure():
+            self._stream.close()
         if self._keeps_aside:
             filesystem = self._files.filesystem()
             self._files.retry(lambda: filesystem.move(self._target, self._path), "rename", self._target)
@@ -253,11 +273,21 @@ class RemoteSink:
     def _send(self, view: memoryview) -> None:
         for start in range(0, view.nbytes, SLICE_SIZE):
             part = view[start : start + SLICE_SIZE]
-            self._stream.write(part)
-            self._num_in_flight += part.nbytes
-            if self._num_in_flight >= IN_FLIGHT_SIZE:
-                self._stream.flush()
-                self._num_in_flight = 0
+            with self._noting_failure():
+                self._stream.write(part)
+                self._num_in_flight += part.nbytes
+                if self._num_in_flight >= IN_FLIGHT_SIZE:
+                    self._stream.flush()
+                    self._num_in_flight = 0
+
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        except OSError as error:
+            self._files.note_broken_stream(error, self._path, time.monotonic() - began)
+            raise
 
 
 class _RemoteReader(io.RawIOBase):

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from raylight.contract.errors import MissingFile, StorageError
+from raylight.storage.outage import Outage
 
 logger = logging.getLogger("raylight.storage")
+TOLD_S = 5.0  # the end of a shorter outage is not worth a line
+SLOW_TRY_S = 0.5
 Result = TypeVar("Result")
 
 # Answers that a second request cannot change, by the names that pyarrow gives them.
@@ -71,6 +74,11 @@ class Backoff:
     longest_s: float = 15.0
     factor: float = 2.0
 
+    @property
+    def longest_whole_s(self) -> float:
+        """All waits of an operation together, at most."""
+        return sum(min(self.longest_s, self.first_s * self.factor**n) for n in range(self.num_attempts - 1))
+
     def delay_s(self, num_failures: int) -> float:
         longest = min(self.longest_s, self.first_s * self.factor ** (num_failures - 1))
         return longest * random.uniform(0.5, 1.0)
@@ -84,23 +92,65 @@ def is_worth_retrying(error: OSError) -> bool:
     return not any(name in str(error) for name in _FINAL)
 
 
-def retry(operation: Callable[[], Result], backoff: Backoff, what: str, where: str) -> Result:
-    """Calls `operation` until it succeeds; raises StorageError after the last try and at once where tries are vain."""
+def retry(
+    operation: Callable[[], Result],
+    backoff: Backoff,
+    what: str,
+    where: str,
+    outage: Outage | None = None,
+    answers: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Calls `operation` until it succeeds; raises StorageError after the last try and at once where tries are vain.
+
+    All operations on one store share its `outage`: they wait for the end of it together and not one after the other,
+    and it is told once. `answers` says whether the store answers anything at all.
+    """
+    outage = outage or Outage()
+    if not outage.may_try():
+        assert outage.error is not None
+        raise explain(outage.error, what, where, note=" (not tried again yet: nothing answers there)")
     started = time.monotonic()
     failures = 0
     while True:
+        tried = time.monotonic()
         try:
-            return operation()
+            result = operation()
         except OSError as error:
             failures += 1
-            if failures >= backoff.num_attempts or not is_worth_retrying(error):
+            if not is_worth_retrying(error):
+                _note_answer(outage, where)
                 raise explain(error, what, where, failures, time.monotonic() - started) from error
-            delay_s = backoff.delay_s(failures)
-            logger.warning(
-                "could not %s %s: %s; try %d of %d in %.1f s",
-                what, where, reason(error), failures + 1, backoff.num_attempts, delay_s,
-            )  # fmt: skip
-        time.sleep(delay_s)
+            if outage.note_failure(error) and failures < backoff.num_attempts:
+                logger.warning(
+                    "could not %s %s: %s; it is tried again for up to %.0f s",
+                    what, where, reason(error), backoff.longest_whole_s,
+                )  # fmt: skip
+            if failures >= backoff.num_attempts or outage.is_given_up:
+                note_if_given_up(outage, backoff, where, time.monotonic() - tried, answers)
+                raise explain(error, what, where, failures, time.monotonic() - started) from error
+        else:
+            _note_answer(outage, where)
+            return result
+        outage.wait(backoff.delay_s(failures))
+
+
+def note_if_given_up(
+    outage: Outage, backoff: Backoff, where: str, took_s: float, answers: Callable[[], bool]
+) -> None:
+    """After the last try of an operation, which took `took_s`: it alone may fail, or the whole store. A try that is
+    refused at once costs nothing; one that has to time out is not made for every file."""
+    if not outage.is_given_up and answers():
+        return
+    if outage.give_up(min(backoff.longest_s, 2 * took_s) if took_s > SLOW_TRY_S else 0.0) and outage.lasted_s >= TOLD_S:
+        logger.warning(
+            "nothing has answered at %s for %.0f s: from now on it is not waited for", where, outage.lasted_s
+        )
+
+
+def _note_answer(outage: Outage, where: str) -> None:
+    lasted_s = outage.note_answer()
+    if lasted_s >= TOLD_S:
+        logger.warning("%s answers again, after %.0f s", where, lasted_s)
 
 
 def reason(error: OSError) -> str:
@@ -109,11 +159,13 @@ def reason(error: OSError) -> str:
     return text.split(". Detail:")[0].splitlines()[0].rstrip(": .") if text else type(error).__name__
 
 
-def explain(error: OSError, what: str, where: str, num_attempts: int = 1, seconds: float = 0.0) -> StorageError:
+def explain(
+    error: OSError, what: str, where: str, num_attempts: int = 1, seconds: float = 0.0, note: str = ""
+) -> StorageError:
     """What happened, where, and what to do about it, as the error that the caller raises."""
     if isinstance(error, FileNotFoundError):
         return MissingFile(f"could not {what} {where}: it is not there.")
-    tried = f" ({num_attempts} tries in {seconds:.0f} s)" if num_attempts > 1 else ""
+    tried = f" ({num_attempts} tries in {seconds:.0f} s)" if num_attempts > 1 else note
     return StorageError(f"could not {what} {where}: {reason(error)}{tried}.\n{_advice(error)}")
 
 

@@ -19,6 +19,7 @@ from raylight.contract.messages import EpochMetrics, Message, Paused, StageFinis
 from raylight.contract.requests import Request
 from raylight.contract.seeding import set_rng_state
 from raylight.worker.checkpoint import contents
+from raylight.worker.checkpoint.spare import keep_locally
 from raylight.worker.data.batches import TrainBatch
 from raylight.worker.diagnosis.evidence import keep_evidence
 from raylight.worker.diagnosis.profiler import Profiler
@@ -307,9 +308,11 @@ class Loop:
             yield from self.save(must=True)
             worker.control.show_life("save", worker.progress.global_step)
             yield from saving.close(FINAL_WRITE_TIMEOUT_S)
-            if not self._agree(not saving.snapshots.has_failed):
+            if not self._agree(not saving.has_failed):
                 contents.take_snapshot(worker, wait=True)
                 yield from saving.close(FINAL_WRITE_TIMEOUT_S)
+                if not self._agree(not saving.has_failed):
+                    yield from keep_locally(worker)
         yield from worker.outbox.take()
 
     def obey(self, action: Action) -> None:

@@ -182,6 +182,26 @@ def temporary(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
+def find_kept(lines: list[str]) -> store.Checkpoint:
+    """The checkpoint on this machine that one line names."""
+    [uri] = {found[1] for line in lines if (found := re.search(r"with resume='(file://[^']+)'", line))}
+    return store.find_checkpoint(uri)
+
+
+def check_kept(lines: list[str], undisturbed: dict[str, torch.Tensor], proxy: FaultProxy, prefix: str) -> None:
+    """What a run has left on this machine is all of its end: it is loaded, and gone on from while S3 is away."""
+    kept = find_kept(lines)
+    assert (kept.step, store.verify(kept)) == (NUM_STEPS, [])
+    check_weights(Net.load_from_checkpoint(kept.path), undisturbed)
+    proxy.inject()
+    longer, straight = Net(), Net()
+    uri = f"file://{kept.storage.local_path()}"
+    assert fit(longer, proxy.uri(f"{prefix}/longer"), resume=uri, max_steps=NUM_STEPS + 4).num_steps == NUM_STEPS + 4
+    fit(straight, proxy.uri(f"{prefix}/straight"), max_steps=NUM_STEPS + 4)
+    check_weights(longer, straight.state_dict())
+    proxy.inject(Fault("reset", count=FOR_EVER))
+
+
 @pytest.mark.usefixtures("quick", "temporary")
 def test_storage_that_stays_away(proxy, prefix, direct, undisturbed, capsys):
     """The run ends with the weights in the caller's hands, and goes on from what was committed before."""
@@ -193,11 +213,14 @@ def test_storage_that_stays_away(proxy, prefix, direct, undisturbed, capsys):
     assert (result.status, result.num_steps) == ("finished", NUM_STEPS)
     assert result.last_checkpoint.step in (8, 16)
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning: " in line]
+    assert len(warnings) < 25
     checkpoints = [f"checkpoint of step {step}" for step in (24, 32, 40)]
     for lost in (*checkpoints, "run.json", "what was logged"):
         assert any(lost in line and "NETWORK_CONNECTION" in line for line in warnings), (lost, warnings)
     assert check_whole(direct) == [checkpoint.step for checkpoint in result.checkpoints]
     assert json.loads(direct.read_bytes("run.json"))["status"] == "running"
+
+    check_kept(warnings, undisturbed, proxy, prefix)
 
     proxy.inject()
     again = Net()
@@ -206,6 +229,30 @@ def test_storage_that_stays_away(proxy, prefix, direct, undisturbed, capsys):
     assert check_whole(direct)[-1] == resumed.last_checkpoint.step == NUM_STEPS
     assert json.loads(direct.read_bytes("run.json"))["status"] == "finished"
     assert set(logged_steps(resumed)) >= set(range(result.last_checkpoint.step + 1, NUM_STEPS + 1))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.usefixtures("ray_cluster"))])
+def test_storage_that_stays_away_is_waited_for_once(num_workers, proxy, prefix, capsys):
+    """At the real pace: each process waits for up to 40 s, and all of them at the same time."""
+
+    def is_gone(number: int) -> bool:
+        return any(method == "PUT" and "step-00000016" in path for method, path in proxy.requests)
+
+    proxy.before = is_gone
+    module = Net()
+    began = time.monotonic()
+    pl.fit(
+        module, make_loader(), num_workers=num_workers, use_gpu=False, seed=5, storage_path=proxy.uri(prefix),
+        log_every_n_steps=1, enable_progress_bar=False, max_steps=NUM_STEPS, checkpoint=EVERY_EPOCH,
+    )  # fmt: skip
+    assert time.monotonic() - began < 150.0
+    said = capsys.readouterr().out
+    assert said.count("warning: ") < 40
+    kept = find_kept(said.splitlines())
+    assert kept.step == NUM_STEPS
+    check_weights(Net.load_from_checkpoint(kept), module.state_dict())
 
 
 @pytest.mark.usefixtures("quick")
@@ -290,8 +337,10 @@ def test_an_exception_while_storage_is_away(proxy, prefix, direct, undisturbed, 
         fit(Net(), proxy.uri(prefix), callbacks=[outage, failing])
     assert isinstance(caught.value.__cause__, ValueError)
     assert told == [ValueError]
-    assert "checkpoint of step 20" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "checkpoint of step 20" in said
     assert check_whole(direct) in ([8], [8, 16])
+    assert find_kept(said.splitlines()).step == 20
 
     proxy.inject()
     again = Net()

@@ -21,6 +21,11 @@ class Saving:
         """A checkpoint was asked for, by a hook or the driver, and is not made yet."""
         self._unsaved: set[str] = set()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the newest snapshot has ended and is not on storage."""
+        return self.snapshots is not None and self.snapshots.has_failed
+
     def begin(self, files: Files, rank: int, world_size: int) -> None:
         self.snapshots = Snapshots(files, rank, world_size)
 

@@ -21,6 +21,7 @@ from raylight.contract.task import Place, Rejoin, Task
 from raylight.worker.checkpoint import contents
 from raylight.worker.checkpoint.plain_values import copy_plain
 from raylight.worker.checkpoint.snapshot import State
+from raylight.worker.checkpoint.spare import keep_locally
 from raylight.worker.group.collectives import broadcast_object, gather_objects
 from raylight.worker.group.control import Control
 from raylight.worker.metrics.epoch_shares import merge
@@ -103,10 +104,13 @@ def rescue(session: Session, task: Task, place: Place, control: Control) -> Iter
             return
     except StorageError as error:  # raised, it would count as the failure of this rank's own code
         yield SaveFailed(directory, step, str(error))
+        yield from keep_locally(worker)
         return
     worker.saving.begin(task.files, place.rank, place.world_size)
     contents.take_snapshot(worker, wait=True)
     yield from worker.saving.close(FINAL_WRITE_TIMEOUT_S)
+    if worker.saving.has_failed:
+        yield from keep_locally(worker)
 
 
 @dataclass(frozen=True, slots=True)
