@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from raylight.arguments.pickling import check_picklable
 from raylight.arguments.resolving import check_checkpointing, find_callback_mistakes
 from raylight.contract.config import Config
 from raylight.contract.errors import InvalidArguments
@@ -51,7 +52,11 @@ def check_run(stage: str, module: Any, loaders: Loaders, config: Config, callbac
         mistakes.append(_say_no_module(module))
     if stage == "fit" and isinstance(module, Module) and not module.automatic_optimization:
         mistakes += _find_manual_mistakes(config)
-    return mistakes + _find_data_mistakes(stage, module, loaders)
+    mistakes += _find_data_mistakes(stage, module, loaders)
+    if not mistakes and config.num_workers != 0:
+        others = {"plugins": config.plugins, "storage_filesystem": config.storage_filesystem}
+        mistakes = check_picklable(module, loaders, callbacks, others)
+    return mistakes
 
 
 def is_overridden(obj: Any, name: str, base: type) -> bool:

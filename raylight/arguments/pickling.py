@@ -14,44 +14,89 @@ import cloudpickle
 import numpy as np
 import torch
 
+from raylight.contract.reducers import hooks_of, reduce_special, state_of, type_of
 from raylight.contract.task import Loaders
 
 _MAX_FOUND = 5
 _MAX_PARTS = 10_000  # of one container, so that a long list is no long wait
+_QUICK_BYTES = 64 << 20
 
 
-def check_picklable(module: Any, loaders: Loaders, callbacks: list[Any]) -> list[str]:
+def check_picklable(
+    module: Any, loaders: Loaders, callbacks: list[Any], others: Mapping[str, Any] | None = None
+) -> list[str]:
     """What cannot be sent to a worker, by its path, as in "module.reader.handle: cannot pickle '_io.TextIOWrapper'".
 
-    Costs a walk over all objects, but copies no tensor and no array.
+    Costs a walk over all objects, but copies no tensor and no array. `others` are arguments by name. Of each object no
+    more than the first 64 MB are tried: after that come the items of a long list, and sending it tries them all.
     """
     names = {"train": "train_dataloaders", "validate": "val_dataloaders", "data_module": "datamodule"}
-    roots = [("module", module)]
-    roots += [(names.get(item.name, "dataloaders"), getattr(loaders, item.name)) for item in fields(loaders)]
-    roots += [(f"callbacks[{index}]", callback) for index, callback in enumerate(callbacks)]
-    found: list[str] = []
-    for path, root in roots:
-        if _why_not(root) is not None:
-            count = len(found)
-            _narrow(path, root, found, set())
-            if len(found) == count:  # parts that only fail together, in a circle
-                found.append(_say(path, root))
-    return found
+    roots = {"module": module}
+    for item in fields(loaders):
+        loader = getattr(loaders, item.name)
+        if loader is not None:
+            roots[names.get(item.name, "dataloaders")] = loader
+    roots |= {f"callbacks[{index}]": callback for index, callback in enumerate(callbacks)}
+    return find_unpicklable(roots | dict(others or {}), _QUICK_BYTES)
 
 
-def _narrow(path: str, value: Any, found: list[str], seen: set[int]) -> None:
-    """Adds the deepest parts of `value`, which cannot be pickled, that cannot be pickled themselves."""
-    if id(value) in seen or len(found) >= _MAX_FOUND:
-        return
-    seen.add(id(value))
-    count = len(found)
-    is_known = False
-    for part_path, part in islice(_parts(path, value), _MAX_PARTS):
-        if _why_not(part) is not None:
-            is_known |= id(part) in seen
-            _narrow(part_path, part, found, seen)
-    if len(found) == count and not is_known:
-        found.append(_say(path, value))
+def find_unpicklable(roots: Mapping[str, Any], max_bytes: float = float("inf")) -> list[str]:
+    """The same for any objects by name; `max_bytes` of each are tried."""
+    search = _Search(max_bytes)
+    for path, root in roots.items():
+        search.look(path, root)
+    return search.found
+
+
+class _Search:
+    def __init__(self, max_bytes: float):
+        self.max_bytes = max_bytes
+        self.found: list[str] = []
+
+    def look(self, path: str, root: Any) -> None:
+        if self._why_not(root) is None:
+            return
+        count = len(self.found)
+        self._narrow(path, root, set())
+        if len(self.found) == count:  # parts that only fail together, in a circle
+            self._add(path, root)
+
+    def _narrow(self, path: str, value: Any, seen: set[int]) -> None:
+        """Adds the deepest parts of `value`, which cannot be pickled, that cannot be pickled themselves; each once,
+        however many hold it."""
+        seen.add(id(value))
+        is_explained = False
+        for part_path, part in islice(_parts(path, value), _MAX_PARTS):
+            if len(self.found) >= _MAX_FOUND:
+                return
+            if self._why_not(part) is not None:
+                is_explained = True
+                if id(part) not in seen:
+                    self._narrow(part_path, part, seen)
+        if not is_explained:
+            self._add(path, value)
+
+    def _add(self, path: str, value: Any) -> None:
+        kind = type(value)
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        reason = self._why_not(value) or ""
+        detail = "" if name in reason or not reason else f" ({reason})"
+        self.found.append(
+            f"{path}: cannot pickle '{name}'{detail}; make it in setup(), on the worker, or leave it out in "
+            "__getstate__"
+        )
+
+    def _why_not(self, value: Any) -> str | None:
+        """Why `value` cannot be pickled; None: it can."""
+        try:
+            _Trial(_Nowhere(self.max_bytes), protocol=5, buffer_callback=lambda _: None).dump(value)
+        except _EnoughError:
+            return None
+        except RecursionError:
+            return "it is nested too deeply"
+        except Exception as error:
+            return str(error) or type(error).__name__
+        return None
 
 
 def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -69,6 +114,9 @@ def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield f"{path}.__func__", value.__func__
     elif isinstance(value, types.FunctionType):
         yield from _captured(path, value)
+    elif isinstance(value, torch.Tensor):
+        yield f"{path} (hooks)", hooks_of(value)
+        yield from _parts(path, vars(value))
     elif isinstance(value, type):
         for name, member in vars(value).items():
             yield f"{path}.{name}", getattr(member, "__func__", getattr(member, "fget", member))
@@ -90,7 +138,7 @@ def _captured(path: str, function: types.FunctionType) -> Iterator[tuple[str, An
 
 def _attributes(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     try:
-        state = value.__getstate__()  # what pickle takes, which may be less than __dict__
+        state = state_of(value)
     except Exception:
         return  # then the object itself is what cannot be pickled
     for part in state if isinstance(state, tuple) else (state,):
@@ -102,30 +150,22 @@ def _attributes(path: str, value: Any) -> Iterator[tuple[str, Any]]:
                     yield f"{path}.{inner}", member
             else:
                 yield f"{path}.{name}", item
-    yield f"{path} (class {type(value).__qualname__})", type(value)
+    kind = type_of(value)
+    yield f"{path} (class {kind.__qualname__})", kind
 
 
-def _say(path: str, value: Any) -> str:
-    kind = type(value)
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    reason = _why_not(value) or ""
-    detail = "" if name in reason or not reason else f" ({reason})"
-    return f"{path}: cannot pickle '{name}'{detail}; make it in setup(), on the worker, or leave it out in __getstate__"
-
-
-def _why_not(value: Any) -> str | None:
-    """Why `value` cannot be pickled; None: it can."""
-    try:
-        _Trial(_Nowhere(), protocol=5, buffer_callback=lambda _: None).dump(value)
-    except RecursionError:
-        return "it is nested too deeply"
-    except Exception as error:
-        return str(error) or type(error).__name__
-    return None
+class _EnoughError(Exception):
+    """So much could be pickled that the rest is not tried."""
 
 
 class _Nowhere:
+    def __init__(self, max_bytes: float):
+        self.left = max_bytes
+
     def write(self, data: Any) -> int:
+        self.left -= len(data)
+        if self.left < 0:
+            raise _EnoughError
         return len(data)
 
 
@@ -133,6 +173,10 @@ class _Trial(cloudpickle.CloudPickler):
     """Pickles all but the bytes of tensors and arrays."""
 
     def reducer_override(self, obj: Any) -> Any:
-        if type(obj) in (torch.Tensor, torch.nn.Parameter, np.ndarray) and getattr(obj, "dtype", None) != np.object_:
+        kind = type(obj)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            return bytes, (), (vars(obj) or None, hooks_of(obj))
+        if kind is np.ndarray and obj.dtype != np.object_:
             return bytes, ()
-        return super().reducer_override(obj)
+        special = reduce_special(obj)
+        return special if special is not None else super().reducer_override(obj)

@@ -13,6 +13,8 @@ import cloudpickle
 import numpy as np
 import torch
 
+from raylight.contract.reducers import hooks_of, put_hooks, reduce_special
+
 Buffer = Any  # what supports the buffer protocol; typing has no word for it before Python 3.12
 
 MIN_BUFFER_BYTES = 1 << 20
@@ -65,11 +67,15 @@ class _Pickler(cloudpickle.Pickler):
         if kind is _Memory:
             return _load_memory, (pickle.PickleBuffer(_view_bytes(obj.storage)), obj.is_own)
         if (kind is torch.Tensor or kind is torch.nn.Parameter) and _is_plain(obj):
-            return _load_tensor, (
+            arguments = (
                 kind, self._memory_of(obj), obj.dtype, obj.storage_offset(), tuple(obj.shape), obj.stride(),
-                obj.requires_grad, obj.__dict__ or None,
+                obj.requires_grad,
             )  # fmt: skip
-        return super().reducer_override(obj)
+            # As a state, not as an argument: a hook often holds the module whose parameter the tensor is.
+            extra = obj.__dict__ or None, hooks_of(obj)
+            return (_load_tensor, arguments, extra, None, None, _set_extra) if any(extra) else (_load_tensor, arguments)
+        special = reduce_special(obj)
+        return special if special is not None else super().reducer_override(obj)
 
     def _memory_of(self, tensor: torch.Tensor) -> _Memory:
         """The same object for all views of one storage, so that pickle writes it once."""
@@ -106,7 +112,6 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and not tensor.is_conj()
         and not tensor.is_neg()
         and (tensor.is_leaf or not tensor.requires_grad)
-        and not tensor._backward_hooks
     )
 
 
@@ -126,13 +131,19 @@ def _load_memory(buffer: Buffer, is_own: bool) -> torch.UntypedStorage:
 
 def _load_tensor(
     kind: type, storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, size: tuple[int, ...],
-    stride: tuple[int, ...], requires_grad: bool, attributes: dict[str, Any] | None,
+    stride: tuple[int, ...], requires_grad: bool,
 ) -> torch.Tensor:  # fmt: skip
     tensor = torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
     if kind is torch.nn.Parameter:
         tensor = torch.nn.Parameter(tensor, requires_grad)
     elif requires_grad:
         tensor.requires_grad_()
+    return tensor
+
+
+def _set_extra(tensor: torch.Tensor, extra: tuple[dict[str, Any] | None, tuple[Any, Any] | None]) -> None:
+    attributes, hooks = extra
     if attributes:
         tensor.__dict__.update(attributes)
-    return tensor
+    if hooks:
+        put_hooks(tensor, hooks)

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import ray
 
+from raylight.arguments.pickling import find_unpicklable
+from raylight.contract.errors import InvalidArguments
 from raylight.launch import handover
 from raylight.launch.ray_roster import Member
 from raylight.launch.shared_memory import Segment, memory_domain
@@ -16,7 +18,10 @@ class Delivery:
     """Pickled once, for all ranks and for those that replace them later."""
 
     def __init__(self, content: Any):
-        payload, self._buffers = handover.dump(content)
+        try:
+            payload, self._buffers = handover.dump(content)
+        except Exception as error:
+            raise InvalidArguments(find_unpicklable({"task": content}) or [str(error)]) from error
         self.payload: Any = ray.put(payload)
         self._in_store: Any = None
         self._by_domain: dict[str, Any] = {}

@@ -29,11 +29,16 @@ class Shipment:
     def __init__(self, recipe: Recipe):
         import numpy as np
 
+        from raylight.arguments.pickling import find_unpicklable
         from raylight.launch import handover, ray_cluster
 
         self._environment = ray_cluster.changed_environment()
         self.num_threads = os.environ.get("OMP_NUM_THREADS")
-        payload, buffers = handover.dump(recipe)
+        try:
+            payload, buffers = handover.dump(recipe)
+        except Exception as error:
+            roots = {"module_or_function": recipe.target, "data": recipe.data, **recipe.arguments}
+            raise InvalidArguments(find_unpicklable(roots) or [str(error)]) from error
         self._payload: Any = ray.put(payload)
         self._buffers: Any = ray.put([np.frombuffer(buffer, dtype=np.uint8) for buffer in buffers])
 

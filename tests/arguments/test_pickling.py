@@ -109,7 +109,26 @@ def test_it_agrees_with_pickle() -> None:
 
 def test_the_bytes_of_tensors_and_arrays_are_not_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    monkeypatch.setattr(pickling._Nowhere, "write", lambda _, data: sizes.append(len(data)))
+    monkeypatch.setattr(pickling._Nowhere, "write", lambda self, data: sizes.append(len(data)))
     module = nn.Linear(512, 512)
     assert check_picklable(module, Loaders(train=[torch.zeros(2**20), np.zeros(2**20)]), []) == []
     assert 0 < sum(sizes) < 20_000
+
+
+def test_what_a_parametrized_module_holds_and_a_hook_on_a_gradient_are_looked_into() -> None:
+    module = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), nn.Linear(2, 2))
+    assert check_picklable(module, Loaders(), []) == []
+    module[0].guard = LOCK
+    module[1].weight.register_hook(with_lock(threading.RLock()))
+    told = check_picklable(module, Loaders(), [])
+    assert told[0].startswith("module.0.guard: cannot pickle '_thread.lock'")
+    assert told[1].startswith("module.1.weight (hooks)")
+    assert "variable lock: cannot pickle '_thread.RLock'" in told[1]
+
+
+def test_a_long_list_is_no_long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickling, "_QUICK_BYTES", 1 << 20)
+    items: list[Any] = ["x" * 100_000 + str(number) for number in range(20)]
+    assert check_picklable(network(), Loaders(train=[*items, LOCK]), []) == []
+    told = pickling.find_unpicklable({"train": [*items, LOCK]})
+    assert told[0].startswith("train[20]: cannot pickle '_thread.lock'")
