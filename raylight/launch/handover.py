@@ -13,6 +13,7 @@ import cloudpickle
 import numpy as np
 import torch
 
+from raylight.contract import main_module
 from raylight.contract.reducers import hooks_of, put_hooks, reduce_special
 
 Buffer = Any  # what supports the buffer protocol; typing has no word for it before Python 3.12
@@ -29,15 +30,15 @@ def dump(obj: Any) -> tuple[bytes, list[memoryview]]:
     """
     file = io.BytesIO()
     pickler = _Pickler(file)
-    pickler.dump(obj)
+    pickler.dump((obj, pickler.of_main))
     return file.getvalue(), pickler.buffers
 
 
-def load(payload: Buffer, buffers: Sequence[Buffer]) -> Any:
+def load(payload: Buffer, buffers: Sequence[Buffer], adopts: bool = False) -> Any:
     """What `dump` was given. Large tensors are views of `buffers`, where those can be written to; but parameters, and
-    all tensors if not, have memory of their own."""
+    all tensors if not, have memory of their own. `adopts`: classes of the script become known in this `__main__`."""
     try:
-        return pickle.loads(payload, buffers=buffers)
+        obj, of_main = pickle.loads(payload, buffers=buffers)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{error}: this worker cannot import a module that the model, the data or a callback comes from. Install "
@@ -45,12 +46,17 @@ def load(payload: Buffer, buffers: Sequence[Buffer]) -> Any:
             name=error.name,
             path=error.path,
         ) from error
+    if adopts:
+        main_module.adopt(of_main)
+    return obj
 
 
 class _Pickler(cloudpickle.Pickler):
     def __init__(self, file: io.BytesIO):
         super().__init__(file, protocol=5, buffer_callback=self._stays_inside)
         self.buffers: list[memoryview] = []
+        self.of_main: dict[str, Any] = {}
+        """Classes and functions of `__main__` that go along, by name. Pickled last, when they are known."""
         self._memories: dict[int, _Memory] = {}
 
     def _stays_inside(self, buffer: pickle.PickleBuffer) -> bool:
@@ -74,6 +80,7 @@ class _Pickler(cloudpickle.Pickler):
             # As a state, not as an argument: a hook often holds the module whose parameter the tensor is.
             extra = obj.__dict__ or None, hooks_of(obj)
             return (_load_tensor, arguments, extra, None, None, _set_extra) if any(extra) else (_load_tensor, arguments)
+        main_module.note(self.of_main, obj)
         special = reduce_special(obj)
         return special if special is not None else super().reducer_override(obj)
 

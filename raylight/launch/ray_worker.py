@@ -122,7 +122,7 @@ class RankWorker:
             self._num_runs += 1
         _set_up_process(order)
         if task is not None:
-            self._entry, self._task = handover.load(task, _map(buffers))
+            self._entry, self._task = handover.load(task, _map(buffers), adopts=True)
             self._reset.note_modules()
         if self._task is None:
             raise RuntimeError("this worker was told to go on with a run that it has never begun")

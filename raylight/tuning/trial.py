@@ -42,11 +42,11 @@ class Shipment:
         self._payload: Any = ray.put(payload)
         self._buffers: Any = ray.put([np.frombuffer(buffer, dtype=np.uint8) for buffer in buffers])
 
-    def open(self) -> Recipe:
-        """Anew at each call, so that no trial sees what another has changed."""
+    def open(self, adopts: bool = False) -> Recipe:
+        """Anew at each call, so that no trial sees what another has changed. `adopts`: as `handover.load`."""
         from raylight.launch import handover
 
-        return handover.load(ray.get(self._payload), ray.get(self._buffers))
+        return handover.load(ray.get(self._payload), ray.get(self._buffers), adopts)
 
     def set_environment(self) -> None:
         """Here, and in the workers that this process starts."""
@@ -143,7 +143,7 @@ class Trial(tune.Trainable):
         from raylight.contract.seeding import seed_process
         from raylight.tuning.trial_run import TrialRun
 
-        recipe = self.shipment.open()
+        recipe = self.shipment.open(adopts=True)
         seed = recipe.trainer_arguments(self._values).get("seed", recipe.arguments.get("seed"))
         # Each trial anew: its first weights must not depend on what this process has trained before.
         seed_process(seed if seed is not None else int.from_bytes(os.urandom(4), "little"))

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default
 from torch.utils.data._utils import collate
 
 from raylight.contract.errors import DataError
+from raylight.contract.main_module import make_context
 from raylight.worker.data.division import Step
 from raylight.worker.data.random_stream import derive_seed, seed_process
 
@@ -54,6 +55,9 @@ def copy_loader(loader: DataLoader, seeds: torch.Generator, **replaced: Any) -> 
     copied = copy.copy(loader)
     # DataLoader refuses to have these set, since an iterator of it might be running; this copy has none yet.
     vars(copied).update(replaced, generator=seeds, _iterator=None, _IterableDataset_len_called=None)
+    context = make_context(loader.multiprocessing_context) if loader.num_workers > 0 else None
+    if context is not None:
+        vars(copied)["_DataLoader__multiprocessing_context"] = context
     if "in_order" in vars(copied):
         copied.in_order = True  # a batch is told apart by its place alone
     return copied
