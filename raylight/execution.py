@@ -12,6 +12,7 @@ import torch
 
 from raylight.contract.config import Config
 from raylight.contract.messages import BatchOutputs, Message, Trained
+from raylight.contract.process_settings import read_settings
 from raylight.contract.task import Loaders, Task
 from raylight.driver.damage import set_aside_damaged
 from raylight.driver.group import Group
@@ -183,6 +184,7 @@ class Execution:
             attempt=attempt,
             trained=self._find_trained(resume),
             returns_module=not group.is_local,
+            settings={} if group.is_local else read_settings(),
             takes_new_options=resume.takes_new_hyperparameters,
             label=_make_label(config, version),
             stamp=driver.record.get("started_at"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 if TYPE_CHECKING:
@@ -118,6 +118,8 @@ class Task:
     """Rank 0 sends back what it has trained; the caller is another process."""
     takes_new_options: bool = False
     """Options of optimizers and schedulers that differ from the checkpoint's are the ones that count."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the caller's process has set globally, as process_settings.read_settings gives it."""
     label: str | None = None
     """What the workers are called in Ray's dashboard."""
     stamp: float | None = None

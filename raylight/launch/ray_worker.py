@@ -111,12 +111,14 @@ class RankWorker:
     def _work(
         self, order: Order, task: bytes | None, buffers: SegmentAddress | list | None, changes: bytes | None
     ) -> Iterator[Message]:
+        from raylight.contract.process_settings import apply_settings
         from raylight.launch import handover  # here, because it needs torch
 
         control = self._control_of(order.place.generation)
         if order.is_fresh:
             control.keep(None)
             self._entry = self._task = None
+            self._reset.note_settings()
             if self._num_runs:
                 self._reset.restore()
             self._num_runs += 1
@@ -124,6 +126,9 @@ class RankWorker:
         if task is not None:
             self._entry, self._task = handover.load(task, _map(buffers), adopts=True)
             self._reset.note_modules()
+            refused = apply_settings(self._task.settings)
+            if refused:
+                yield Notice(f"not set on this worker as in the script: {', '.join(refused)}", "warning")
         if self._task is None:
             raise RuntimeError("this worker was told to go on with a run that it has never begun")
         if changes is not None:

@@ -9,6 +9,7 @@ import random
 import sys
 import time
 from types import ModuleType
+from typing import Any
 
 from raylight.worker.diagnosis.failure import is_users
 
@@ -22,6 +23,14 @@ class WorkerReset:
         self._path = list(sys.path)
         self._stamps: dict[str, tuple[int, int] | None] = {}
         self._seen_at = time.time_ns()
+        self._settings: dict[str, Any] | None = None
+
+    def note_settings(self) -> None:
+        """Remembers the global settings of a process that has not run yet. Not when it is made: this needs torch."""
+        from raylight.contract.process_settings import read_settings
+
+        if self._settings is None:
+            self._settings = read_settings()
 
     def note_modules(self) -> None:
         """Remembers the files of the user's modules as they are now. One that was written after the last note may not
@@ -57,6 +66,10 @@ class WorkerReset:
         sys.path[:] = self._path
         self.drop_changed_modules()
         _restore_torch()
+        if self._settings is not None:
+            from raylight.contract.process_settings import apply_settings
+
+            apply_settings(self._settings)
 
 
 def free_memory() -> None:

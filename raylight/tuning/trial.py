@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 
 class Shipment:
     """A recipe on its way to the trials: in the object store once, its large tensors not pickled. With it go the
-    environment variables that the caller has set."""
+    environment variables and global settings that the caller has set."""
 
     def __init__(self, recipe: Recipe):
         import numpy as np
 
         from raylight.arguments.pickling import find_unpicklable
+        from raylight.contract.process_settings import read_settings
         from raylight.launch import handover, ray_cluster
 
-        self._environment = ray_cluster.changed_environment()
+        self._environment, self._settings = ray_cluster.changed_environment(), read_settings()
         self.num_threads = os.environ.get("OMP_NUM_THREADS")
         try:
             payload, buffers = handover.dump(recipe)
@@ -43,9 +44,13 @@ class Shipment:
         self._buffers: Any = ray.put([np.frombuffer(buffer, dtype=np.uint8) for buffer in buffers])
 
     def open(self, adopts: bool = False) -> Recipe:
-        """Anew at each call, so that no trial sees what another has changed. `adopts`: as `handover.load`."""
+        """Anew at each call, so that no trial sees what another has changed. `adopts`: in another process than the
+        caller's, which is to know the classes of the script, and to have its global settings."""
+        from raylight.contract.process_settings import apply_settings
         from raylight.launch import handover
 
+        if adopts:
+            apply_settings(self._settings)
         return handover.load(ray.get(self._payload), ray.get(self._buffers), adopts)
 
     def set_environment(self) -> None:

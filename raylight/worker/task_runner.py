@@ -229,8 +229,9 @@ def _set_numerics(task: Task, place: Place, stack: ExitStack, goes_on: bool) -> 
         seed_process(task.seed + place.rank)
     if config.deterministic:
         before = torch.are_deterministic_algorithms_enabled()
+        only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
         torch.use_deterministic_algorithms(True, warn_only=config.deterministic == "warn")
-        stack.callback(torch.use_deterministic_algorithms, before)
+        stack.callback(torch.use_deterministic_algorithms, before, warn_only=only_warned)
     if config.benchmark is not None:
         stack.callback(_set_cudnn_benchmark, torch.backends.cudnn.benchmark)
         _set_cudnn_benchmark(config.benchmark)
