@@ -55,8 +55,11 @@ def batch_size_of(batch: Any) -> int | None:
 
 def _change_leaves(batch: Any, method: str, change: Callable[[Any], Any]) -> Any:
     """`batch` with `change(leaf)` for each tensor and each object that has `method`."""
-    if isinstance(batch, Tensor) or (not isinstance(batch, type) and callable(getattr(batch, method, None))):
+    if isinstance(batch, Tensor):
         return change(batch)
+    if not isinstance(batch, type) and callable(getattr(batch, method, None)):
+        changed_batch = change(batch)
+        return batch if changed_batch is None else changed_batch  # one that moves itself may not return itself
     if isinstance(batch, tuple):
         items = [_change_leaves(item, method, change) for item in batch]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)

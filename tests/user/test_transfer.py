@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from raylight.worker.data.batches import batch_size_of, move_to_device
+from raylight.user.transfer import batch_size_of, move_to_device, pin
 
 Pair = namedtuple("Pair", ["x", "y"])
 META = torch.device("meta")  # a device that every machine has
@@ -80,3 +80,25 @@ def test_a_tensor_that_is_there_already_is_not_copied():
 )  # fmt: skip
 def test_the_batch_size_is_the_first_dimension_of_the_first_tensor(batch, size):
     assert batch_size_of(batch) == size
+
+
+class Graph:
+    """Moves itself and forgets to return itself."""
+
+    def __init__(self) -> None:
+        self.x = torch.ones(2)
+        self.moves = 0
+
+    def to(self, device: torch.device) -> None:
+        self.x = self.x.to(device)
+        self.moves += 1
+
+    def pin_memory(self) -> None:
+        self.moves += 1
+
+
+def test_a_batch_whose_to_returns_none_stays() -> None:
+    graph = Graph()
+    assert move_to_device({"graphs": [graph]}, "cpu")["graphs"][0] is graph
+    assert pin(graph) is graph
+    assert graph.moves == 2

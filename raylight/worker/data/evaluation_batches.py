@@ -9,11 +9,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from raylight.contract.errors import DataError
 from raylight.worker.data.division import Division, Step, deal_evaluation, num_limited, num_samples_in
-from raylight.worker.data.fetching import LoaderFetch, find_rows
+from raylight.worker.data.fetching import LoaderFetch, find_rows, is_indexed
 from raylight.worker.data.readers import StreamSource, check_iterable
 from raylight.worker.data.sampling import Sampling, length_of
 
@@ -27,8 +27,8 @@ class EvaluationBatches:
 
     def __init__(self, loader: Any, *, rank: int, world_size: int, limit: int | float = 1.0, seed: int = 0):
         self.rank, self.world_size = rank, world_size
-        indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-        self.source: Any = (_IndexedEvaluation if indexed else _StreamEvaluation)(loader, rank, world_size, seed)
+        kind: Any = _IndexedEvaluation if is_indexed(loader) else _StreamEvaluation
+        self.source: Any = kind(loader, rank, world_size, seed)
         total = self.source.num_batches
         if total == 0:
             raise DataError(describe_empty(loader, Division(rank, 1, self.source.batch_size)))
@@ -121,6 +121,8 @@ class _StreamEvaluation:
         return None
 
     def read(self, num_batches: int | None) -> Iterator[tuple[int, Any]]:
+        if num_batches == self.num_batches:
+            num_batches = None  # the data ends it: a length may be wrong
         for arrived, (step, data) in enumerate(self.source.read_evaluation()):
             # A stream that divides itself has no sequence of one process: ranks take turns.
             index = step.position if step.position >= 0 else arrived * self.world_size + self.rank

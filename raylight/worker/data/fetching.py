@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 from torch.utils.data._utils import collate
 
 from raylight.contract.errors import DataError
@@ -64,9 +64,25 @@ def copy_loader(loader: DataLoader, seeds: torch.Generator, **replaced: Any) -> 
 
 
 def keeps_torchs_iteration(loader: DataLoader) -> bool:
-    """Whether a subclass of DataLoader leaves alone how it is iterated."""
-    kind = type(loader)
-    return kind.__iter__ is DataLoader.__iter__ and kind._get_iterator is DataLoader._get_iterator
+    """Whether a subclass of DataLoader leaves alone how it is iterated: then a batch is what its sampler says."""
+    names = ("__iter__", "_get_iterator", "_index_sampler")
+    return all(getattr(type(loader), name) is getattr(DataLoader, name) for name in names)
+
+
+def is_indexed(loader: Any) -> bool:
+    """Whether samples are found by index, so that those of a rank can be fetched without the others."""
+    is_map_style = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    return is_map_style and keeps_torchs_iteration(loader)
+
+
+def with_context(loader: DataLoader) -> DataLoader:
+    """A loader that is iterated as it is; its loader workers find what the script defined."""
+    context = make_context(loader.multiprocessing_context) if loader.num_workers > 0 else None
+    if context is None:
+        return loader
+    copied = copy.copy(loader)
+    vars(copied).update(_DataLoader__multiprocessing_context=context, _iterator=None)
+    return copied
 
 
 def pins_memory(loader: DataLoader) -> bool:

@@ -7,14 +7,22 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from raylight.contract.errors import DataError, InvalidArguments
 from raylight.user.transfer import pin
 from raylight.worker.data.division import Division, Step, deal, deal_batches, deal_unsized, divide_batch, num_samples_in
-from raylight.worker.data.fetching import LoaderFetch, copy_loader, find_rows, keeps_torchs_iteration, pins_memory
+from raylight.worker.data.fetching import (
+    LoaderFetch,
+    copy_loader,
+    find_rows,
+    is_indexed,
+    keeps_torchs_iteration,
+    pins_memory,
+    with_context,
+)
 from raylight.worker.data.random_stream import derive_seed
-from raylight.worker.data.sampling import Sampling, length_of
+from raylight.worker.data.sampling import Sampling, has_distributed_sampler, length_of
 from raylight.worker.data.streams import InitWorker, Pass, Stream, TrackProgress, give
 
 Fetched = tuple[Step, Any]
@@ -159,6 +167,8 @@ class StreamSource(Source):
         self.loader, self.seed = loader, seed
         reads_dataset = isinstance(loader, DataLoader) and keeps_torchs_iteration(loader)
         source = loader.dataset if reads_dataset else loader
+        if isinstance(source, DataLoader):
+            source = with_context(source)
         makes_batches = reads_dataset and loader.batch_sampler is not None
         self.unit = "samples" if makes_batches else "batches"
         if global_batch_size is not None and not makes_batches:
@@ -175,7 +185,8 @@ class StreamSource(Source):
             collate=loader.collate_fn if reads_dataset else None,
             makes_batches=makes_batches,
             drop_last=self.drop_last,
-            is_whole=whole or getattr(getattr(loader, "dataset", None), "raylight_sharded", False),
+            is_whole=whole or getattr(getattr(loader, "dataset", None), "raylight_sharded", False)
+            or has_distributed_sampler(source),
             for_evaluation=for_evaluation,
         )
         super().__init__(division, self.stream.is_whole)
@@ -276,7 +287,7 @@ def mark_last(fetched: Iterable[Fetched], num_steps: int | None) -> Iterator[Fet
 
 
 def open_source(loader: Any, rank: int, world_size: int, seed: int, **options: Any) -> IndexedSource | StreamSource:
-    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+    if is_indexed(loader):
         return IndexedSource(loader, rank, world_size, seed, **options)
     options.pop("overfit", None)
     return StreamSource(check_iterable(loader), rank, world_size, seed, **options)

@@ -23,6 +23,18 @@ def length_of(sized: Any) -> int | None:
         return None
 
 
+def has_distributed_sampler(source: Any) -> bool:
+    """Whether a DataLoader gives each rank its part already."""
+    return any(isinstance(sampler, DistributedSampler) for sampler in samplers_of(source))
+
+
+def samplers_of(source: Any) -> list[Any]:
+    """Those of a DataLoader, the outer first."""
+    if not isinstance(source, DataLoader):
+        return []
+    return _layers(source.batch_sampler if source.batch_sampler is not None else source.sampler)
+
+
 def is_stateful(source: Any) -> bool:
     return all(callable(getattr(source, name, None)) for name in ("state_dict", "load_state_dict"))
 

@@ -22,13 +22,13 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as loader_worker
 
 from raylight.user.transfer import batch_size_of
 from raylight.worker.data.division import Division, Step
 from raylight.worker.data.random_stream import RandomStream, derive_seed, seed_process
-from raylight.worker.data.sampling import is_stateful
+from raylight.worker.data.sampling import is_stateful, length_of, samplers_of
 
 TrackProgress = Callable[[int, int], None]  # items passed over, items to pass over
 PROGRESS_EVERY_S = 0.5
@@ -187,12 +187,16 @@ class Reader:
         self.info = stream.shard_info(way.worker, way.num_workers)
         shared = way.num_workers > 1 or get_worker_info() is not None or stream.division.world_size > 1
         self.answers = shared and isinstance(source, IterableDataset)
-        if callable(getattr(source, "set_epoch", None)):
-            source.set_epoch(way.epoch)
+        for hears in (source, *samplers_of(source)):
+            if callable(getattr(hears, "set_epoch", None)):
+                hears.set_epoch(way.epoch)
         with self:
             if way.state is not None:
                 source.load_state_dict(way.state["source"])
             self.items: Iterator[Any] = iter(source)
+        length = length_said(source)
+        if length is not None:  # what would come after it is never asked for
+            self.items = islice(self.items, max(length - (way.start if way.state is not None else 0), 0))
         if way.state is not None and isinstance(self.random, RandomStream):
             self.random.load_state_dict(way.state["random"])
 
@@ -244,6 +248,14 @@ class Reader:
         if isinstance(self.random, RandomStream):
             state["random"] = self.random.state_dict()
         return state
+
+
+def length_said(source: Any) -> int | None:
+    """How many items the author of a stream says that it has. DataLoader's own `__len__` says nothing about an
+    `__iter__` that somebody else wrote."""
+    if isinstance(source, DataLoader) and type(source).__len__ is DataLoader.__len__:
+        return None
+    return length_of(source)
 
 
 class InitWorker:

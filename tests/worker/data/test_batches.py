@@ -457,41 +457,26 @@ def test_ranks_augment_differently_in_loader_workers():
 
 
 def test_what_a_loader_was_given_is_kept():
-    calls = []
-
     def init(worker):
         torch.zeros(()).fill_(worker)
 
-    class Doubling(DataLoader):
-        def __iter__(self):
-            for batch in super().__iter__():
-                calls.append(len(batch))
-                yield batch * 2
+    class Own(DataLoader):
+        pass
 
-    loader = Doubling(
+    loader = Own(
         Numbers(10), batch_size=4, num_workers=1, worker_init_fn=init, collate_fn=torch.stack, timeout=60,
         prefetch_factor=3, multiprocessing_context="fork", pin_memory=False,
     )  # fmt: skip
     batches = TrainBatches(loader, rank=0, world_size=1, seed=0)
     read = [batch.data[:, 0].int().tolist() for batch in batches.iterate(0)]
-    assert read == [[0, 2, 4, 6], [8, 10, 12, 14], [16, 18]]
-    assert calls == [4, 4, 2]
+    assert read == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     used = batches.source.slow.loader
     kept = ("worker_init_fn", "collate_fn", "timeout", "prefetch_factor", "multiprocessing_context", "num_workers")
     for name in kept:
         assert getattr(used, name) == getattr(loader, name)
-    assert type(used) is Doubling
+    assert type(used) is Own
     assert loader.batch_sampler is not used.batch_sampler  # the user's own is as it was
     assert [batch.size(0) for batch in loader] == [4, 4, 2]
-
-
-def test_a_loader_that_breaks_off_is_told():
-    class Half(DataLoader):
-        def __iter__(self):
-            yield next(super().__iter__())
-
-    with pytest.raises(DataError, match=r"Half gave|Half ended"):
-        list(TrainBatches(Half(Numbers(10), batch_size=2, num_workers=1), rank=0, world_size=1, seed=0).iterate(0))
 
 
 @pytest.mark.parametrize(
