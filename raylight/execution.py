@@ -63,11 +63,11 @@ class Execution:
 
     def __init__(
         self, trainer: TrainerNames, stage: str, module: Module, loaders: Loaders, previous: Result | None = None,
-        claimed: Claimed | None = None,
+        claimed: Claimed | None = None, returns_predictions: bool = True,
     ):  # fmt: skip
         self.trainer, self.stage, self.module, self.loaders = trainer, stage, module, loaders
         self.config, self.callbacks, self.previous = trainer.config, list(trainer.callbacks), previous
-        self.claimed = claimed
+        self.claimed, self.returns_predictions = claimed, returns_predictions
         self.driver: Run | None = None
         self.facts: dict[str, Any] = {}
         """What rank 0 in another process has sent of the run, by the names of `RunView`."""
@@ -184,6 +184,7 @@ class Execution:
             attempt=attempt,
             trained=self._find_trained(resume),
             returns_module=not group.is_local,
+            returns_predictions=self.returns_predictions,
             settings={} if group.is_local else read_settings(),
             takes_new_options=resume.takes_new_hyperparameters,
             label=_make_label(config, version),
@@ -307,7 +308,8 @@ class Execution:
         driver.close(status)
         console.close(None)
         if self.stage == "predict":
-            return _merge_predictions([finished[rank].outputs for rank in sorted(finished)])
+            shares = driver.outcome.take_outputs()
+            return _merge_predictions(shares) if self.returns_predictions else []
         results = list(finished[0].results)
         if verbose:
             console.show_results(self.stage, results)

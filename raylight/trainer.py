@@ -147,18 +147,19 @@ class Trainer(TrainerNames):
         weights_only: bool | None = None,
     ) -> list[Any]:
         """What predict_step returned for each batch, on the CPU, in dataset order; a list of such lists where there
-        are several loaders. Empty with return_predictions=False."""
-        found = self._evaluate("predict", model, dataloaders, datamodule, ckpt_path)
-        return [] if return_predictions is False else found
+        are several loaders. With `return_predictions=False` it is an empty list, and no more than one batch is held."""
+        returns = return_predictions is not False
+        return self._evaluate("predict", model, dataloaders, datamodule, ckpt_path, returns_predictions=returns)
 
     def _evaluate(
-        self, stage: str, model: Any, dataloaders: Any, datamodule: Any, ckpt_path: Any, verbose: bool = True
-    ) -> list[Any]:
+        self, stage: str, model: Any, dataloaders: Any, datamodule: Any, ckpt_path: Any, verbose: bool = True,
+        returns_predictions: bool = True,
+    ) -> list[Any]:  # fmt: skip
         if isinstance(ckpt_path, DataModule):
             raise InvalidArguments(f"{stage}: ckpt_path is a data module; Lightning's order is dataloaders, ckpt_path, "
                                    f"verbose, datamodule: pass datamodule=...")  # fmt: skip
         loaders = self._evaluation_loaders(stage, dataloaders, datamodule)
-        found: list[Any] = self._execute(stage, model, loaders, ckpt_path, verbose)
+        found: list[Any] = self._execute(stage, model, loaders, ckpt_path, verbose, returns_predictions)
         return found
 
     def _evaluation_loaders(self, stage: str, dataloaders: Any, datamodule: Any) -> Loaders:
@@ -219,7 +220,10 @@ class Trainer(TrainerNames):
 
     # ---- one run
 
-    def _execute(self, stage: str, model: Any, loaders: Loaders, ckpt_path: Any, verbose: bool = True) -> Any:
+    def _execute(
+        self, stage: str, model: Any, loaders: Loaders, ckpt_path: Any, verbose: bool = True,
+        returns_predictions: bool = True,
+    ) -> Any:  # fmt: skip
         from raylight.execution import Execution
 
         given_model = model
@@ -231,7 +235,7 @@ class Trainer(TrainerNames):
             raise InvalidArguments(mistakes)
         if ckpt_path is None and given_model is None and self.result is not None and self.result.best_checkpoint:
             ckpt_path = "best"
-        execution = Execution(self, stage, model, loaders, self.result, self._claimed)
+        execution = Execution(self, stage, model, loaders, self.result, self._claimed, returns_predictions)
         self._claimed = None
         try:
             return execution.run(ckpt_path, verbose)
@@ -335,8 +339,11 @@ def test(
 @passes_on_keywords_of(Trainer)
 def predict(
     module: Module, dataloaders: Any = None, *, datamodule: DataModule | None = None, checkpoint: Any = None,
-    **trainer_arguments: Unpack[EvaluationArguments],
+    return_predictions: bool = True, **trainer_arguments: Unpack[EvaluationArguments],
 ) -> list[Any]:  # fmt: skip
-    """Outputs of predict_step in dataset order, each sample once, whatever the number of workers. `checkpoint` and the
-    other arguments are as for `validate`."""
-    return Trainer(**trainer_arguments).predict(module, dataloaders, datamodule, ckpt_path=checkpoint)
+    """Outputs of predict_step in dataset order, each sample once, whatever the number of workers.
+
+    With `return_predictions=False` none are kept, for a predict_step or callback that writes them itself. `checkpoint`
+    and the other arguments are as for `validate`.
+    """
+    return Trainer(**trainer_arguments).predict(module, dataloaders, datamodule, return_predictions, checkpoint)

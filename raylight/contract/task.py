@@ -118,6 +118,8 @@ class Task:
     """Rank 0 sends back what it has trained; the caller is another process."""
     takes_new_options: bool = False
     """Options of optimizers and schedulers that differ from the checkpoint's are the ones that count."""
+    returns_predictions: bool = True
+    """The caller wants what `predict_step` returned; else no more than one batch of it is held."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What the caller's process has set globally, as process_settings.read_settings gives it."""
     label: str | None = None

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
@@ -48,6 +48,12 @@ class Outcome:
     finished: dict[int, m.Finished] = field(default_factory=dict)
     failures: dict[int, m.Failure | m.Died | m.PeerLost] = field(default_factory=dict)
     nodes: dict[int, m.Started] = field(default_factory=dict)
+
+    def take_outputs(self) -> list[m.BatchOutputs]:
+        """What each rank predicted. It is not kept, since the driver lives as long as the trainer."""
+        taken = [self.finished[rank].outputs for rank in sorted(self.finished)]
+        self.finished = {rank: replace(message, outputs=[]) for rank, message in self.finished.items()}
+        return taken
 
     def take_failures(self) -> dict[int, m.Failure | m.Died | m.PeerLost]:
         taken, self.failures = self.failures, {}

@@ -79,7 +79,8 @@ def _run_loader(
     several = len(loaders) > 1
     step = bind_step(getattr(module, f"{prefix}_step"), several)
     on_start, on_end = worker.hooks.of(f"on_{prefix}_batch_start"), worker.hooks.of(f"on_{prefix}_batch_end")
-    keeps = stage == "predict" or _epoch_end_hook(worker, stage) is not None
+    returns = stage == "predict" and worker.task.returns_predictions
+    keeps = returns or _epoch_end_hook(worker, stage) is not None
     arguments = (loader_index,) if several else ()
     metrics, precision = worker.metrics, worker.precision
     metrics.enter_loader(loader_index if several else None)
@@ -101,6 +102,7 @@ def _run_loader(
             kept.append((index, _to_cpu(output) if stage == "predict" else output))
         finished += 1
         num_samples += batch_size_of(batch) or 1
+        batch = output = None  # or two of each would be held while the next is made
         if monotonic() >= next_report:
             yield Progress(stage, progress.current_epoch, progress.global_step, finished, num_samples)
             yield from worker.outbox.take()

@@ -66,7 +66,8 @@ class Loop:
         self.on_batch_start = worker.hooks.of("on_train_batch_start")
         self.on_batch_end = worker.hooks.of("on_train_batch_end")
         self.keeps_outputs = worker.hooks.overrides("training_epoch_end")
-        self.wants_outputs = self.keeps_outputs or bool(self.on_batch_end)
+        self.gathers_outputs = self.keeps_outputs and takes_outputs(worker.module.training_epoch_end)
+        self.wants_outputs = self.gathers_outputs or bool(self.on_batch_end)
         self.steps_schedulers = worker.optimizers.steps_every("step")
         self.log_every = self.config.log_every_n_steps or NO_ROWS
         self.beat_stage = "first training batch"
@@ -164,7 +165,7 @@ class Loop:
             outputs = _detach(outputs)
             for hook in self.on_batch_end:
                 hook(outputs, data, index)
-            if self.keeps_outputs:
+            if self.gathers_outputs:
                 worker.epoch_outputs.append(outputs)
         step.end()
         return None
