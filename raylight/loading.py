@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raylight.contract.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments, StorageError
 from raylight.storage.checkpoints import (
@@ -23,6 +23,9 @@ from raylight.storage.json_text import parse_object
 from raylight.storage.retention import rank
 from raylight.storage.summaries import monitor_of, read_run_or_status
 from raylight.storage.versions import Version, list_versions
+
+if TYPE_CHECKING:
+    from raylight.worker.checkpoint.kept_hyperparameters import Kept
 
 POINTER_FILE = "raylight.json"
 
@@ -174,12 +177,14 @@ def _nothing_whole(which: str, storage: Storage, name: str) -> InvalidArguments:
 
 def load_module(owner: type, path: Any, map_location: Any, strict: bool | None, overrides: dict[str, Any]) -> Any:
     """`Module.load_from_checkpoint`."""
+    from raylight.worker.checkpoint.kept_hyperparameters import read_hyperparameters
     from raylight.worker.checkpoint.restore import apply_weights, load_any
 
     saved = _to_saved(path)
     state = load_any(saved, map_location)
-    hparams = {**state.module.get("hyper_parameters", {}), **overrides}
-    module = owner(**_accepted(owner, hparams, overrides))
+    kept = read_hyperparameters(state.module, owner)
+    module = owner(**_accepted(owner, kept, overrides))
+    hparams = {**kept.values, **overrides}
     progress = {"epoch": saved.epoch, "global_step": saved.step} if isinstance(saved, Checkpoint) else {}
     checkpoint = {
         "state_dict": state.model, "hyper_parameters": hparams, **state.module.get("extra", {}), **progress,
@@ -192,10 +197,11 @@ def load_module(owner: type, path: Any, map_location: Any, strict: bool | None, 
 
 def load_data_module(owner: type, path: Any, overrides: dict[str, Any]) -> Any:
     """`DataModule.load_from_checkpoint`."""
+    from raylight.worker.checkpoint.kept_hyperparameters import DATA_MODULE_KEY, read_hyperparameters
     from raylight.worker.checkpoint.restore import load_any
 
-    hparams = {**load_any(_to_saved(path)).module.get("datamodule_hyper_parameters", {}), **overrides}
-    return owner(**_accepted(owner, hparams, overrides))
+    kept = read_hyperparameters(load_any(_to_saved(path)).module, owner, DATA_MODULE_KEY)
+    return owner(**_accepted(owner, kept, overrides))
 
 
 def _to_saved(path: Any) -> Any:
@@ -213,12 +219,14 @@ def _is_lightning_file(path: str) -> bool:
     return path.endswith(".ckpt") and os.path.isfile(path)
 
 
-def _accepted(owner: type, hparams: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def _accepted(owner: type, kept: Kept, overrides: dict[str, Any]) -> dict[str, Any]:
     """Those hyperparameters that `__init__` takes, and an error where it needs more."""
     parameters = inspect.signature(owner).parameters
+    hparams = kept.arguments(overrides, parameters)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return hparams
-    unknown = [name for name in overrides if name not in parameters]
+    inner = kept.argument.keys if kept.argument is not None else ()
+    unknown = [name for name in overrides if name not in parameters and name not in inner]
     missing = [
         name for name, p in parameters.items()
         if p.default is p.empty and p.kind is not p.VAR_POSITIONAL and name not in hparams

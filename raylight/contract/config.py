@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from argparse import Namespace
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
 from itertools import pairwise
 from typing import Any
 
@@ -204,14 +206,20 @@ _URI_OPTION = re.compile(r"([?&])([^=&\s]+)=([^&\s]*)")
 def to_plain(value: Any, name: str = "") -> Any:
     """`value` as JSON values, for a person to read: objects become the name of their class. Strings under a name that
     looks like a secret's, and the secrets in URIs, become "***"."""
-    if isinstance(value, str):
+    if isinstance(value, str) and not isinstance(value, Enum):
         return MASK if value and is_secret(name) else mask_uri(value)
-    if value is None or isinstance(value, (bool, int)):
+    if value is None or (isinstance(value, (bool, int)) and not isinstance(value, Enum)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
-        return {str(key): to_plain(item, str(key)) for key, item in value.items()}
+        return {str(key): to_plain(_item(value, key), str(key)) for key in value}
+    if isinstance(value, Enum):
+        return f"{type(value).__qualname__}.{value.name}"
+    if isinstance(value, Namespace):
+        return to_plain(vars(value))
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
+        return [to_plain(_item(value, index), name) for index in range(len(value))]
     if is_collection(value):
         return [to_plain(item, name) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
@@ -228,6 +236,12 @@ def is_collection(value: Any) -> bool:
     """Whether `value` is several things, as a list is, that can be gone through more than once: no text and no bytes,
     nor a tensor or an array."""
     return isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes, bytearray, memoryview, range))
+def _item(container: Any, key: Any) -> Any:
+    """A container may compute what it holds: a configuration has values that are yet to be given."""
+    try:
+        return container[key]
+    except Exception as error:
+        return f"({type(error).__name__})"
 
 
 def mask_command(words: list[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raylight.user.checkpoint_reader import checkpoint_reader
+from raylight.user.init_arguments import choose_hyperparameters, collect_arguments
 from raylight.user.trainer_names import TrainerNames
 from raylight.user.transfer import move_to_device
 
@@ -47,7 +47,7 @@ class Module(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.__dict__["_trainer"] = None
-        self.__dict__["_hparams"] = AttributeDict()
+        self.__dict__.setdefault("_hparams", AttributeDict())
 
     # ---- where it runs
 
@@ -340,20 +340,22 @@ class Module(nn.Module):
     def save_hyperparameters(
         self, *names: Any, ignore: str | list[str] | None = None, frame: Any = None, logger: bool = True
     ) -> None:
-        """Keeps the arguments of `__init__` in `hparams`: all, those named, or those of one dict or Namespace."""
-        if len(names) == 1 and isinstance(names[0], (Mapping, Namespace)):
-            given = names[0]
-            found = dict(given) if isinstance(given, Mapping) else vars(given)
-        else:
-            found = _init_arguments(frame or inspect.currentframe().f_back, type(self))  # type: ignore[union-attr]
-            found = {name: found[name] for name in names} if names else found
+        """Keeps the arguments of `__init__` in `hparams`, and in checkpoints: all, those named, or the items of one
+        dict, Namespace, dataclass or DictConfig, which `load_from_checkpoint` puts together again. Works before
+        `super().__init__()` too."""
+        arguments = collect_arguments(self, frame or inspect.currentframe().f_back)  # type: ignore[union-attr]
+        found, argument = choose_hyperparameters(names, arguments)
         ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
-        self._hparams.update({name: value for name, value in found.items() if name not in ignored})
+        self.hparams.update({name: value for name, value in found.items() if name not in ignored})
+        for name in ignored:
+            self.hparams.pop(name, None)
         self.__dict__["_hparams_logged"] = logger
+        if argument is not None:
+            self.__dict__["_hparams_argument"] = argument
 
     @property
     def hparams(self) -> AttributeDict:
-        return self._hparams
+        return self.__dict__.setdefault("_hparams", AttributeDict())
 
     def freeze(self) -> Self:
         """No parameter requires a gradient, and the module is in evaluation mode."""
@@ -379,17 +381,3 @@ class Module(nn.Module):
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _init_arguments(frame: Any, owner: type) -> dict[str, Any]:
-    """The arguments that the running `__init__`s of this object were called with, the outermost class' last."""
-    found: dict[str, Any] = {}
-    this = frame.f_locals.get("self")
-    while frame is not None and frame.f_code.co_name == "__init__" and frame.f_locals.get("self") is this:
-        signature = inspect.getargvalues(frame)
-        arguments = {name: signature.locals[name] for name in signature.args[1:] if name in signature.locals}
-        if signature.keywords:
-            arguments |= signature.locals[signature.keywords]
-        found |= arguments
-        frame = frame.f_back
-    return found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import pickle
+from argparse import Namespace
 from collections import UserList, deque
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from raylight.arguments.resolving import resolve
 from raylight.arguments.rules import as_list
@@ -485,3 +488,24 @@ def test_a_command_line_without_secrets() -> None:
         "train.py", "--api-key", MASK, f"--password={MASK}", f"HF_TOKEN={MASK}", "--tokens", "5", "--token", "--lr",
         "1", f"s3://{MASK}@c",
     ]  # fmt: skip
+
+
+class Mode(enum.Enum):
+    FAST = 1
+
+
+class Word(enum.StrEnum):
+    YES = "y"
+
+
+def test_a_record_says_what_a_hyperparameter_is() -> None:
+    given = {
+        "mode": Mode.FAST, "word": Word.YES, "space": Namespace(lr=0.1, api_key="x"), "range": range(2),
+        "conf": OmegaConf.create({"a": [1, "???"], "b": "${a}", "late": "???"}),
+    }  # fmt: skip
+    assert to_plain(given) == {
+        "mode": "Mode.FAST", "word": "Word.YES", "space": {"lr": 0.1, "api_key": MASK}, "range": [0, 1],
+        "conf": {
+            "a": [1, "(MissingMandatoryValue)"], "b": [1, "(MissingMandatoryValue)"], "late": "(MissingMandatoryValue)",
+        },
+    }  # fmt: skip

@@ -11,8 +11,14 @@ from raylight.user.callback import Callback
 from raylight.user.data_module import DataModule
 from raylight.user.module import Module
 from raylight.worker.checkpoint import optimizer_options
+from raylight.worker.checkpoint.kept_hyperparameters import (
+    DATA_MODULE_KEY,
+    MODULE_KEY,
+    read_hyperparameters,
+    write_hyperparameters,
+)
 from raylight.worker.checkpoint.restore import apply_weights
-from raylight.worker.checkpoint.snapshot import State, check_plain
+from raylight.worker.checkpoint.snapshot import State
 from raylight.worker.metrics.epoch_shares import merge, pack, unpack
 from raylight.worker.worker import Worker
 
@@ -67,8 +73,8 @@ def collect(worker: Worker) -> State:
             "logged": pack(worker.metrics.epoch_share()),
         },
         module={
-            "hyper_parameters": checkpoint["hyper_parameters"],
-            "datamodule_hyper_parameters": plain_hyperparameters(worker, data_module),
+            **_write_hyperparameters(worker, worker.module, checkpoint["hyper_parameters"], MODULE_KEY),
+            **_write_hyperparameters(worker, data_module, getattr(data_module, "hparams", {}), DATA_MODULE_KEY),
             "extra": {key: value for key, value in checkpoint.items() if key not in LIGHTNING_KEYS},
         },
     )
@@ -86,7 +92,7 @@ def collect_lightning(worker: Worker) -> dict[str, Any]:
             state_key(callback): held for callback in worker.hooks.callbacks if (held := callback.state_dict())
         },
         "loops": worker.progress.state_dict(),
-        "hyper_parameters": plain_hyperparameters(worker, worker.module),
+        "hyper_parameters": dict(worker.module.hparams),
     }  # fmt: skip
 
 
@@ -94,17 +100,13 @@ def state_key(callback: Callback) -> str:
     return callback.state_key
 
 
-def plain_hyperparameters(worker: Worker, owner: Module | DataModule | None) -> dict[str, Any]:
-    """Those of a module or data module that a checkpoint can hold; the others are named once."""
-    kept = {}
-    for name, value in getattr(owner, "hparams", {}).items():
-        try:
-            check_plain(value, name)
-        except (TypeError, ValueError):
-            worker.saving.name_unsaved(name, value, worker.outbox)
-            continue
-        kept[name] = value
-    return kept
+def _write_hyperparameters(
+    worker: Worker, owner: Module | DataModule | None, values: dict[str, Any], key: str
+) -> dict[str, Any]:
+    """The entries of a checkpoint; what it cannot hold is named once."""
+    entries, unsaved = write_hyperparameters(owner, values, key)
+    worker.saving.name_unsaved(unsaved, worker.outbox)
+    return entries
 
 
 def restore_weights(worker: Worker, state: State) -> None:
@@ -112,7 +114,7 @@ def restore_weights(worker: Worker, state: State) -> None:
     progress = state.replicated.get("loop", {})
     checkpoint = {
         "state_dict": state.model,
-        "hyper_parameters": state.module.get("hyper_parameters", {}),
+        "hyper_parameters": read_hyperparameters(state.module, type(worker.module)).values,
         **state.module.get("extra", {}),
         "epoch": progress.get("current_epoch", 0),
         "global_step": progress.get("global_step", 0),

@@ -66,6 +66,11 @@ def restore_arrays(value: Any) -> Any:
     return value
 
 
+def is_plain_array(array: numpy.ndarray) -> bool:
+    """Whether it is kept as it is."""
+    return type(array) is numpy.ndarray and array.dtype in _ARRAY_TYPES
+
+
 def find_tensor_mistake(tensor: Tensor) -> str | None:
     """Say why `tensor` has no plain copy in host memory, or None."""
     if tensor.is_meta:

@@ -22,6 +22,7 @@ from raylight.contract.plain_text import to_utf8
 from raylight.contract.task import SavedState
 from raylight.worker.checkpoint.plain_values import restore_arrays
 from raylight.worker.checkpoint.staging import MODULE_FILE, State, model_file, training_file
+from raylight.worker.checkpoint.typed_values import TAG
 
 _CHUNK_BYTES = 8 << 20
 _MODEL_FILE = re.compile(r"model-\d{5}-of-(\d{5})\.pt")
@@ -157,6 +158,9 @@ def load_lightning(path: str, map_location: Any = "cpu") -> State:
             if not isinstance(values, dict | argparse.Namespace | None):
                 raise CheckpointCorrupt(f"{path} is no Lightning checkpoint: its {key} are a {type(values).__name__}.")
             module[key] = dict(vars(values) if isinstance(values, argparse.Namespace) else values or {})
+    if isinstance(name := content.get("hparams_name"), str):  # what was one object there is one AttributeDict here
+        keys = list(module["hyper_parameters"])
+        module["hyper_parameters_argument"] = {"name": name, "keys": keys, "shell": {TAG: "attributes"}}
     module["progress"] = {key: content.get(key, 0) for key in ("epoch", "global_step")}
     known = {"state_dict", *module, *module["progress"]}
     module["extra"] = {key: value for key, value in content.items() if key not in known}

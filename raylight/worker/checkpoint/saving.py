@@ -42,13 +42,13 @@ class Saving:
     def note_saved(self, step: int) -> None:
         self.saved_step, self.is_requested = step, False
 
-    def name_unsaved(self, name: str, value: object, outbox: Outbox) -> None:
-        """Names a hyperparameter that no checkpoint can hold, once."""
-        if name not in self._unsaved:
+    def name_unsaved(self, unsaved: dict[str, str], outbox: Outbox) -> None:
+        """Names hyperparameters that no checkpoint can hold, with the reason, each once."""
+        for name in unsaved.keys() - self._unsaved:
             self._unsaved.add(name)
             outbox.notice(
-                f"hyperparameter {name!r} ({type(value).__name__}) is no plain value and not in the checkpoints: "
-                f"give it to load_from_checkpoint(path, {name}=...)"
+                f"hyperparameter {name!r} is not in the checkpoints, which cannot hold it: {unsaved[name]}. "
+                f"load_from_checkpoint will ask for it, as {name}=..."
             )
 
     def finish_copying(self) -> bool:

@@ -1,0 +1,81 @@
+"""The arguments that a running `__init__` was called with, and which of them are hyperparameters."""
+
+from __future__ import annotations
+
+import inspect
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+from raylight.contract.errors import InvalidArguments
+
+Argument = tuple[str, Any, tuple[str, ...]]
+"""The name of an argument, what it was, and the names of the values in it."""
+
+
+def collect_arguments(owner: Any, frame: FrameType | None) -> dict[str, Any]:
+    """Those of all `__init__`s of `owner` that are running, the outermost class' last. One that was called from a
+    method of its own, or has a decorator, is found too."""
+    found: dict[str, Any] = {}
+    while frame is not None:
+        if frame.f_code.co_name == "__init__":
+            values = inspect.getargvalues(frame)
+            if values.args and values.locals.get(values.args[0]) is owner:
+                found |= {name: values.locals[name] for name in values.args[1:] if name in values.locals}
+                found |= values.locals.get(values.keywords, {}) if values.keywords else {}
+        frame = frame.f_back
+    return found
+
+
+def choose_hyperparameters(
+    chosen: tuple[Any, ...], arguments: dict[str, Any]
+) -> tuple[dict[str, Any], Argument | None]:
+    """All arguments, those whose names are `chosen`, or the items of one object. Of an object, what it is: an argument
+    that is rebuilt as a whole, or None where it is none."""
+    objects = [one for one in chosen if not isinstance(one, str)]
+    if not chosen:
+        return arguments, None
+    if not objects:
+        if unknown := [name for name in chosen if name not in arguments]:
+            raise InvalidArguments(
+                f"save_hyperparameters({', '.join(map(repr, chosen))}): __init__ has no argument "
+                f"{', '.join(map(repr, unknown))}; it has {list(arguments)}"
+            )
+        return {name: arguments[name] for name in chosen}, None
+    items = _items(objects[0]) if len(chosen) == 1 else None
+    if items is None:
+        kinds = ", ".join(type(one).__name__ for one in chosen)
+        raise InvalidArguments(
+            f"save_hyperparameters({kinds}): it takes names of arguments, or one dict, Namespace, dataclass or "
+            "DictConfig"
+        )
+    name = _find_name(objects[0], arguments)
+    return items, None if name is None else (name, objects[0], tuple(items))
+
+
+def _items(value: Any) -> dict[str, Any] | None:
+    if isinstance(value, Mapping):
+        return {key: value[key] for key in value if not _is_unset(value, key)}
+    if isinstance(value, Namespace | SimpleNamespace):
+        return dict(vars(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: getattr(value, item.name) for item in fields(value)}
+    return None
+
+
+def _is_unset(mapping: Any, key: str) -> bool:
+    """OmegaConf's "???", which raises where it is read."""
+    get_node = getattr(mapping, "_get_node", None)
+    return get_node is not None and getattr(get_node(key), "_is_missing", bool)()
+
+
+def _find_name(value: Any, arguments: dict[str, Any]) -> str | None:
+    for name, argument in arguments.items():
+        if argument is value:
+            return name
+    for name, argument in arguments.items():
+        if type(argument) is type(value) and bool(argument == value):
+            return name
+    return None
