@@ -8,8 +8,9 @@ import os
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from raylight.contract.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments, StorageError
+from raylight.contract.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments, MissingFile, StorageError
 from raylight.storage.checkpoints import (
+    CHECKPOINTS,
     Checkpoint,
     check_whole,
     committed_folders,
@@ -17,6 +18,7 @@ from raylight.storage.checkpoints import (
     first_whole,
     list_checkpoints,
     newest_whole,
+    read_checkpoint,
 )
 from raylight.storage.filesystem import Storage
 from raylight.storage.json_text import parse_object
@@ -72,11 +74,21 @@ class Pointer:
             raise CheckpointCorrupt(f"{path} does not say where the checkpoint of a trial lies: {error}") from error
         return cls(**content)
 
+    def find(self, folder: Storage) -> Checkpoint:
+        """What it points to; `folder` is where it lies, `<run>/sweep_N/<trial>/<checkpoint>` if raylight made it: a run
+        that was moved, or is reached through a file system of the caller's, is found by that."""
+        run = folder.parent().parent().parent()
+        beside = run.child(f"version_{self.version}", CHECKPOINTS, self.checkpoint)
+        try:
+            return check_whole(read_checkpoint(beside))
+        except MissingFile:
+            return find_checkpoint(self.path)
+
 
 def find_resume(
     ckpt_path: Any, storage: Storage, name: str, previous: Any = None, *, stage: str = "fit", filesystem: Any = None
 ) -> Resume:
-    """What `resume` or `ckpt_path` means: None, "last", "best", a Checkpoint, or the path of one.
+    """What `resume` or `ckpt_path` means: None, "last", "best", a Checkpoint (Ray Tune's too), or the path of one.
 
     A path, or a URI of the same scheme, is one of `filesystem` where that is given. For a fit the checkpoint holds all
     that training needs; to evaluate, the weights are enough, and may be a Lightning file's.
@@ -87,6 +99,8 @@ def find_resume(
         return ckpt_path
     if isinstance(ckpt_path, Checkpoint):
         return Resume(_check_resumable(check_whole(ckpt_path), stage))
+    if hasattr(ckpt_path, "as_directory"):
+        return Resume(_check_resumable(find_of_tune(ckpt_path), stage))
     if not isinstance(ckpt_path, str | os.PathLike):
         return Resume(checkpoint=ckpt_path, seed=None)
     if ckpt_path == "last":
@@ -96,7 +110,7 @@ def find_resume(
     path = os.fspath(ckpt_path)
     if not _is_lightning_file(path):
         is_elsewhere = "://" in path and path.partition("://")[0] != storage.uri.partition("://")[0]
-        checkpoint = find_checkpoint(path, None if is_elsewhere else filesystem)
+        checkpoint = find_by_path(path, None if is_elsewhere else filesystem)
         return Resume(_check_resumable(checkpoint, stage))
     if stage == "fit":
         raise InvalidArguments(
@@ -205,14 +219,30 @@ def load_data_module(owner: type, path: Any, overrides: dict[str, Any]) -> Any:
 
 
 def _to_saved(path: Any) -> Any:
-    """A Lightning file stays a path; all else becomes a Checkpoint. One of Ray Tune leads to that of its trial."""
+    """A Lightning file stays a path; all else becomes a Checkpoint."""
     if hasattr(path, "as_directory"):
-        with path.as_directory() as folder:
-            return find_checkpoint(Pointer.read(folder).path)
+        return find_of_tune(path)
     if not isinstance(path, str | os.PathLike):
         return path
     text = os.fspath(path)
-    return text if _is_lightning_file(text) else find_checkpoint(text)
+    return text if _is_lightning_file(text) else find_by_path(text)
+
+
+def find_of_tune(checkpoint: Any) -> Checkpoint:
+    """What a checkpoint of Ray Tune leads to: that of its trial, or one that it was made from."""
+    is_local = getattr(checkpoint.filesystem, "type_name", "") == "local"
+    return find_by_path(checkpoint.path, None if is_local else checkpoint.filesystem)
+
+
+def find_by_path(path: str, filesystem: Any = None) -> Checkpoint:
+    """The checkpoint in a folder, or behind one of Ray Tune's, which holds a pointer alone."""
+    try:
+        return find_checkpoint(path, filesystem)
+    except (CheckpointCorrupt, MissingFile):
+        folder = Storage(path, filesystem)
+        if not folder.exists(POINTER_FILE):
+            raise
+        return Pointer(**json.loads(folder.read_bytes(POINTER_FILE))).find(folder)
 
 
 def _is_lightning_file(path: str) -> bool:

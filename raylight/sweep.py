@@ -49,7 +49,8 @@ def sweep(
     mode: str, data: Any = None, scheduler: Any = None, search_alg: Any = None,
     max_concurrent_trials: int | None = None, resume: bool = False, **trainer_arguments: Unpack[TrainerArguments],
 ) -> ResultGrid:  # fmt: skip
-    """Trains `num_samples` configurations drawn from `space` and returns Ray Tune's ResultGrid.
+    """Trains `num_samples` configurations drawn from `space` and returns Ray Tune's ResultGrid, whose
+    `get_best_result()` is the trial that holds the best checkpoint.
 
     `module_or_function`: a module class, whose arguments the space fills, or a function `config -> (module, data,
     trainer arguments)`. Keys of the space that are trainer arguments, or arguments of a DataModule class, go there.
@@ -61,6 +62,7 @@ def sweep(
     Raises InvalidArguments or NotEnoughResources before the first trial, and the first error where all trials failed.
     """
     from raylight.tuning.mistakes import Plan, find_mistakes
+    from raylight.tuning.results import SweepResults
 
     arguments: dict[str, Any] = {**trainer_arguments}
     recipe = Recipe(module_or_function, data, arguments)
@@ -76,7 +78,7 @@ def sweep(
     with _tune_environment():
         watcher, tuner, folder = _make_tuner(plan, trial_class, config, run, resume)
         try:
-            results = tuner.fit()
+            results = SweepResults.of(tuner.fit(), metric, mode)
         finally:
             watcher.close()
     _raise_if_all_failed(results)
@@ -318,7 +320,7 @@ def _report(plan: Plan, shape: Shape, results: ResultGrid, watcher: Watcher, run
     if state is None:
         return
     run.child(folder).write(PAGE, [to_utf8(make_page(state, f"{run.name}, {folder}")).encode()])
-    best = find_best(results, plan.metric, plan.mode)
+    best = find_best(results, plan.metric)
     code = write_code(plan.recipe, best.config or {}, plan.recipe.arguments, shape) if best is not None else ""
     metrics = best.metrics if best is not None else None
     print("\n" + summarize(state, metrics, code, run.uri, run.uri_of(f"{folder}/{PAGE}")), flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import os
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from raylight.report.summary import format_seconds
 from raylight.report.sweep_table import SweepState, format_number
 from raylight.tuning.recipe import Recipe, Shape, is_function_of_config
+from raylight.tuning.results import read_best
 
 if TYPE_CHECKING:
     from ray.tune import Result, ResultGrid
@@ -37,11 +37,11 @@ def summarize(state: SweepState, best: Mapping[str, Any] | None, code: str, run_
     return "\n".join(lines + [f"{name:<16} {fact}" for name, fact in facts.items() if fact])
 
 
-def find_best(results: ResultGrid, metric: str, mode: str) -> Result | None:
-    """The trial whose last value is the best, as Tune sees it; None where none has a number."""
-    values = [(result.metrics or {}).get(metric) for result in map(results.__getitem__, range(len(results)))]
-    has_number = any(isinstance(value, numbers.Real) and math.isfinite(value) for value in values)
-    return results.get_best_result(metric, mode) if has_number else None
+def find_best(results: ResultGrid, metric: str) -> Result | None:
+    """The trial that holds the best checkpoint; None where none has a number."""
+    results_of_trials = map(results.__getitem__, range(len(results)))
+    has_number = any(read_best(result.metrics, metric) is not None for result in results_of_trials)
+    return results.get_best_result() if has_number else None
 
 
 def _describe(best: Mapping[str, Any], metric: str) -> str:

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 
 from raylight.report.sweep_table import SweepState, TrialRow
-from raylight.tuning.best_trial import find_best, summarize
+from raylight.tuning.best_trial import summarize
 
 ROWS = [TrialRow("Net_0", "done", {"lr": 0.1}, 0.5, 0.4, 3, 20.0), TrialRow("Net_1", "failed", {"lr": 0.2})]
 STATE = SweepState(ROWS, 2, "val_loss", "min", 75.0, None)
 LAST = {"val_loss": 0.5, "epoch": 3, "best_checkpoint": "/runs/it/version_0/checkpoints/step-00000020"}
-
-
-class Grid(list):
-    """As a ResultGrid, which raises where all values are NaN."""
-
-    def get_best_result(self, metric: str, mode: str) -> Any:
-        known = [result for result in self if not math.isnan(result.metrics.get(metric, math.nan))]
-        if not known:
-            raise RuntimeError("No best trial found")
-        return min(known, key=lambda result: result.metrics[metric])
 
 
 def test_the_best_and_the_commands_to_go_on_with_are_told() -> None:
@@ -52,12 +38,3 @@ def test_a_checkpoint_that_is_better_than_the_end_is_told() -> None:
 
 def test_where_no_trial_has_a_result_there_is_no_best() -> None:
     assert summarize(STATE, None, "", "/runs/it", "page").splitlines()[1].startswith("picture")
-
-
-@pytest.mark.parametrize(
-    ("values", "best"), [([math.nan, 2.0, 1.0], 1.0), ([math.nan, math.nan], None), ([None], None)]
-)
-def test_a_best_needs_a_number(values: list[float | None], best: float | None) -> None:
-    grid = Grid(SimpleNamespace(metrics={} if value is None else {"loss": value}) for value in values)
-    found = find_best(grid, "loss", "min")
-    assert (found.metrics["loss"] if found is not None else None) == best
