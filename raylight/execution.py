@@ -33,6 +33,7 @@ from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
 from raylight.user.module import Module
 from raylight.user.trainer_names import TrainerNames
+from raylight.worker.returned import unpack_objects
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,14 +320,14 @@ class Execution:
         """The caller's own objects become what rank 0's were at the end."""
         if trained is None:  # they were used themselves
             return
+        assert self.driver is not None
         self.facts = trained.facts
-        vars(self.module).update(trained.module)
+        try:
+            unpack_objects(trained.objects, self.module, self.callbacks, self.loaders.data_module, self.trainer)
+        except Exception as error:
+            text = f"attributes of module, callbacks and data module were not brought back: {error!r}"
+            self.driver.tell(text, "warning")
         self.module.load_state_dict(trained.weights)
-        if self.loaders.data_module is not None:
-            vars(self.loaders.data_module).update(trained.data_module)
-        vars(self.trainer).update(trained.trainer)
-        for callback, attributes in zip(self.callbacks, trained.callbacks, strict=False):
-            vars(callback).update(attributes)
 
 
 def _make_label(config: Config, version: Version | None) -> str:

@@ -37,6 +37,7 @@ class DeviceStatsMonitor(Callback):
         return ["DeviceStatsMonitor has nowhere to log to with logger=False; remove one of them."]
 
     def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
+        self._logged = {}
         self._processor_time = _read_processor_time()  # the first value is that of the time since now
 
     def on_train_batch_start(self, trainer: TrainerNames, module: Module, batch: Any, batch_idx: int) -> None:

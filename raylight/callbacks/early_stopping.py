@@ -76,11 +76,14 @@ class EarlyStopping(Callback):
         self.divergence_threshold = divergence_threshold
         self.check_on_train_epoch_end = check_on_train_epoch_end
         self.log_rank_zero_only = log_rank_zero_only
+        self._begin()
+
+    def _begin(self) -> None:
         self.wait_count = 0
         self.stopped_epoch = 0
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
-        self.best_score = torch.tensor(math.inf if mode == "min" else -math.inf)
+        self.best_score = torch.tensor(math.inf if self.mode == "min" else -math.inf)
 
     @property
     def state_key(self) -> str:
@@ -91,7 +94,6 @@ class EarlyStopping(Callback):
             "wait_count": self.wait_count,
             "stopped_epoch": self.stopped_epoch,
             "best_score": self.best_score,
-            "patience": self.patience,
             "stopping_reason": self.stopping_reason.value,
             "stopping_reason_message": self.stopping_reason_message,
         }
@@ -100,9 +102,12 @@ class EarlyStopping(Callback):
         self.wait_count = state_dict["wait_count"]
         self.stopped_epoch = state_dict["stopped_epoch"]
         self.best_score = torch.as_tensor(state_dict["best_score"]).cpu()
-        self.patience = state_dict["patience"]
         self.stopping_reason = EarlyStoppingReason(state_dict["stopping_reason"])
         self.stopping_reason_message = state_dict["stopping_reason_message"]
+
+    def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
+        if stage == "fit":
+            self._begin()
 
     def on_train_epoch_end(self, trainer: TrainerNames, module: Module) -> None:
         if self._checks_at_epoch_end(trainer):

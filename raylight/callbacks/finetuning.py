@@ -194,6 +194,10 @@ class BackboneFinetuning(BaseFinetuning):
         self.rounding = rounding
         self.previous_backbone_lr: float | None = None
 
+    def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
+        self.previous_backbone_lr = None
+        super().setup(trainer, module, stage)
+
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"previous_backbone_lr": self.previous_backbone_lr}
 

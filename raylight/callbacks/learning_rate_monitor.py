@@ -51,7 +51,7 @@ class LearningRateMonitor(Callback):
     def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
         if stage == "fit":
             self._logged_step, self._last_step, self._steps_a_batch = 0, None, 1
-            self.lrs = {}
+            self.lrs, self.last_momentum_values, self.last_weight_decay_values = {}, {}, {}
 
     def on_train_start(self, trainer: TrainerNames, module: Module) -> None:
         for _, _, names in _name_groups(trainer):

@@ -75,7 +75,9 @@ class ModelCheckpoint(Callback):
         self.save_on_train_epoch_end = save_on_train_epoch_end
         self.enable_version_counter = enable_version_counter
         self._check_arguments()
+        self._begin()
 
+    def _begin(self) -> None:
         self.best_model_path = ""
         self.best_model_score: Tensor | None = None
         self.last_model_path = ""
@@ -140,7 +142,10 @@ class ModelCheckpoint(Callback):
         ]
 
     def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero:
+        if stage != "fit":
+            return
+        self._begin()
+        if trainer.is_global_zero:
             for text in self.notices():
                 trainer.notice(text, "warning")
 

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from raylight.user.trainer_names import TrainerNames
 
 
+ANNEALING = ("anneal_epochs", "anneal_func", "_anneal_func", "_anneal_strategy")
+"""What SWALR counts to its state, and the caller has said."""
+
+
 class StochasticWeightAveraging(Callback):
     """Averages the weights once an epoch from `swa_epoch_start` on and gives the module the average at the end.
 
@@ -124,7 +128,8 @@ class StochasticWeightAveraging(Callback):
         rates = [group["lr"] for group in optimizer.param_groups]
         self._take_over_schedule(trainer)
         assert self._scheduler is not None
-        self._scheduler.load_state_dict(state)
+        own = {name: value for name, value in state.items() if name not in ANNEALING}
+        self._scheduler.load_state_dict(own)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate  # a scheduler that is made sets the rate of its first epoch
 

@@ -206,14 +206,8 @@ class Trained:
 
     weights: dict[str, Any]
     """The state dict, on the CPU."""
-    module: dict[str, Any]
-    """Attributes of the module."""
-    data_module: dict[str, Any]
-    """Attributes of the data module."""
-    callbacks: list[dict[str, Any]]
-    """Attributes of each callback."""
-    trainer: dict[str, Any]
-    """Attributes that a subclass of the trainer has added."""
+    objects: bytes
+    """Attributes of module, callbacks, data module and trainer, as worker/returned.py packs them."""
     facts: dict[str, Any]
     """What the trainer is asked for after the run, by the names of `Record`."""
 

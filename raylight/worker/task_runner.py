@@ -9,13 +9,15 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from raylight.arguments.rules import as_list
 from raylight.contract.errors import InvalidArguments
-from raylight.contract.messages import Finished, Hyperparameters, Message, PeerLost, Started
+from raylight.contract.messages import Finished, Hyperparameters, Message, PeerLost, Started, Trained
 from raylight.contract.rank_zero import set_rank
 from raylight.contract.seeding import seed_process
 from raylight.contract.task import Begin, Place, Rejoin, Rescue, Task
+from raylight.user.run_view import PLAIN
 from raylight.worker.checkpoint import contents, optimizer_options
 from raylight.worker.checkpoint.restore import load_lightning, load_state
 from raylight.worker.checkpoint.snapshot import State
@@ -26,7 +28,7 @@ from raylight.worker.evaluation import EvaluationResult, evaluate, split_by_load
 from raylight.worker.group import process_group, rejoin
 from raylight.worker.group.control import Control, Halted
 from raylight.worker.loop import sanity_check
-from raylight.worker.returning import gather_trained
+from raylight.worker.returned import pack_objects
 from raylight.worker.session import Session
 from raylight.worker.step.dynamo import postpone_dynamo
 from raylight.worker.step.optimizers import check_schedulers, make_optimizers
@@ -59,8 +61,9 @@ def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
                 control.keep(session)
             result = yield from (_fit(session) if task.stage == "fit" else _evaluate(session.worker))
             _tear_down(session)
-            yield from session.worker.outbox.take()
-        yield _finish(session, result)
+        finished = _finish(session, result)
+        yield from session.worker.outbox.take()
+        yield finished
     except Exception as error:
         session = session or kept
         yield from _fail(session, error)
@@ -187,8 +190,20 @@ def _finish(session: Session, result: EvaluationResult | None) -> Finished:
     if worker.is_first and result is not None:
         return replace(finished, results=tuple(split_by_loader(result.values, result.num_loaders)))
     if worker.is_first and worker.task.returns_module:
-        return replace(finished, trained=gather_trained(worker, session))
+        return replace(finished, trained=_gather_trained(session))
     return finished
+
+
+def _gather_trained(session: Session) -> Trained:
+    worker, hooks = session.worker, session.worker.hooks
+    state = worker.module.state_dict()
+    return Trained(
+        weights={name: value.detach().cpu() if isinstance(value, Tensor) else value for name, value in state.items()},
+        objects=pack_objects(
+            worker.module, hooks.callbacks, worker.data_module, hooks.trainer, worker.shipped, worker.outbox.notice
+        ),
+        facts={name: getattr(session, name) for name in PLAIN},
+    )
 
 
 def _fail(session: Session | None, error: Exception) -> Iterator[Message]:

@@ -31,6 +31,8 @@ class Worker:
     def __init__(self, task: Task, place: Place, control: Control):
         self.task, self.place, self.control, self.config = task, place, control, task.config
         self.hooks = Hooks(task.trainer, task.module, task.loaders.data_module, task.callbacks)
+        self.shipped = dict(vars(task.loaders.data_module)) if task.loaders.data_module is not None else {}
+        """The attributes of the data module as they came from the caller."""
         self.device = torch.device(place.device)
         self.stage = "train" if task.stage == "fit" else task.stage
         self.precision = make_precision(self.config.precision, self.device.type, plugins=self.config.plugins)

@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from raylight.callbacks import (
+    BackboneFinetuning,
     Callback,
     DeviceStatsMonitor,
     EarlyStopping,
+    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LambdaCallback,
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
+    StochasticWeightAveraging,
     ThroughputMonitor,
     Timer,
 )
@@ -63,6 +66,45 @@ def test_early_stopping_goes_on_counting_after_a_resume(fit, make_net):
     stopping = EarlyStopping("val_loss", patience=4)
     trainer = fit(make_net(lr=0.0), stopping, name="run", resume="last", max_epochs=20)
     assert trainer.result.num_epochs == 5
+
+
+def test_a_run_that_goes_on_has_the_arguments_that_were_given_now(fit, make_net):
+    fit(make_net(lr=0.0), EarlyStopping("val_loss", patience=1, min_delta=5.0), name="run", max_epochs=3)
+    stopping = EarlyStopping("val_loss", patience=6)
+    trainer = fit(make_net(lr=0.0), stopping, name="run", resume="last", max_epochs=20)
+    assert (stopping.patience, stopping.min_delta, trainer.result.num_epochs) == (6, 0.0, 7)
+    fit(make_net(), StochasticWeightAveraging(0.1, 2, 9), name="swa", max_epochs=3)
+    swa = StochasticWeightAveraging(0.02, 2, 1, "linear")
+    trainer = fit(make_net(), swa, LearningRateMonitor("epoch"), name="swa", resume="last", max_epochs=6)
+    assert logged(trainer, "lr-SGD")["lr-SGD"][-1] == (30, pytest.approx(0.02))
+
+
+def test_a_callback_that_is_used_again_begins_from_the_start(fit, make_net):
+    def make():
+        return [
+            EarlyStopping("val_loss", patience=2), ModelCheckpoint(monitor="val_loss", save_top_k=2),
+            LearningRateMonitor("step", log_momentum=True), BackboneFinetuning(1), EMAWeightAveraging(decay=0.5),
+            DeviceStatsMonitor(cpu_stats=True),
+        ]  # fmt: skip
+
+    used, fresh = make(), make()
+    fit(make_net(lr=0.0), *used, max_epochs=3, name="first")
+    assert used[0].stopped_epoch == 2
+    again = fit(make_net(), *used, max_epochs=2, name="again")
+    alone = fit(make_net(), *fresh, max_epochs=2, name="alone")
+    assert again.result.num_epochs == alone.result.num_epochs == 2
+    assert logged(again, "lr-SGD") == logged(alone, "lr-SGD")
+    names = {name: [step for step, _ in values] for name, values in logged(again, "").items()}
+    assert names == {name: [step for step, _ in values] for name, values in logged(alone, "").items()}
+    for one, other in zip(used, fresh, strict=True):
+        for name, value in vars(one).items():
+            if isinstance(value, int | float | str | torch.Tensor | None):
+                assert value == vars(other)[name] or "path" in name or "time" in name, (type(one), name)
+    failing = make_net()
+    failing.training_step = None
+    with pytest.raises(Exception, match="not a callable"):
+        fit(failing, *used, max_epochs=1, name="failing")
+    assert (used[1].best_model_path, used[0].stopped_epoch) == ("", 0)
 
 
 def test_learning_rates_are_in_the_history(fit, make_net):

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import pickle
+import threading
+from dataclasses import dataclass
 
 import cloudpickle
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
@@ -11,6 +14,7 @@ from raylight import fit
 from raylight.contract.errors import CheckpointMismatch
 from raylight.user.data_module import DataModule
 from raylight.user.module import Module
+from raylight.worker.returned import MAX_BYTES
 
 
 class Digits(DataModule):
@@ -103,3 +107,56 @@ def test_it_is_rebuilt_from_a_checkpoint(tmp_path):
     assert (again.folder, again.hparams) == ("/other", {"batch_size": 2, "augment": True})
     with pytest.raises(CheckpointMismatch, match="needs 'folder'"):
         Digits.load_from_checkpoint(path)
+
+
+@dataclass
+class Note:
+    epoch: int
+
+
+class Counting(Digits):
+    """Gets attributes while it trains."""
+
+    def prepare_data(self):
+        self.prepared = True
+
+    def setup(self, stage):
+        self.stages = [*getattr(self, "stages", []), stage]
+        self.made = TensorDataset(torch.arange(10))
+        self.large = np.zeros(MAX_BYTES + 1, dtype=np.int8)
+        self.notes = []
+        self.function = make_note
+        self.lock = threading.Lock()
+
+    def train_dataloader(self):
+        self.notes.append(Note(self.trainer.current_epoch))
+        return super().train_dataloader()
+
+
+def make_note(epoch):
+    return Note(epoch)
+
+
+class WithHistory(Line):
+    def on_train_epoch_end(self):
+        self.history = [*getattr(self, "history", []), Note(self.current_epoch)]
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.ray)])
+def test_what_it_gets_in_training_comes_back(tmp_path, request, num_workers, capsys):
+    if num_workers:
+        request.getfixturevalue("ray_cluster")
+    given = TensorDataset(torch.arange(3))
+    data, module = Counting("/data", 5), WithHistory()
+    data.given = given
+    fit(module, data, num_workers=num_workers, max_epochs=2, storage_path=str(tmp_path), enable_progress_bar=False)
+    assert (data.prepared, data.stages, data.notes) == (True, ["fit"], [Note(0)])
+    assert torch.equal(data.made.tensors[0], torch.arange(10))
+    assert data.given is given
+    assert data.function is make_note
+    assert module.history == [Note(0), Note(1)]
+    assert type(module.history[0]) is Note
+    assert Note(3).epoch == 3
+    if num_workers:
+        assert not hasattr(data, "large")
+        assert "Counting.large (268 MB) is not sent back" in capsys.readouterr().out
