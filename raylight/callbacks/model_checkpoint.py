@@ -11,6 +11,7 @@ from torch import Tensor
 
 from raylight.callbacks.mistake_list import Mistakes, is_int
 from raylight.contract.config import Checkpointing
+from raylight.storage.retention import rank_measured
 from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
@@ -152,9 +153,11 @@ class ModelCheckpoint(Callback):
     def take_kept(self, checkpoints: Iterable[Checkpoint], best: Checkpoint | None, last: Checkpoint | None) -> None:
         """Take note of the checkpoints that the driver keeps, and of the best and the newest of them."""
         monitor, sign = self.monitor or "val_loss", -1.0 if self.mode == "max" else 1.0
+        checkpoints = list(checkpoints)
         scores = {it.path: it.metrics[monitor] for it in checkpoints if monitor in it.metrics}
-        ranked = sorted(scores, key=lambda path: sign * scores[path])
-        kept = ranked if self.save_top_k == -1 else ranked[: self.save_top_k]
+        ranked = [it.path for it in rank_measured(checkpoints, monitor, self.mode)]
+        kept = sorted(scores, key=lambda path: sign * scores[path]) if self.save_top_k == -1 else ranked
+        kept = kept if self.save_top_k == -1 else kept[: self.save_top_k]
         self.best_k_models = {path: torch.tensor(scores[path]) for path in kept}
         self.best_model_path = best.path if best is not None else ""
         self.last_model_path = last.path if last is not None else ""

@@ -112,6 +112,8 @@ class Saved:
     stall_s: float  # how long training stood still for the snapshot
     write_s: float
     world_size: int = 1  # of the group whose checkpoint it is, which may have changed since
+    carried: dict[str, int] = field(default_factory=dict)
+    """The metrics that were measured with the weights of an earlier step, and that step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,7 +229,9 @@ class Run:
             metrics=first.metrics,
             weights_only=first.weights_only,
             seed=self.record.get("seed"),
+            carried=first.carried,
         )
+        self._flush_journal()
         try:
             committed = store.commit(self.version.storage, directory, manifest)
             self.checkpoints = [c for c in self.checkpoints if c.path != committed.path] + [committed]
@@ -240,6 +242,15 @@ class Run:
         except Exception as error:
             self.tell(f"the checkpoint of step {first.step} is lost: {_describe(error)}", "warning")
         self.write_record()
+
+    def _flush_journal(self) -> None:
+        """The values before a checkpoint are on storage when it is: a run that goes on from it does not log them again.
+        Where that fails, the journal keeps them and goes on trying."""
+        try:
+            if self.journal is not None:
+                self.journal.flush()
+        except Exception as error:
+            self.tell(f"values before a checkpoint are not on storage yet: {_describe(error)}", "warning")
 
     def _retain(self) -> None:
         options = self.config.checkpoint or Checkpointing()

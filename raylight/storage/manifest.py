@@ -30,6 +30,8 @@ class Manifest:
     world_size: int = 1
     metrics: Mapping[str, float] = field(default_factory=dict)
     weights_only: bool = False
+    carried: Mapping[str, int] = field(default_factory=dict)
+    """The metrics that were measured with the weights of an earlier step, and that step."""
     time: float = field(default_factory=time.time)
     """Seconds since 1970."""
     seed: int | None = None
@@ -62,6 +64,7 @@ class Manifest:
             "time": self.time,
             **({} if self.seed is None else {"seed": self.seed}),
             "metrics": plain(self.metrics),
+            "carried": dict(self.carried),
             "files": [{"path": file.path, "size": file.size, "digest": file.digest} for file in self.files],
         }
         blank = (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
@@ -85,6 +88,7 @@ class Manifest:
                 world_size=int(content["world_size"]),
                 metrics={name: float(value) for name, value in content["metrics"].items()},
                 weights_only=bool(content["weights_only"]),
+                carried={name: int(step) for name, step in content.get("carried", {}).items()},
                 time=float(content["time"]),
                 seed=None if content.get("seed") is None else int(content["seed"]),
                 raylight=str(content["raylight"]),

@@ -37,6 +37,18 @@ def rank(checkpoints: Sequence[Checkpoint], monitor: str | None = None, mode: st
     return sorted(comparable, key=lambda checkpoint: sign * checkpoint.metrics[monitor])
 
 
+def rank_measured(checkpoints: Sequence[Checkpoint], monitor: str | None = None, mode: str = "min") -> list[Checkpoint]:
+    """As `rank`, without those that carry a value on which an older one has."""
+    found: list[Checkpoint] = []
+    measured: set[int] = set()  # at which steps
+    for checkpoint in rank(checkpoints, monitor, mode):
+        carried_from = checkpoint.manifest.carried.get(monitor or DEFAULT_MONITOR)
+        if carried_from is None or carried_from not in measured:
+            found.append(checkpoint)
+        measured.add(checkpoint.step if carried_from is None else carried_from)
+    return found
+
+
 def retain(
     checkpoints: Sequence[Checkpoint],
     keep_best: int = 1,
@@ -47,11 +59,14 @@ def retain(
 ) -> list[Checkpoint]:
     """The checkpoints to delete, oldest first.
 
-    Kept are the `keep_best` best and the `keep_last` newest, at least one of each, -1 for all, and those whose name
-    ("step-00001200") or path is in `protected`: the one that was resumed from, one that is being read.
+    Kept are the `keep_best` best and the `keep_last` newest, at least one of each, and those whose name
+    ("step-00001200") or path is in `protected`: the one that was resumed from, one that is being read. With -1 for
+    either all are kept, also those that cannot be compared.
     """
+    if keep_best < 0 or keep_last < 0:
+        return []
     newest_first = sorted(checkpoints, key=lambda checkpoint: checkpoint.age_key, reverse=True)
-    kept = _first(rank(checkpoints, monitor, mode), keep_best) + _first(newest_first, keep_last)
+    kept = _first(rank_measured(checkpoints, monitor, mode), keep_best) + _first(newest_first, keep_last)
     names = {checkpoint.name for checkpoint in kept}
     return [
         checkpoint
@@ -61,4 +76,4 @@ def retain(
 
 
 def _first(checkpoints: list[Checkpoint], number: int) -> list[Checkpoint]:
-    return checkpoints if number < 0 else checkpoints[: max(1, number)]
+    return checkpoints[: max(1, number)]

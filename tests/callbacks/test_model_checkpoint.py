@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +8,8 @@ import torch
 from raylight.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from raylight.contract.config import Checkpointing, Config
 from raylight.contract.errors import InvalidArguments
+from raylight.storage.checkpoints import Checkpoint, Manifest
+from raylight.storage.filesystem import Storage
 
 
 @pytest.mark.parametrize(
@@ -57,8 +58,9 @@ def test_arguments_that_change_nothing_are_told_once_by_rank_0(make_rank):
     assert "ModelCheckpoint(dirpath='elsewhere') is not used" in rank.notices[0][0]
 
 
-def kept(step: int, **metrics: float) -> SimpleNamespace:
-    return SimpleNamespace(path=f"run/version_0/checkpoints/step-{step:08d}", metrics=metrics)
+def kept(step: int, carried: dict[str, int] | None = None, **metrics: float) -> Checkpoint:
+    folder = Storage(f"/run/version_0/checkpoints/step-{step:08d}")
+    return Checkpoint(folder, Manifest(step, 0, (), metrics=metrics, carried=carried or {}))
 
 
 def test_the_trainer_fills_in_what_was_kept():
@@ -72,6 +74,10 @@ def test_the_trainer_fills_in_what_was_kept():
     assert callback.kth_best_model_path == third.path
     assert callback.kth_value == torch.tensor(0.7)
     assert callback.current_score is None
+    carries = kept(5, {"acc": 2}, acc=0.9)
+    callback.take_kept([first, second, third, carries], second, carries)
+    assert list(callback.best_k_models) == [second.path, third.path]
+    assert callback.current_score.item() == pytest.approx(0.9)
 
 
 def test_before_any_checkpoint_there_are_no_paths():

@@ -8,7 +8,17 @@ import pytest
 
 from raylight.contract.config import Config
 from raylight.contract.errors import StorageError
-from raylight.contract.messages import EpochMetrics, Hyperparameters, Message, Notice, Progress, Saved
+from raylight.contract.messages import (
+    EpochMetrics,
+    Hyperparameters,
+    Message,
+    Notice,
+    Progress,
+    Saved,
+    StepMetrics,
+    StepRow,
+    StepValue,
+)
 from raylight.driver.journal import read_metrics
 from raylight.driver.run import Run
 from raylight.loggers import CSVLogger, make_loggers
@@ -205,3 +215,34 @@ def test_values_may_be_logged_while_the_record_is_written(version: Version) -> N
     assert heard(run) == []
     record = version.read_run()
     assert record["metrics"]["loss"] == record["hyperparameters"]["lr"] == 1.0
+
+
+# ---- values before a checkpoint
+
+
+def test_what_was_measured_before_a_checkpoint_is_on_storage_when_it_is(version: Version) -> None:
+    run = begin(version, 0, world_size=2)
+    for step in (1, 2, 3):
+        for rank in range(2):
+            row = StepRow(step, 0, 0.0, {"loss": StepValue(float(step + rank), 1.0, "mean")})
+            run.handle(rank, StepMetrics((row,)))
+        if step == 2:
+            run.handle(0, save(run, version, 2, 0, world_size=2))
+            run.handle(1, save(run, version, 2, 1, world_size=2))
+            run.wait_for_storage()  # and here the driver is killed
+    written = read_metrics(version.storage)
+    assert list_checkpoints(version.storage)[0].step == 2
+    assert (written["step"].to_pylist()[:2], written["value"].to_pylist()[:2]) == ([1, 2], [1.5, 2.5])
+    run.close("failed")
+
+
+def test_where_values_cannot_be_written_the_checkpoint_is_made_all_the_same(
+    version: Version, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(version, 0)
+    log(run, 1, 1.0)
+    Path(version.path, "metrics-00000.parquet").mkdir()
+    run.handle(0, save(run, version, 2))
+    run.wait_for_storage()
+    assert [checkpoint.step for checkpoint in list_checkpoints(version.storage)] == [2]
+    assert "values before a checkpoint are not on storage yet" in heard(run)[0]

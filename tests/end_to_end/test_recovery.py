@@ -105,6 +105,24 @@ def test_a_killed_worker_costs_no_step(rank, step, point, undisturbed, tmp_path)
     assert len(survivor) == 1
 
 
+class AskingNet(Net):
+    """Its hooks of checkpoints ask the other ranks."""
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["steps"] = self.all_gather(torch.tensor(float(self.global_step))).tolist()
+
+    def on_load_checkpoint(self, checkpoint):
+        assert len(checkpoint["steps"]) == 2
+        self.loaded = self.all_gather(torch.tensor(1.0)).sum().item()
+
+
+def test_hooks_of_checkpoints_may_ask_the_other_ranks_in_a_recovery_too(undisturbed, tmp_path):
+    expected, _ = undisturbed
+    module, result = fit(tmp_path, kind=AskingNet, faults=[FailAt(1, 5, "forward", "kill", tmp_path)])
+    assert (result.status, result.num_restarts, module.loaded) == ("finished", 1, 2.0)
+    assert_same(module, expected)
+
+
 class CountingNet(Net):
     """Tells the driver after every step what it has logged in the epoch, not only four times a second."""
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -96,3 +97,21 @@ def test_retention_keeps_what_it_must_whatever_comes() -> None:
         assert protected <= {it.name for it in left}
         assert (best(left, monitor, mode) or left[0]).step == (best(checkpoints, monitor, mode) or left[0]).step
         assert retain(left, keep_best, keep_last, monitor, mode, protected) == []
+
+
+def carry(checkpoint: Checkpoint, step: int) -> Checkpoint:
+    return replace(checkpoint, manifest=replace(checkpoint.manifest, carried={"val_loss": step}))
+
+
+def test_a_value_that_is_carried_on_takes_one_place_among_the_best() -> None:
+    measured = make(1.0, 1.0, 1.0, 2.0, 2.0, 3.0)  # validated after steps 1, 4 and 6
+    carried = [carry(it, {2: 1, 3: 1, 5: 4}[it.step]) if it.step in (2, 3, 5) else it for it in measured]
+    assert steps(retain(measured, keep_best=2)) == [3, 4, 5]  # each with a value of its own
+    assert steps(retain(carried, keep_best=2)) == [2, 3, 5]
+    assert steps(retain(carried[1:], keep_best=2)) == [3, 5]  # the one that was measured is lost
+    assert steps(retain(carried, keep_best=9)) == [2, 3, 5]
+
+
+def test_where_all_are_kept_those_without_a_value_are_kept_too() -> None:
+    assert retain(make(None, nan, 1.0, 2.0), keep_best=-1, monitor="val_loss") == []
+    assert retain(make(None, nan, 1.0, 2.0), keep_last=-1, monitor="val_loss") == []

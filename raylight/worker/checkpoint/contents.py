@@ -43,6 +43,7 @@ def take_snapshot(worker: Worker, wait: bool) -> bool:
     return snapshots.take(
         checkpoint_directory(progress.global_step, worker.task.attempt), progress.global_step, progress.current_epoch,
         collect(worker), worker.metrics.newest(), options.save_weights_only, owned, wait=wait,
+        carried=worker.metrics.find_carried(progress.global_step),
     )  # fmt: skip
 
 
@@ -65,6 +66,7 @@ def collect(worker: Worker) -> State:
             "loop": checkpoint["loops"],
             "precision": worker.precision.state_dict(),
             "metrics": dict(worker.metrics.epoch_values),
+            "measured_at": dict(worker.metrics.measured_at),
             "data_module": data_module.state_dict() if data_module is not None else {},
         },
         own={
@@ -111,6 +113,12 @@ def _write_hyperparameters(
 
 def restore_weights(worker: Worker, state: State) -> None:
     """The module's part, before its optimizers are made."""
+    checkpoint = call_load_hooks(worker, state)
+    apply_weights(worker.module, checkpoint["state_dict"], strict=worker.module.strict_loading)
+
+
+def call_load_hooks(worker: Worker, state: State) -> dict[str, Any]:
+    """What `on_load_checkpoint` has made of the state."""
     progress = state.replicated.get("loop", {})
     checkpoint = {
         "state_dict": state.model,
@@ -121,7 +129,7 @@ def restore_weights(worker: Worker, state: State) -> None:
         **state.module.get("progress", {}),
     }
     worker.hooks.call("on_load_checkpoint", checkpoint)
-    apply_weights(worker.module, checkpoint["state_dict"], strict=worker.module.strict_loading)
+    return checkpoint
 
 
 def restore_training(worker: Worker, state: State) -> RNGState | None:
@@ -152,7 +160,7 @@ def restore_training(worker: Worker, state: State) -> RNGState | None:
     if worker.data_module is not None and saved.get("data_module"):
         worker.data_module.load_state_dict(saved["data_module"])
     worker.precision.load_state_dict(saved["precision"])
-    worker.metrics.restore(saved["metrics"])
+    worker.metrics.restore(saved["metrics"], saved.get("measured_at", {}))
     progress = worker.progress
     progress.load_state_dict(saved["loop"])
     worker.saving.note_saved(progress.global_step if worker.task.attempt > 0 else committed_step(worker))

@@ -66,6 +66,7 @@ class Snapshots:
         weights_only: bool,
         optimizer_owned: Collection[Tensor],
         wait: bool = False,
+        carried: dict[str, int] | None = None,
     ) -> bool:
         """Take a snapshot, to be written to `directory`, and return True.
 
@@ -79,7 +80,7 @@ class Snapshots:
         if self._preparation is not None:
             self._preparation.join()
             self._preparation = None
-        snapshot = _Snapshot(directory, step, epoch, dict(metrics), weights_only, self.world_size)
+        snapshot = _Snapshot(directory, step, epoch, dict(metrics), weights_only, self.world_size, carried or {})
         snapshot.contents, copies = self._stage(state, weights_only, optimizer_owned)
         self._buffers.prepare()
         snapshot.versions = [(tensor, tensor._version) for tensor in optimizer_owned]
@@ -179,6 +180,7 @@ class _Snapshot:
     metrics: dict[str, float]
     weights_only: bool
     world_size: int
+    carried: dict[str, int] = field(default_factory=dict)
     contents: dict[str, Any] = field(default_factory=dict)  # by file name; tensors are host buffers
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
     late: list[Copy] = field(default_factory=list)
@@ -264,7 +266,7 @@ class _Snapshot:
             return SaveFailed(self.directory, self.step, self.reason, self.is_torn)
         return Saved(
             self.directory, self.step, self.epoch, tuple(self.files), self.metrics, self.weights_only,
-            self.stall_s, self.write_s, self.world_size,
+            self.stall_s, self.write_s, self.world_size, self.carried,
         )  # fmt: skip
 
 

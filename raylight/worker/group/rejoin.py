@@ -57,7 +57,8 @@ def meet(session: Session, mode: Rejoin) -> None:
     if furthest[0] < 0:
         return
     source = standings.index(furthest)
-    mine = contents.collect(worker) if worker.rank == source else None
+    collected = contents.collect(worker)  # by all, as at every checkpoint: on_save_checkpoint may ask the other ranks
+    mine = collected if worker.rank == source else None
     if mine is not None:
         mine.own = {
             "data": mine.own["data"], "saved_step": _saved_step(worker), "ends": (worker.should_stop, worker.status)
@@ -66,6 +67,8 @@ def meet(session: Session, mode: Rejoin) -> None:
     if standings[worker.rank] != furthest:
         contents.restore_weights(worker, received)
         contents.restore_training(worker, received)
+    elif any(standing != furthest for standing in standings):
+        contents.call_load_hooks(worker, received)  # as the others do, which they may ask for something
     worker.saving.note_saved(received.own["saved_step"])
     worker.end_as(*received.own["ends"])
     if received.own["data"]:
@@ -95,6 +98,9 @@ def rescue(session: Session, task: Task, place: Place, control: Control) -> Iter
         return
     worker.move(task, place, control)
     results = worker.saving.close(FINAL_WRITE_TIMEOUT_S)
+    drained = worker.metrics.drain()
+    if drained is not None:  # of the last steps: who goes on from the checkpoint does not log them again
+        yield drained
     yield from results
     directory = checkpoint_directory(step, task.attempt)
     if any(isinstance(result, Saved) and result.directory == directory for result in results):
@@ -107,7 +113,11 @@ def rescue(session: Session, task: Task, place: Place, control: Control) -> Iter
         yield from keep_locally(worker)
         return
     worker.saving.begin(task.files, place.rank, place.world_size)
-    contents.take_snapshot(worker, wait=True)
+    try:
+        contents.take_snapshot(worker, wait=True)
+    except Exception as error:  # of on_save_checkpoint, which may have asked for the other ranks
+        yield SaveFailed(directory, step, f"{type(error).__name__}: {error}")
+        return
     yield from worker.saving.close(FINAL_WRITE_TIMEOUT_S)
     if worker.saving.has_failed:
         yield from keep_locally(worker)

@@ -78,6 +78,7 @@ class Metrics:
         self.batch_size: int | Callable[[], int | None] = 1
         self.rows: list[tuple[int, int, float, list[tuple[Series, Any, float]]]] = []
         self.epoch_values: dict[str, float] = {}
+        self.measured_at: dict[str, int] = {}  # by name: the step
         self.logged_values: dict[str, float] = {}
         self.shown_values: dict[str, float] = {}
         self.carried: Share = {}  # logged in this epoch of training by ranks that are gone, or before a resume
@@ -133,9 +134,9 @@ class Metrics:
         """What others have logged in this epoch counts too."""
         self.carried = share
 
-    def restore(self, epoch_values: dict[str, float]) -> None:
-        """The epoch values of a checkpoint."""
-        self.epoch_values = dict(epoch_values)
+    def restore(self, epoch_values: dict[str, float], measured_at: dict[str, int]) -> None:
+        """The epoch values of a checkpoint, and the steps at which they were measured."""
+        self.epoch_values, self.measured_at = dict(epoch_values), dict(measured_at)
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -233,6 +234,11 @@ class Metrics:
             values[self._step_name(found)] = number
         return values
 
+    def find_carried(self, step: int) -> dict[str, int]:
+        """Of what `newest` gives at `step`, the names of values that an earlier step's weights have, and that step."""
+        fresh = {name for s in self.series.values() if s.on_step and s.values for name in (s.name, self._step_name(s))}
+        return {name: at for name, at in self.measured_at.items() if at != step and name not in fresh}
+
     # ---- once an epoch
 
     def finish_epoch(self, stage: str, epoch: int, step: int) -> EpochMetrics:
@@ -274,6 +280,7 @@ class Metrics:
             series.fresh = series.touched = False
         self._whole = {}
         self.epoch_values |= values
+        self.measured_at |= dict.fromkeys(values, step)
         self.logged_values |= {name: values[name] for name in logged}
         self.shown_values |= {name: values[name] for name in shown}
         return EpochMetrics(stage, epoch, step, time.time(), values, frozenset(logged), frozenset(shown))
@@ -301,7 +308,7 @@ class Metrics:
 
     def forget(self) -> None:
         """Drops all reduced values, as after sanity validation."""
-        self.epoch_values, self.logged_values, self.shown_values = {}, {}, {}
+        self.epoch_values, self.logged_values, self.shown_values, self.measured_at = {}, {}, {}, {}
 
     # ---- inner
 
