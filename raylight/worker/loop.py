@@ -287,19 +287,30 @@ class Loop:
     def save(self, must: bool = False) -> Iterator[Message]:
         """Starts a checkpoint of this step; the bytes are written behind the loop.
 
-        While the one before is still being written, a checkpoint that `must` be made (an epoch's, the last) waits for
-        it, and one in between is left out, on all ranks alike; one that was asked for is made after a later step.
+        While the one before is still being written, a checkpoint that `must` be made (an epoch's, the last, and as
+        `Schedule.must_save` says) waits for it, and one in between is left out, on all ranks alike, which is said once;
+        one that was asked for is made after a later step.
         """
         worker, saving, step = self.worker, self.worker.saving, self.worker.progress.global_step
         if saving.snapshots is None or saving.saved_step == step:
             saving.drop_request()
             return
-        yield from saving.poll()
+        yield from self._poll()
         free = agree(not saving.snapshots.busy, worker.world_size)
-        if free or must:
+        if free or must or self.schedule.must_save():
             worker.control.show_life("save", step)
             contents.take_snapshot(worker, wait=not free)
             saving.note_saved(step)
+        elif not saving.is_requested and worker.is_first:
+            saving.say_left_out(step, worker.outbox)
+
+    def _poll(self) -> Iterator[Message]:
+        """What has become of snapshots. Values come before the checkpoint that they led to: it would be committed, and
+        a run that goes on from it does not log them again."""
+        results = self.worker.saving.poll()
+        if results:
+            yield from self._drain()
+            yield from results
 
     def save_last(self) -> Iterator[Message]:
         """The state at the end of the run is always on storage; what fails on any rank is tried once more by all."""
@@ -334,6 +345,7 @@ class Loop:
         """Until the driver lets it go on; in its own process, until the next message is asked for."""
         worker, pause = self.worker, self.pause
         self.pause = None
+        yield from self._drain()
         yield from worker.saving.close(FINAL_WRITE_TIMEOUT_S)
         yield Paused(worker.progress.global_step)
         if pause is not None and pause.request == Request.PAUSE:

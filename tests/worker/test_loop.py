@@ -182,3 +182,69 @@ def test_a_checkpoint_that_was_asked_for_waits_for_the_one_in_flight(tmp_path, m
     checkpoint = pl.Checkpointing(keep_last=-1)
     result = fit(Net(), tmp_path, max_epochs=1, callbacks=[Requesting(opened)], checkpoint=checkpoint)
     assert [checkpoint.step for checkpoint in result.checkpoints] == [2, 4, 6]
+
+
+class Opening(pl.Callback):
+    """Lets what is in flight be written when the next checkpoint asks for what it holds."""
+
+    def __init__(self):
+        self.opened: dict[int, threading.Event] = {}
+
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        for event in self.opened.values():
+            event.set()
+        self.opened[trainer.global_step] = threading.Event()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ({"checkpoint": pl.Checkpointing(every_n_steps=1, keep_last=-1)}, [1, 2, 3, 4, 5, 6]),
+        ({"checkpoint": pl.Checkpointing(every_n_steps=2, keep_best=-1)}, [2, 4, 6]),
+        ({"callbacks": [pl.callbacks.ModelCheckpoint(every_n_train_steps=3, save_top_k=-1)]}, [3, 6]),
+        ({"checkpoint": pl.Checkpointing(keep_best=9), "val_check_interval": 1}, [1, 2, 3, 4, 5, 6]),
+        ({"checkpoint": pl.Checkpointing(every_n_steps=1, keep_best=9), "val_check_interval": 2}, [2, 4, 6]),
+    ],
+)
+def test_checkpoints_that_no_other_can_stand_for_are_all_made(arguments, steps, tmp_path, monkeypatch, capsys):
+    opening = Opening()
+    write_file = snapshot_module._Snapshot.write_file
+
+    def write(snapshot, *others):
+        if snapshot.step < 6:
+            assert opening.opened[snapshot.step].wait(10)
+        return write_file(snapshot, *others)
+
+    monkeypatch.setattr(snapshot_module._Snapshot, "write_file", write)
+    callbacks = [*arguments.pop("callbacks", []), opening]
+    result = fit(Net(), tmp_path, val=make_loader(4), max_epochs=1, callbacks=callbacks, **arguments)
+    assert [checkpoint.step for checkpoint in result.checkpoints] == steps
+    is_complete = "val_check_interval" not in arguments or steps == [1, 2, 3, 4, 5, 6]
+    assert ("the checkpoint of step 3 is left out" in capsys.readouterr().out) != is_complete
+
+
+def test_a_checkpoint_says_which_values_it_carries_on(tmp_path):
+    checkpoint = pl.Checkpointing(every_n_steps=1, keep_last=-1, monitor="val_loss")
+    result = fit(Net(), tmp_path, val=make_loader(4), max_epochs=1, val_check_interval=2, checkpoint=checkpoint)
+    carried = {it.step: it.manifest.carried.get("val_loss") for it in result.checkpoints if "val_loss" in it.metrics}
+    assert carried == {2: None, 3: 2, 4: None, 5: 4, 6: None}
+    options = {"max_epochs": 1, "checkpoint": checkpoint, "resume": result.checkpoints[2].path}
+    again = fit(Net(), tmp_path, val=make_loader(4), limit_val_batches=0, **options)
+    assert [it.manifest.carried.get("val_loss") for it in again.checkpoints] == [2, 2, 2]
+
+
+class FailingAtFive(Net):
+    def training_step(self, batch):
+        self.log("loss", float(self.global_step + 1))
+        if self.global_step == 4:
+            raise ArithmeticError("in the fifth step")
+        return super().training_step(batch)
+
+
+def test_the_values_of_the_steps_that_a_rescued_checkpoint_holds_are_in_the_history(tmp_path):
+    with pytest.raises(pl.RaylightError, match="in the fifth step"):
+        fit(FailingAtFive(), tmp_path, max_epochs=1, log_every_n_steps=1)
+    run = pl.open_run(tmp_path)
+    rows = [(row["step"], row["value"]) for row in run.metrics.to_pylist() if row["name"] == "loss"]
+    assert run.last.step == 4
+    assert rows == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]

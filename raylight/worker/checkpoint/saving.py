@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from raylight.contract.messages import Message
 from raylight.contract.task import Files
 from raylight.worker.checkpoint.snapshot import Snapshots
@@ -20,6 +18,7 @@ class Saving:
         self.is_requested = False
         """A checkpoint was asked for, by a hook or the driver, and is not made yet."""
         self._unsaved: set[str] = set()
+        self._said_left_out = False
 
     @property
     def has_failed(self) -> bool:
@@ -55,9 +54,18 @@ class Saving:
         """Returns once weights and optimizer state may change; False if user code has changed them already."""
         return self.snapshots is None or self.snapshots.wait()
 
-    def poll(self) -> Iterator[Message]:
-        if self.snapshots is not None:
-            yield from self.snapshots.poll()
+    def say_left_out(self, step: int, outbox: Outbox) -> None:
+        """Names a checkpoint that is not made because the one before is in flight; the first alone."""
+        if not self._said_left_out:
+            self._said_left_out = True
+            outbox.notice(
+                f"the checkpoint of step {step} is left out, as the one before is still being written; others may be "
+                "too. With keep_last=-1 or keep_best=-1 training waits, and each one is made.", "warning",
+            )  # fmt: skip
+
+    def poll(self) -> list[Message]:
+        """What has become of snapshots since the last call."""
+        return list(self.snapshots.poll()) if self.snapshots is not None else []
 
     def close(self, timeout_s: float) -> list[Message]:
         """Waits for the write in flight."""
