@@ -16,7 +16,6 @@ from raylight.arguments.rules import as_list
 from raylight.arguments.scale import Available
 from raylight.arguments.signatures import KeywordDoc, find_given, passes_on_keywords_of
 from raylight.arguments.trainer_arguments import (
-    Duration,
     EvaluationArguments,
     NumWorkers,
     Path,
@@ -25,6 +24,7 @@ from raylight.arguments.trainer_arguments import (
     TrainerArguments,
 )
 from raylight.contract.config import DDP, Checkpointing, Config
+from raylight.contract.durations import Duration
 from raylight.contract.errors import InvalidArguments
 from raylight.contract.task import Loaders
 from raylight.user.callback import Callback

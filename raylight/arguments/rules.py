@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from raylight.contract.config import DDP, RUN_NAMES, Checkpointing, is_collection, is_run_name
+from raylight.contract.durations import FORMS, read_duration
 from raylight.contract.seeding import MAX_SEED
 
 
@@ -142,9 +143,9 @@ def _limit(value: Any) -> int | float:
     raise Refused
 
 
-def _validation_interval(value: Any) -> int | float:
-    if isinstance(value, (str, timedelta, Mapping)):
-        raise Refused("intervals in time are Lightning's alone")
+def _validation_interval(value: Any) -> int | float | timedelta:
+    if not isinstance(value, Real):
+        return _duration(value)
     parsed = _limit(value)
     if parsed == 0:
         raise Refused("to run no validation: limit_val_batches=0")
@@ -211,19 +212,14 @@ def _strategy(value: Any) -> DDP:
     return replace(DDP(), find_unused_parameters=unused)
 
 
-def _max_time(value: Any) -> float:
-    """Seconds."""
+def _duration(value: Any) -> timedelta:
     try:
-        if isinstance(value, str):
-            days, hours, minutes, seconds = (int(part) for part in value.strip().split(":"))
-            value = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
-        elif isinstance(value, Mapping):
-            value = timedelta(**value)
-    except (TypeError, ValueError):
-        raise Refused from None
-    if not isinstance(value, timedelta) or value <= timedelta(0):
+        duration = read_duration(value)
+    except ValueError as error:
+        raise Refused(f"it {error}") from None
+    if duration <= timedelta(0):
         raise Refused
-    return value.total_seconds()
+    return duration
 
 
 def _fast_dev_run(value: Any) -> int:
@@ -337,7 +333,7 @@ RULES: dict[str, Rule] = {
     "min_epochs": whole(0),
     "max_steps": whole(-1, " (-1: no limit)"),
     "min_steps": whole(0),
-    "max_time": Rule('"DD:HH:MM:SS", a timedelta, or a dict such as {"hours": 2}, above zero', _max_time),
+    "max_time": Rule(f"{FORMS}, above zero", lambda value: _duration(value).total_seconds()),
     "limit_train_batches": _LIMIT,
     "limit_val_batches": _LIMIT,
     "limit_test_batches": _LIMIT,
@@ -345,7 +341,8 @@ RULES: dict[str, Rule] = {
     "overfit_batches": _LIMIT,
     "fast_dev_run": Rule("True, False, or a number of batches of at least 0", _fast_dev_run),
     "val_check_interval": Rule(
-        "a whole number of batches of at least 1, or a share of the epoch above 0.0, at most 1.0", _validation_interval
+        f"a whole number of batches of at least 1, a share of the epoch above 0.0, at most 1.0, or a time: {FORMS}",
+        _validation_interval,
     ),
     "check_val_every_n_epoch": optional(whole(1)),
     "num_sanity_val_steps": whole(-1, " (-1: all)"),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any, Literal, Protocol, TypedDict
 
 from raylight.contract.config import DDP, Checkpointing
+from raylight.contract.durations import Duration
 from raylight.user.callback import Callback
 
 
@@ -19,8 +19,6 @@ class TakesMetrics(Protocol):
 
 
 NumWorkers = int | tuple[int, int] | Literal["auto"]
-Duration = timedelta | str | Mapping[str, float]
-"""A timedelta, "DD:HH:MM:SS", or the arguments of a timedelta, such as {"hours": 2}."""
 Path = str | os.PathLike[str]
 Precision = Literal[
     64, 32, 16, "64", "32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
+from raylight.contract.durations import read_duration
 from raylight.contract.errors import InvalidArguments
 
 
@@ -39,6 +41,14 @@ class Mistakes:
     def require_number(self, name: str, value: Any) -> None:
         if not is_number(value):
             self.add(f"{name}={value!r} must be a number.")
+
+    def read_duration(self, name: str, value: Any) -> timedelta | None:
+        """None where `value` is None, or no duration."""
+        try:
+            return None if value is None else read_duration(value)
+        except ValueError as error:
+            self.add(f"{name}={value!r} {error}.")
+            return None
 
     def raise_any(self) -> None:
         if self.found:

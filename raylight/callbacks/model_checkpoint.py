@@ -11,6 +11,7 @@ from torch import Tensor
 
 from raylight.callbacks.mistake_list import Mistakes, is_int
 from raylight.contract.config import Checkpointing
+from raylight.contract.durations import Duration
 from raylight.storage.retention import rank_measured
 from raylight.user.callback import Callback
 
@@ -37,6 +38,7 @@ class ModelCheckpoint(Callback):
     - A checkpoint of an epoch is made after its validation, and where no interval is set a validation in the middle of
       an epoch makes one too; `save_on_train_epoch_end` changes nothing.
     - `save_on_exception` is on unless it is given as False.
+    - `train_time_interval` is a timedelta, "DD:HH:MM:SS" or a dict such as {"hours": 2}.
     - `save_top_k=0` keeps the newest alone. To make none, pass `checkpoint=False` to the trainer; so `every_n_epochs=0`
       without another interval is an error.
     - One `ModelCheckpoint` a run.
@@ -55,7 +57,7 @@ class ModelCheckpoint(Callback):
         mode: str = "min",
         auto_insert_metric_name: bool = True,
         every_n_train_steps: int | None = None,
-        train_time_interval: timedelta | None = None,
+        train_time_interval: Duration | None = None,
         every_n_epochs: int | None = None,
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
@@ -71,11 +73,12 @@ class ModelCheckpoint(Callback):
         self.mode = mode
         self.auto_insert_metric_name = auto_insert_metric_name
         self.every_n_train_steps = every_n_train_steps
-        self.train_time_interval = train_time_interval
         self.every_n_epochs = every_n_epochs
         self.save_on_train_epoch_end = save_on_train_epoch_end
         self.enable_version_counter = enable_version_counter
-        self._check_arguments()
+        mistakes = Mistakes("ModelCheckpoint")
+        self.train_time_interval = mistakes.read_duration("train_time_interval", train_time_interval)
+        self._check_arguments(mistakes)
         self._begin()
 
     def _begin(self) -> None:
@@ -87,8 +90,7 @@ class ModelCheckpoint(Callback):
         self.kth_value: Tensor | None = None
         self.current_score: Tensor | None = None
 
-    def _check_arguments(self) -> None:
-        mistakes = Mistakes("ModelCheckpoint")
+    def _check_arguments(self, mistakes: Mistakes) -> None:
         mistakes.require_choice("mode", self.mode, ("min", "max"))
         mistakes.require_choice("save_last", self.save_last, (None, True, False, "link"))
         mistakes.require_count("save_top_k", self.save_top_k, -1)
@@ -96,8 +98,8 @@ class ModelCheckpoint(Callback):
             if getattr(self, name) is not None:
                 mistakes.require_count(name, getattr(self, name), 0)
         interval = self.train_time_interval
-        if interval is not None and (not isinstance(interval, timedelta) or interval < timedelta(0)):
-            mistakes.add(f"train_time_interval={interval!r} must be a datetime.timedelta that is not negative.")
+        if interval is not None and interval < timedelta(0):
+            mistakes.add(f"train_time_interval={interval!r} must not be negative.")
         given = [
             f"{name}={getattr(self, name)!r}"
             for name in ("every_n_train_steps", "every_n_epochs", "train_time_interval")

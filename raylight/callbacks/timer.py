@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from raylight.callbacks.mistake_list import Mistakes
+from raylight.contract.durations import Duration
 from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
@@ -29,13 +29,14 @@ class Timer(Callback):
 
     def __init__(
         self,
-        duration: str | timedelta | dict[str, float] | None = None,
+        duration: Duration | None = None,
         interval: str = "step",
         verbose: bool = True,
     ):
         mistakes = Mistakes("Timer")
         mistakes.require_choice("interval", interval, ("step", "epoch"))
-        self._duration_s = _read_duration(duration, mistakes)
+        read = mistakes.read_duration("duration", duration)
+        self._duration_s = read.total_seconds() if read is not None else None
         mistakes.raise_any()
         self._interval = interval
         self._verbose = verbose
@@ -160,25 +161,3 @@ def _known(stage: str) -> str:
     mistakes.require_choice("stage", stage, STAGES)
     mistakes.raise_any()
     return stage
-
-
-def _read_duration(duration: Any, mistakes: Mistakes) -> float | None:
-    if isinstance(duration, str):
-        parts = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", duration.strip())
-        if parts is None:
-            mistakes.add(f'duration={duration!r} must read DD:HH:MM:SS, such as "00:12:00:00" for twelve hours.')
-            return None
-        days, hours, minutes, seconds = map(int, parts.groups())
-        duration = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
-    elif isinstance(duration, dict):
-        try:
-            duration = timedelta(**duration)
-        except TypeError as error:
-            mistakes.add(f"duration={duration!r} must hold arguments of datetime.timedelta: {error}.")
-            return None
-    if duration is None:
-        return None
-    if not isinstance(duration, timedelta):
-        mistakes.add(f'duration={duration!r} must be "DD:HH:MM:SS", a datetime.timedelta, a dict or None.')
-        return None
-    return duration.total_seconds()

@@ -7,6 +7,7 @@ import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import timedelta
 from enum import Enum
 from itertools import pairwise
 from typing import Any
@@ -105,8 +106,9 @@ class Config:
     """Train and validate on the same few batches, as for `limit_train_batches`; 0 is off."""
     fast_dev_run: int = 0
     """See whether the code runs: this many batches of each loop, with neither logger nor checkpoints. True is 1."""
-    val_check_interval: int | float = 1.0
-    """From one validation to the next: a share of the epoch (float) or a number of training batches (int)."""
+    val_check_interval: int | float | timedelta = 1.0
+    """From one validation to the next: a share of the epoch (float), a number of training batches (int), or a time (a
+    timedelta, "DD:HH:MM:SS", or a dict such as {"hours": 2}), which begins with the end of the validation before."""
     check_val_every_n_epoch: int | None = 1
     """Validate in every n-th epoch alone. None: batches are counted over epochs, for `val_check_interval` as an int."""
     num_sanity_val_steps: int = 2
@@ -226,7 +228,7 @@ def to_plain(value: Any, name: str = "") -> Any:
         return {item.name: to_plain(getattr(value, item.name), item.name) for item in fields(value)}
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a number of numpy or torch
         return to_plain(value.item(), name)
-    if hasattr(value, "__fspath__"):
+    if isinstance(value, timedelta) or hasattr(value, "__fspath__"):
         return to_plain(str(value), name)
     kind = value if hasattr(value, "__qualname__") else type(value)
     return f"{kind.__module__}.{kind.__qualname__}"

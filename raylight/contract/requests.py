@@ -10,6 +10,8 @@ class Request(StrEnum):
 
     SAVE = "save"
     """Make a checkpoint."""
+    VALIDATE = "validate"
+    """Validate; its time has come."""
     STOP = "stop"
     """End training; the run is "stopped"."""
     INTERRUPT = "interrupt"

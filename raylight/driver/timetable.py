@@ -1,12 +1,13 @@
-"""What the driver asks of all ranks because time has passed: checkpoints every so often, and the end."""
+"""What the driver asks of all ranks because time has passed: checkpoints, validations, and the end."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 
 from raylight.contract.config import Config
-from raylight.contract.messages import Saved
+from raylight.contract.messages import Message, Saved, StageFinished, StageStarted
 from raylight.contract.requests import Request
 
 AUTO_FIRST_S = 30.0  # the first checkpoint of every_s="auto", which measures what one costs
@@ -24,6 +25,12 @@ class Timetable:
         self.is_automatic = every == "auto"
         self.every_s = AUTO_FIRST_S if every == "auto" else float(every) if every else None
         self.next_save = began + self.every_s if self.every_s else None
+        interval = config.val_check_interval
+        self.validate_every_s = interval.total_seconds() if isinstance(interval, timedelta) else None
+        self.next_validation: float | None = None
+        """None also while one is asked for or under way."""
+        self.wait_s = self.validate_every_s
+        """What is to pass between the beginning of training and the first validation, if that is not planned yet."""
         self.end = began + config.max_time_s if config.max_time_s is not None else None
 
     def due(self) -> list[Request]:
@@ -32,10 +39,29 @@ class Timetable:
         if self.next_save is not None and self.every_s is not None and now >= self.next_save:
             self.next_save = now + self.every_s
             actions.append(Request.SAVE)
+        if self.next_validation is not None and now >= self.next_validation:
+            self.next_validation = None
+            actions.append(Request.VALIDATE)
         if self.end is not None and now >= self.end:
             self.end = None
             actions.append(Request.STOP)
         return actions
+
+    def begin(self) -> None:
+        """A generation of the group begins, which knows nothing of a validation that was asked of the last one."""
+        if self.next_validation is None and self.wait_s is None and self.validate_every_s is not None:
+            self.wait_s = 0.0
+
+    def see(self, message: Message) -> None:
+        if isinstance(message, Saved):
+            self.learn(message)
+        elif self.validate_every_s is None or not isinstance(message, (StageStarted, StageFinished)):
+            return
+        elif message.stage == "validate":
+            is_over = isinstance(message, StageFinished)
+            self.next_validation = self.clock() + self.validate_every_s if is_over else None
+        elif isinstance(message, StageStarted) and message.stage == "train" and self.wait_s is not None:
+            self.next_validation, self.wait_s = self.clock() + self.wait_s, None
 
     def learn(self, saved: Saved) -> None:
         """With every_s="auto" the interval follows what a checkpoint was seen to cost: the stall of the loop, and a

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from raylight.contract.config import Config
-from raylight.contract.messages import Message, Saved, SaveFailed
+from raylight.contract.messages import Message, SaveFailed
 from raylight.contract.requests import Request
 from raylight.driver.group import Group
 from raylight.driver.hangs import FLOOR_S, HangDetector, format_stacks
@@ -43,6 +43,8 @@ class Watch:
     def begin(self) -> None:
         """A generation of the group begins."""
         self.hangs.begin()
+        if self.timetable is not None:
+            self.timetable.begin()
         self.is_regrouping = False
         """All ranks were told to leave at a step boundary and to meet anew."""
         self.leaving: list[int] = []
@@ -51,9 +53,9 @@ class Watch:
             self.group.recruit_up_to(self.most)
 
     def see(self, message: Message) -> None:
-        if isinstance(message, Saved) and self.timetable is not None:
-            self.timetable.learn(message)
-        elif isinstance(message, SaveFailed) and message.is_torn and self.group.world_size > 1:
+        if self.timetable is not None:
+            self.timetable.see(message)
+        if isinstance(message, SaveFailed) and message.is_torn and self.group.world_size > 1:
             self.group.request(Request.SAVE)
         self.look()
 

@@ -238,6 +238,7 @@ class Loop:
         if "validate" not in worker.evaluation_data or self.schedule.reloads():
             worker.open_evaluation_data("validate")
         worker.enter("validate")
+        worker.request_validation(False)
         yield from evaluate(worker, "validate")
         worker.enter("train")
         worker.metrics.enter("train", in_step=True)
@@ -332,6 +333,8 @@ class Loop:
         worker = self.worker
         if action.request == Request.SAVE:
             worker.saving.request()
+        elif action.request == Request.VALIDATE:
+            worker.request_validation()
         elif action.request in (Request.PAUSE, Request.PAUSE_IN_PROCESS):
             self.pause = action
         elif action.request == Request.RESIZE:

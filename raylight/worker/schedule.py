@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from raylight.contract.errors import InvalidArguments
 from raylight.worker.worker import Worker
 
 NEVER = 0
 AT_EPOCH_END = -1  # where the length of an epoch is unknown
+ON_REQUEST = -2  # of the driver, which has the clock
 
 
 class Schedule:
@@ -101,7 +104,7 @@ class Schedule:
         """`last`: it was the epoch's last batch. That counts where there is one validation an epoch, as an epoch that
         was begun by another number of workers has another number of batches."""
         if self.val_every <= 0:
-            return False
+            return self.val_every == ON_REQUEST and self.worker.is_validation_requested and self._is_validation_epoch()
         if self.config.val_check_interval == 1.0 and not isinstance(self.config.val_check_interval, int):
             return last and self._is_validation_epoch()
         worker, across_epochs = self.worker, self.config.check_val_every_n_epoch is None
@@ -127,6 +130,8 @@ class Schedule:
         data = worker.evaluation_data.get("validate") or worker.open_evaluation_data("validate")
         if data.total == 0:
             return NEVER
+        if isinstance(interval, timedelta):
+            return ON_REQUEST
         if isinstance(interval, int):
             return interval
         if num_batches is not None:
@@ -134,6 +139,6 @@ class Schedule:
         if interval != 1.0:
             raise InvalidArguments(
                 f"val_check_interval={interval} is a fraction of an epoch, and this epoch's length is unknown; give a "
-                "number of batches (an int)"
+                "number of batches (an int) or a time"
             )
         return AT_EPOCH_END

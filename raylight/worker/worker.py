@@ -49,6 +49,8 @@ class Worker:
         """Of the epoch's training steps, for `training_epoch_end`."""
         self.should_stop = False
         self.status = "finished"
+        self.is_validation_requested = False
+        """The driver, which has the clock, has asked for one."""
         self.has_trained = False
         """Its state is that of the run, and not only of its start."""
         self.seconds: dict[str, float] = {}
@@ -104,6 +106,9 @@ class Worker:
 
     def begin_training(self) -> None:
         self.has_trained = True
+
+    def request_validation(self, is_requested: bool = True) -> None:
+        self.is_validation_requested = is_requested
 
     def drop_epoch_outputs(self) -> None:
         self.epoch_outputs = []  # a new list: the user's hook may have kept the other

@@ -95,7 +95,9 @@ BAD = [
     (dict(limit_test_batches="all"), CPU, ["limit_test_batches", "'all'"]),
     (dict(fast_dev_run="yes"), CPU, ["fast_dev_run", "True, False, or a number of batches", "'yes'"]),
     (dict(val_check_interval=0.0), CPU, ["val_check_interval", "above 0.0", "limit_val_batches=0"]),
-    (dict(val_check_interval="00:01:00:00"), CPU, ["val_check_interval", "in time"]),
+    (dict(val_check_interval="1:2"), CPU, ["val_check_interval", "or a time", "it must read DD:HH:MM:SS"]),
+    (dict(val_check_interval=timedelta(0)), CPU, ["val_check_interval", "or a time"]),
+    (dict(val_check_interval=[3]), CPU, ["val_check_interval", "or a time", "[3] (list)"]),
     (dict(check_val_every_n_epoch=0), CPU, ["check_val_every_n_epoch", "at least 1, or None"]),
     (dict(num_sanity_val_steps=-3), CPU, ["num_sanity_val_steps", "(-1: all)"]),
     (dict(precision="bf16-mix"), CPU, ["precision", "'32-true'", "did you mean 'bf16-mixed'?"]),
@@ -298,6 +300,11 @@ SPELLINGS = [
     (dict(limit_train_batches=10.0), "limit_train_batches", 10),
     (dict(limit_val_batches=0.25), "limit_val_batches", 0.25),
     (dict(val_check_interval=np.float32(0.5)), "val_check_interval", 0.5),
+    (dict(val_check_interval="00:00:30:00"), "val_check_interval", timedelta(minutes=30)),
+    (dict(val_check_interval=timedelta(seconds=5)), "val_check_interval", timedelta(seconds=5)),
+    (dict(val_check_interval={"hours": 2}), "val_check_interval", timedelta(hours=2)),
+    (dict(val_check_interval={"hours": 2}, check_val_every_n_epoch=None), "check_val_every_n_epoch", None),
+    (dict(val_check_interval="00:00:30:00", fast_dev_run=True), "val_check_interval", 1.0),
     (dict(check_val_every_n_epoch=None, val_check_interval=7), "check_val_every_n_epoch", None),
     (dict(strategy="auto"), "strategy", DDP()),
     (dict(strategy="ddp_spawn"), "strategy", DDP()),
@@ -441,6 +448,7 @@ def test_describe_gives_json_without_secrets() -> None:
     assert told["num_workers"] == 4
     assert told["checkpoint"]["monitor"] == "acc"
     assert told["hang_timeout_s"] == "inf"
+    assert told["given"]["max_time"] == "1:00:00"
     assert told["given"]["gpus"] == 4
     assert told["given"]["callbacks"] == [f"{__name__}.KeepBest"]
     assert told["given"]["logger"] == [f"{__name__}.Loud"]

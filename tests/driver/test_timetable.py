@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from raylight.contract.config import Checkpointing, Config
-from raylight.contract.messages import Saved
+from raylight.contract.messages import Saved, StageFinished, StageStarted
 from raylight.driver.timetable import AUTO_FIRST_S, AUTO_LEAST_S, Timetable
 
 
@@ -56,3 +58,53 @@ def test_automatic_interval_keeps_the_cost_under_one_percent():
     assert timetable.every_s == AUTO_LEAST_S
     timetable.learn(saved(stall_s=0.0, write_s=40.0))
     assert timetable.every_s >= 80.0  # a checkpoint is through before the next is due
+
+
+EPOCH = StageStarted("train", 0, 0, 6)
+VALIDATION, END = StageStarted("validate", 0, 0, 2), StageFinished("validate", 0, 0)
+
+
+def test_validate_so_many_seconds_after_the_last_validation():
+    clock, timetable = make(val_check_interval=timedelta(seconds=10))
+    clock.now += 60  # to start the workers
+    assert timetable.due() == []
+    timetable.see(EPOCH)
+    clock.now += 9
+    timetable.see(EPOCH)  # another
+    assert timetable.due() == []
+    clock.now += 1
+    assert timetable.due() == ["validate"]
+    clock.now += 60
+    timetable.see(EPOCH)
+    assert timetable.due() == []  # asked for already
+    timetable.see(VALIDATION)
+    clock.now += 60
+    assert timetable.due() == []
+    timetable.see(END)
+    clock.now += 10
+    assert timetable.due() == ["validate"]
+
+
+def test_a_validation_that_a_failure_has_prevented_is_asked_for_again():
+    for before in ([], [VALIDATION]):
+        clock, timetable = make(val_check_interval=timedelta(seconds=10))
+        timetable.begin()
+        timetable.see(EPOCH)
+        clock.now += 10
+        assert timetable.due() == ["validate"]
+        for message in before:
+            timetable.see(message)
+        timetable.begin()
+        assert timetable.due() == []
+        timetable.see(EPOCH)
+        assert timetable.due() == ["validate"]
+
+
+def test_a_validation_that_is_not_due_yet_keeps_its_time_through_a_failure():
+    clock, timetable = make(val_check_interval=timedelta(seconds=10))
+    timetable.see(EPOCH)
+    clock.now += 6
+    timetable.begin()
+    timetable.see(EPOCH)
+    clock.now += 4
+    assert timetable.due() == ["validate"]

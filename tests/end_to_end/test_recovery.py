@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,22 @@ class CountingNet(Net):
         self.log("seen", batch[1].sum(), on_step=False, on_epoch=True, reduce_fx="sum")
         self.log("mean", batch[1].float().mean(), on_step=False, on_epoch=True)
         return super().training_step(batch, batch_idx)
+
+
+class StopAfterValidation(pl.Callback):
+    def on_validation_end(self, trainer, module):
+        trainer.should_stop = trainer.should_stop or not trainer.sanity_checking
+
+
+def test_a_validation_that_its_time_brought_is_made_by_the_next_group(tmp_path):
+    """Nothing else ends the run. Both ranks validate at the same batch, or they would wait for each other."""
+    _, result = fit(
+        tmp_path, faults=[FailAt(1, 1, "validation", "kill", tmp_path), StopAfterValidation()], kind=CountingNet,
+        max_epochs=-1, val_check_interval=timedelta(milliseconds=1), log_every_n_steps=0,
+    )  # fmt: skip
+    assert result.num_restarts == 1
+    assert "val_loss" in result.metrics
+    assert "loss" not in {row["name"] for row in result.history().to_pylist()}  # a value of steps
 
 
 @pytest.mark.parametrize(

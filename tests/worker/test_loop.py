@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from datetime import timedelta
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import raylight as pl
 from raylight.worker.checkpoint import snapshot as snapshot_module
@@ -17,6 +18,14 @@ QUIET = {"num_workers": 0, "use_gpu": False, "enable_progress_bar": False, "enab
 def make_loader(num_samples: int = 12, batch_size: int = 2, **options) -> DataLoader:
     inputs = torch.arange(float(num_samples)).unsqueeze(1)
     return DataLoader(TensorDataset(inputs), batch_size=batch_size, **options)
+
+
+AT_ONCE = timedelta(microseconds=1)  # a batch takes longer
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([number] for number in torch.arange(12.0).unsqueeze(1))
 
 
 class Net(pl.Module):
@@ -40,7 +49,8 @@ class Net(pl.Module):
 
 
 def fit(module: pl.Module, path, loader=None, val=None, **arguments):
-    return pl.fit(module, loader or make_loader(), val, storage_path=str(path), **{**QUIET, **arguments})
+    loader = make_loader() if loader is None else loader
+    return pl.fit(module, loader, val, storage_path=str(path), **{**QUIET, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -58,6 +68,25 @@ def test_when_it_validates(arguments, expected, tmp_path):
     module = Net()
     fit(module, tmp_path, val=make_loader(4), **arguments)
     assert module.validated_at == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "least", "most"),
+    [
+        ({"val_check_interval": AT_ONCE}, {1, 7}, set(range(1, 13))),
+        ({"val_check_interval": AT_ONCE, "check_val_every_n_epoch": 2}, {7}, set(range(7, 13))),
+        ({"val_check_interval": {"days": 1}}, set(), set()),
+        ({"val_check_interval": "01:00:00:00", "check_val_every_n_epoch": None}, set(), set()),
+    ],
+)
+@pytest.mark.parametrize("has_length", [True, False])
+def test_when_it_validates_by_the_clock(arguments, least, most, has_length, tmp_path):
+    """Lightning 2.6 looks at the clock after each batch, so that it validates at `most`; here it is looked at with each
+    message, the first of which comes after an epoch's first batch. No epoch's end makes a validation."""
+    module, loader = Net(), make_loader() if has_length else DataLoader(Stream(), batch_size=2)
+    fit(module, tmp_path, loader, val=make_loader(4), max_epochs=2, **arguments)
+    assert least <= set(module.validated_at) <= most
+    assert len(set(module.validated_at)) == len(module.validated_at)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def settle(session: Session) -> None:
     worker.module._restore_modes()
     worker.saving.finish_copying()  # what is being copied may be overwritten when the ranks meet
     worker.saving.drop_request()
+    worker.request_validation(False)
     worker.enter("train")
 
 
