@@ -10,6 +10,7 @@ import difflib
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 import cloudpickle
@@ -172,7 +173,7 @@ class TrainerNames:
     limit_predict_batches: Setting[int | float] = Setting()
     overfit_batches: Setting[int | float] = Setting()
     fast_dev_run: Setting[int] = Setting()
-    val_check_interval: Setting[int | float] = Setting()
+    val_check_interval: Setting[int | float | timedelta] = Setting()
     check_val_every_n_epoch: Setting[int | None] = Setting()
     num_sanity_val_steps: Setting[int] = Setting()
     reload_dataloaders_every_n_epochs: Setting[int] = Setting()
