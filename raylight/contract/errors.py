@@ -25,8 +25,9 @@ class InvalidArguments(RaylightError, ValueError):
 class WorkerFailed(RaylightError):
     """A worker raised or died, and the run could not go on.
 
-    `cause` is the exception that the user's code raised where it could be sent to the driver, else None;
-    `log` is the path of the failed rank's log, or None where there is none.
+    Where user code raised, the error is an instance of its class too (`user_error.with_users_class`), so that
+    `except ValueError` catches it. `cause` is that exception itself, or None where it could not be sent; `log` is
+    the path of the failed rank's log, or None where there is none.
     """
 
     def __init__(

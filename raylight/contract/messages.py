@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from raylight.contract.user_error import unpack
 
 Values = dict[str, float]
 
@@ -151,8 +152,8 @@ class Hyperparameters:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An exception ended this rank. `traceback` has the user's own frames first; `cause` is the pickled
-    exception, where it can be pickled."""
+    """An exception ended this rank. `traceback` has the user's own frames first; `cause` is the
+    exception itself, packed by `user_error.pack`."""
 
     kind: str
     text: str
@@ -167,12 +168,7 @@ class Failure:
 
     def load_cause(self) -> BaseException | None:
         """The exception itself; None where it was not sent, or its class cannot be imported here."""
-        if self.cause is None:
-            return None
-        try:
-            return pickle.loads(self.cause)
-        except Exception:
-            return None
+        return unpack(self.cause) if self.cause is not None else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from raylight.contract.errors import NotEnoughResources, RaylightError, WorkerFa
 from raylight.contract.messages import Died, PeerLost
 from raylight.contract.requests import Request
 from raylight.contract.task import Rejoin, Rescue, Task
+from raylight.contract.user_error import with_users_class
 from raylight.driver.group import Group, Messages
 from raylight.driver.restart import Decision, History, decide, find_first, make_error
 from raylight.driver.run import Run
@@ -135,10 +136,8 @@ class Recovery:
 
     def _make_error(self, failures: dict[int, Any], decision: Decision) -> BaseException:
         error = make_error(failures, self.driver, decision.reason)
-        original = self.group.exception
-        if original is not None:
-            error.cause = original
-        if isinstance(error.cause, RaylightError) and not isinstance(error.cause, WorkerFailed):
-            return error.cause
-        error.__cause__ = error.cause
-        return error
+        cause = self.group.exception or error.cause
+        if cause is None:
+            return error
+        is_own = type(cause).__module__ == RaylightError.__module__  # and says all by itself
+        return cause if is_own and not isinstance(cause, WorkerFailed) else with_users_class(error, cause)

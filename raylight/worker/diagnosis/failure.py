@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import sysconfig
 import traceback
 
 import raylight
 from raylight.contract.messages import Failure
+from raylight.contract.user_error import pack
 
 PACKAGE = os.path.dirname(os.path.abspath(raylight.__file__))
 LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
@@ -18,15 +18,15 @@ LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib",
 def describe_failure(error: BaseException, step: int, stage: str) -> Failure:
     return Failure(
         kind=type(error).__name__,
-        text=str(error),
+        text=say(error),
         traceback=format_user_traceback(error),
         step=step,
         stage=stage,
-        cause=_pickle(error),
+        cause=pack(error),
     )
 
 
-def format_user_traceback(error: BaseException) -> str:
+def format_user_traceback(error: BaseException, above: frozenset[int] = frozenset()) -> str:
     """The traceback with the user's frames alone; frames of raylight and of libraries are counted.
 
     Where no frame is the user's, the whole traceback is given: then the fault is elsewhere.
@@ -43,10 +43,20 @@ def format_user_traceback(error: BaseException) -> str:
             f'  ... {len(tail)} library frames, the last in "{last.filename}", line {last.lineno}, {last.name}\n'
         )
     lines += traceback.format_exception_only(error)
-    cause = error.__cause__
-    if cause is not None:
-        lines.append("caused by\n" + format_user_traceback(cause))
+    cause, context = error.__cause__, error.__context__
+    if cause is not None and id(cause) not in above:
+        lines.append("caused by\n" + format_user_traceback(cause, above | {id(error)}))
+    elif context is not None and not error.__suppress_context__ and id(context) not in above:
+        lines.append("while this was being handled:\n" + format_user_traceback(context, above | {id(error)}))
     return "".join(lines).rstrip()
+
+
+def say(error: BaseException) -> str:
+    """`str(error)`, which is user code and may raise."""
+    try:
+        return str(error)
+    except Exception as another:
+        return f"<no text: str() of it raised {type(another).__name__}>"
 
 
 def is_users(filename: str) -> bool:
@@ -56,11 +66,3 @@ def is_users(filename: str) -> bool:
         return filename == "<stdin>" or filename.startswith("<ipython")
     return not path.startswith((PACKAGE + os.sep, *LIBRARIES, os.path.join(sys.prefix, "lib")))
 
-
-def _pickle(error: BaseException) -> bytes | None:
-    try:
-        data = pickle.dumps(error)
-        pickle.loads(data)  # some exceptions pickle and do not load
-    except Exception:
-        return None
-    return data
