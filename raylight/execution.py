@@ -14,6 +14,7 @@ from raylight.contract.config import Config
 from raylight.contract.messages import BatchOutputs, Message, Trained
 from raylight.contract.process_settings import read_settings
 from raylight.contract.task import Loaders, Task
+from raylight.contract.user_error import beside
 from raylight.driver.damage import set_aside_damaged
 from raylight.driver.group import Group
 from raylight.driver.recovery import Recovery
@@ -84,13 +85,17 @@ class Execution:
             try:
                 for _ in self.messages():
                     pass
-                return self.finish(verbose)
-            except BaseException:
-                self.group.halt()
-                self._close("failed")
-                raise
-            finally:
+                returned = self.finish(verbose)
                 self._give_back()
+                return returned
+            except BaseException as error:
+                with beside(error, "halting the workers"):
+                    self.group.halt()
+                with beside(error, "closing the run"):
+                    self._close("failed")
+                with beside(error, "giving the module back"):
+                    self._give_back()
+                raise
 
     def _replay(self) -> None:
         """In a process that `raylight replay` has started, for the run that it is about: ends there."""
@@ -110,10 +115,11 @@ class Execution:
         self.group = self._start_group(lambda: _make_label(self.config, choose()[0]))
         try:
             self.task, self.console = self._prepare(self.group, resume, *choose(), facts or {})
-        except BaseException:
-            self.group.halt()  # else it would stay in use
-            if self.driver is not None and self.driver.record:
-                self.driver.close("failed")
+        except BaseException as error:
+            with beside(error, "ending the run that had not begun"):
+                self.group.halt()  # else it would stay in use
+                if self.driver is not None and self.driver.record:
+                    self.driver.close("failed")
             raise
 
     def abandon(self, status: str) -> None:

@@ -27,6 +27,7 @@ from raylight.contract.config import DDP, Checkpointing, Config
 from raylight.contract.durations import Duration
 from raylight.contract.errors import InvalidArguments
 from raylight.contract.task import Loaders
+from raylight.contract.user_error import beside
 from raylight.user.callback import Callback
 from raylight.user.data_module import DataModule
 from raylight.user.module import Module
@@ -238,9 +239,13 @@ class Trainer(TrainerNames):
         execution = Execution(self, stage, model, loaders, self.result, self._claimed, returns_predictions)
         self._claimed = None
         try:
-            return execution.run(ckpt_path, verbose)
-        finally:
-            self._remember(execution)
+            returned = execution.run(ckpt_path, verbose)
+        except BaseException as error:
+            with beside(error, "filling the callbacks"):
+                self._remember(execution)
+            raise
+        self._remember(execution)
+        return returned
 
     def _remember(self, execution: Execution) -> None:
         """Keeps what a run leaves behind for the caller to read."""

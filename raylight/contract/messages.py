@@ -150,6 +150,10 @@ class Hyperparameters:
     values: dict[str, Any]
 
 
+RECOVERY = "recovery"
+"""The stage of a failure that came before the ranks had met again after another."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """An exception ended this rank. `traceback` has the user's own frames first; `cause` is the

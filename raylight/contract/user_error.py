@@ -6,15 +6,18 @@ import io
 import os
 import pickle
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import cloudpickle
 
+import raylight
 from raylight.contract.errors import WorkerFailed
 
-PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+PACKAGE = os.path.dirname(os.path.abspath(raylight.__file__)) + os.sep
 LINKS = ("__cause__", "__context__")
 FACTS = ("rank", "node", "step", "attempt", "cause", "log")
 """What WorkerFailed says; the user's attributes of these names are those of its `cause`."""
@@ -33,6 +36,7 @@ def with_users_class(failed: WorkerFailed, cause: BaseException) -> WorkerFailed
         both = _combine(type(failed), type(cause))
         error = _make(both, cause.args, {**_members(cause), **vars(cause)})
         vars(error).update({name: getattr(failed, name) for name in FACTS}, _text=str(failed))
+        vars(error).update({"__notes__": list(cause.__notes__)} if hasattr(cause, "__notes__") else {})
     except Exception:  # a metaclass, `__init_subclass__` or `__new__` of the user's may refuse in any way
         failed.__cause__ = cause
         return failed
@@ -50,6 +54,31 @@ def pack(error: BaseException) -> bytes:
 def unpack(data: bytes) -> BaseException | None:
     """None where not even a base class of it is known here, or where it cannot be made from its parts."""
     return _put_together(pickle.loads(data))
+
+
+@contextmanager
+def beside(first: BaseException, doing: str) -> Iterator[None]:
+    """Around what is done because of `first`: what fails in it becomes a note to `first`, and does not take its
+    place."""
+    try:
+        yield
+    except Exception as another:
+        first.add_note(describe_beside(doing, another))
+
+
+def describe_beside(doing: str, another: BaseException) -> str:
+    """One paragraph on an exception that came while another was handled."""
+    frames = traceback.extract_tb(another.__traceback__)
+    where = f' (File "{frames[-1].filename}", line {frames[-1].lineno})' if frames else ""
+    return f"While this was handled, {doing} raised {type(another).__name__}: {say(another)}{where}"
+
+
+def say(error: BaseException) -> str:
+    """`str(error)`, which is user code and may raise."""
+    try:
+        return str(error)
+    except Exception as another:
+        return f"<no text: str() of it raised {type(another).__name__}>"
 
 
 # ---- one class out of two
@@ -75,12 +104,17 @@ def _say_text(error: Any) -> str:
 def _reduce(error: Any) -> tuple[Any, ...]:
     kind = next(base for base in type(error).__mro__ if base.__module__ == WorkerFailed.__module__)
     facts = {name: getattr(error, name) for name in FACTS if name != "cause"}
-    return _rebuild, (kind, error._text, facts, pack(error.cause))
+    notes = [note for note in getattr(error, "__notes__", []) if isinstance(note, str)]
+    return _rebuild, (kind, error._text, facts, pack(error.cause), notes)
 
 
-def _rebuild(kind: type[WorkerFailed], text: str, facts: dict[str, Any], packed: bytes) -> WorkerFailed:
+def _rebuild(
+    kind: type[WorkerFailed], text: str, facts: dict[str, Any], packed: bytes, notes: list[str]
+) -> WorkerFailed:
     failed, cause = kind(text, **facts), unpack(packed)
-    return with_users_class(failed, cause) if cause is not None else failed
+    error = with_users_class(failed, cause) if cause is not None else failed
+    vars(error).update({"__notes__": notes} if notes else {})
+    return error
 
 
 def _make(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:

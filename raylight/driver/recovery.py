@@ -8,12 +8,12 @@ from typing import Any
 
 from raylight.contract.config import Config
 from raylight.contract.errors import NotEnoughResources, RaylightError, WorkerFailed
-from raylight.contract.messages import Died, PeerLost
+from raylight.contract.messages import Died, Failure, PeerLost
 from raylight.contract.requests import Request
 from raylight.contract.task import Rejoin, Rescue, Task
-from raylight.contract.user_error import with_users_class
+from raylight.contract.user_error import beside, describe_beside, with_users_class
 from raylight.driver.group import Group, Messages
-from raylight.driver.restart import Decision, History, decide, find_first, make_error
+from raylight.driver.restart import Decision, History, decide, find_first, is_of_recovery, make_error
 from raylight.driver.run import Run
 from raylight.driver.watch import Watch
 from raylight.storage.checkpoints import newest_whole
@@ -27,11 +27,23 @@ class Recovery:
         self.history = History()
         self.carried: list[tuple[int, dict[str, Any]]] = []
         """Epoch and what was logged in it, of ranks that are gone."""
+        self.handled: dict[int, Any] = {}
+        """The newest failures that came in training, and not while others were handled."""
         self.most = max(watch.most, group.world_size)
 
     def go_on(self, failures: dict[int, Any]) -> Messages:
         """The messages of the next generation: of the ranks that are left and their new peers, or, where nobody is
         left, of ranks that begin from the newest checkpoint. Raises where the run cannot go on."""
+        try:
+            return self._go_on(failures)
+        except RaylightError:
+            raise
+        except Exception as another:  # as of a logger of the user's, which hears of it in this process
+            error = self._make_error(failures, Decision("give up", "it could not be handled"))
+            error.add_note(describe_beside("going on", another))
+            raise error from None
+
+    def _go_on(self, failures: dict[int, Any]) -> Messages:
         self.driver.wait_for_storage()
         if self.watch.is_regrouping and all(isinstance(failure, PeerLost) for failure in failures.values()):
             return self._regroup()
@@ -41,11 +53,15 @@ class Recovery:
         first = find_first(failures)
         self.history.note(failures[first], driver.step, decision)
         dead = [rank for rank, failure in failures.items() if isinstance(failure, Died)]
+        if not is_of_recovery(failures):
+            self.handled = failures
         if decision.action == "give up":
             error = self._make_error(failures, decision)
-            self._rescue(dead)
+            with beside(error, "saving a last checkpoint"):
+                self._rescue(dead)
             raise error
-        driver.tell(f"rank {first} failed at step {driver.step} ({decision.reason}); the run goes on", "warning")
+        lines = [f"rank {first} failed at step {driver.step} ({decision.reason}); the run goes on"]
+        driver.tell("\n".join([*lines, *getattr(failures[first], "notes", ())]), "warning")
         driver.ledger.note_failure(loses_work=decision.action == "restart")
         time.sleep(decision.delay_s)
         self._replace(dead)
@@ -83,6 +99,7 @@ class Recovery:
         is_all_new = len(leaving) == group.world_size
         if is_all_new:
             self._rescue([])
+            driver.is_ending = False
         if leaving:
             self._take_shares(leaving)
             self._drop(leaving)
@@ -129,13 +146,19 @@ class Recovery:
             return
         if dead:
             group.drop(dead)
+        driver.is_ending = True
         driver.begin_generation(group.world_size, "a last checkpoint")
         for rank, message in group.rejoin(replace(self.task, mode=Rescue())):
             driver.handle(rank, message)
-        driver.outcome.take_failures()
+        for rank, failure in driver.outcome.take_failures().items():
+            if isinstance(failure, Failure):
+                driver.tell(f"rank {rank} could not save its last step:\n{failure.traceback}", "warning")
 
     def _make_error(self, failures: dict[int, Any], decision: Decision) -> BaseException:
-        error = make_error(failures, self.driver, decision.reason)
+        if self.handled and self.handled is not failures:
+            error = make_error(self.handled, self.driver, decision.reason, later=failures)
+        else:
+            error = make_error(failures, self.driver, decision.reason)
         cause = self.group.exception or error.cause
         if cause is None:
             return error

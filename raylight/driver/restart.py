@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from raylight.contract.errors import WorkerFailed, WorkerHung
-from raylight.contract.messages import Died, Failure, PeerLost
+from raylight.contract.messages import RECOVERY, Died, Failure, PeerLost
 
 if TYPE_CHECKING:
     from raylight.driver.run import Run
@@ -104,8 +104,17 @@ def find_first(failures: dict[int, Failed]) -> int:
     return min(failures, key=order)
 
 
-def make_error(failures: dict[int, Failed], run: Run, reason: str) -> WorkerFailed:
-    """The failure that the others followed from, as the error that the user reads."""
+def is_of_recovery(failures: dict[int, Failed]) -> bool:
+    """Whether they came while another failure was handled, so that this one is what they followed from."""
+    first = failures[find_first(failures)]
+    return isinstance(first, Failure) and first.stage in (RECOVERY, "setup")
+
+
+def make_error(
+    failures: dict[int, Failed], run: Run, reason: str, later: dict[int, Failed] | None = None
+) -> WorkerFailed:
+    """The failure that the others followed from, as the error that the user reads; `later` are those that came while
+    it was handled."""
     rank = find_first(failures)
     cause = failures[rank]
     node = run.outcome.nodes[rank].node if rank in run.outcome.nodes else "unknown node"
@@ -115,6 +124,10 @@ def make_error(failures: dict[int, Failed], run: Run, reason: str) -> WorkerFail
     lines = [f"rank {rank} on {node} failed at step {step} (attempt {run.attempt + 1}; {reason})."]
     lines.append(cause.traceback if isinstance(cause, Failure) else f"The process is gone: {cause.reason}")
     lines += cause.notes if isinstance(cause, Failure) else []
+    second = later[find_first(later)] if later else None
+    if later and isinstance(second, Failure) and identify(second, 0)[:2] != identify(cause, 0)[:2]:
+        lines.append(f"While this was handled, rank {find_first(later)} raised:\n{second.traceback}")
+        lines += second.notes
     followed = len(failures) - 1
     if followed:
         lines.append(f"{followed} other rank{'s' if followed > 1 else ''} stopped because of it.")
@@ -130,6 +143,7 @@ def make_error(failures: dict[int, Failed], run: Run, reason: str) -> WorkerFail
         lines.append(stacks)
     kind = WorkerFailed if stacks is None else WorkerHung
     error = kind("\n".join(lines), rank=rank, node=node, step=step, attempt=run.attempt, log=log)
-    if isinstance(cause, Failure):
-        error.cause = cause.load_cause()
+    raised = cause if isinstance(cause, Failure) else second  # a process that is gone has raised nothing
+    if isinstance(raised, Failure):
+        error.cause = raised.load_cause()
     return error

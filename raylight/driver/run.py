@@ -84,6 +84,7 @@ class Run:
         self.checkpoints: list[Checkpoint] = store.list_checkpoints(version.storage) if version is not None else []
         # Never deleted: the checkpoint that this run was resumed from, and those that others were told of.
         self.protected: set[str] = {protected} if protected else set()
+        self.is_ending = False  # it is given up, and only its last state is saved
         self.is_follow_up = False  # a test after a fit writes beside it, and leaves its record as it is
         self.superseded: Superseded | None = None  # another driver has taken over, and owns what is on storage
         self.hyperparameters: dict[str, Any] = {}
@@ -270,7 +271,7 @@ class Run:
         self.tell(
             f"rank {rank} could not write its share of the checkpoint of step {message.step}: "
             f"{message.reason.rstrip('.')}. "
-            "Training goes on; earlier checkpoints are whole.", "warning",
+            + ("Earlier" if self.is_ending else "Training goes on; earlier") + " checkpoints are whole.", "warning",
         )  # fmt: skip
 
     @property
@@ -356,8 +357,6 @@ class Run:
         """Brings everything to storage. Called once, whatever happened."""
         self.wait_for_storage()
         self._check_superseded()
-        for step, epoch, moment, values in self.aggregator.flush():
-            self._write_values(step, epoch, moment, values)
         if not self.is_follow_up:
             attempts = self.record.get("attempts") or [{}]
             attempts[-1]["duration_s"] = time.time() - self.began
@@ -367,13 +366,20 @@ class Run:
                 "duration_s": sum(attempt.get("duration_s", 0.0) for attempt in attempts),
                 "goodput": self.goodput,
             }
-        for close in [self._close_journal, *(_closer(log, status) for log in self.loggers)]:
+        closers = [(type(logger).__name__, _closer(logger, status)) for logger in self.loggers]
+        for name, close in [("a logger", self._flush), ("the journal", self._close_journal), *closers]:
             try:
                 close()
-            except Exception as error:  # of a logger of the user's own too: the result must not be lost by it
-                self.tell(f"what was logged is not all on storage: {_describe(error)}", "warning")
+            except (OSError, StorageError) as error:
+                self.tell(f"what was logged is not all on storage: {error}", "warning")
+            except Exception as error:  # of a logger of the user's: the run is over, and its record has to say so
+                self.tell(f"what was logged is not all stored: {name} raised {_describe(error)}", "warning")
         self.write_record()
         self._writer.shutdown()
+
+    def _flush(self) -> None:
+        for step, epoch, moment, values in self.aggregator.flush():
+            self._write_values(step, epoch, moment, values)
 
     def _close_journal(self) -> None:
         if self.journal is not None:

@@ -12,6 +12,7 @@ import ray
 from ray import tune
 
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.user_error import beside
 from raylight.storage.filesystem import Storage
 from raylight.tuning.trial_notes import Notes
 
@@ -124,7 +125,8 @@ class Trial(tune.Trainable):
                 self._run.begin(self._pointer)
             result = self._run.next_result()
         except Exception as error:
-            notes.write_error(error, self.session)
+            with beside(error, "noting it for the sweep"):
+                notes.write_error(error, self.session)
             raise
         if result is None:
             return {tune.result.RESULT_DUPLICATE: True, tune.result.DONE: True}

@@ -23,6 +23,7 @@ from raylight.contract.messages import (
     StageStarted,
 )
 from raylight.contract.requests import Request
+from raylight.contract.user_error import beside
 from raylight.driver.run import Run
 from raylight.execution import Execution
 from raylight.loading import Pointer, Resume
@@ -165,7 +166,8 @@ class TrialRun:
             return self._results.pop(0) | self._where() if self._results else None
         except Exception as error:
             self.driver.record["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-            self._abandon("failed")
+            with beside(error, "closing the run"):
+                self._abandon("failed")
             raise
 
     @property

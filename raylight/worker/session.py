@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +43,12 @@ class Session:
         self.loop: Loop | None = None
         self.restored_rng: RNGState | None = None
         """To be put in place just before the first step."""
+        self.is_meeting = False
+        """The ranks of a new generation make their states equal."""
+        self.is_torn = False
+        """What follows its newest step was cut short, as the step of a scheduler."""
+        self.lost = ""
+        """Why its state is not that of a whole step; empty if it is."""
         self._is_on = True
         self._logger = LoggerProxy(self.worker) if task.config.logger is not False else None
         self.log = self.worker.metrics.log
@@ -61,6 +69,23 @@ class Session:
     def drop_loop(self) -> None:
         """With it goes DDP, which holds on to the group."""
         self.loop = None
+
+    def settle_step(self) -> None:
+        """Takes back a step that broke."""
+        if self.loop is not None:
+            self.is_torn = self.loop.step.undo()
+            self.drop_loop()
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """While the ranks of a new generation make their states equal."""
+        self.is_meeting = True
+        yield
+        self.is_meeting = self.is_torn = False
+
+    def lose(self, reason: str) -> None:
+        """Its state is not that of a whole step; with no reason it is again."""
+        self.lost = reason
 
     def keep_random_numbers(self, state: RNGState | None) -> None:
         self.restored_rng = state

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raylight.arguments.rules import as_list
 from raylight.contract.errors import InvalidArguments
-from raylight.contract.messages import Finished, Hyperparameters, Message, PeerLost, Started, Trained
+from raylight.contract.messages import RECOVERY, Finished, Hyperparameters, Message, PeerLost, Started, Trained
 from raylight.contract.rank_zero import set_rank
 from raylight.contract.seeding import seed_process
 from raylight.contract.task import Begin, Place, Rejoin, Rescue, Task
@@ -22,7 +22,7 @@ from raylight.worker.checkpoint import contents, optimizer_options
 from raylight.worker.checkpoint.restore import load_lightning, load_state
 from raylight.worker.checkpoint.snapshot import State
 from raylight.worker.diagnosis.evidence import keep_evidence
-from raylight.worker.diagnosis.failure import describe_failure
+from raylight.worker.diagnosis.failure import Aftermath, describe_failure
 from raylight.worker.diagnosis.out_of_memory import advise
 from raylight.worker.evaluation import EvaluationResult, evaluate, split_by_loader
 from raylight.worker.group import process_group, rejoin
@@ -208,27 +208,33 @@ def _gather_trained(session: Session) -> Trained:
 
 def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
     """A broken collective is a peer's failure: this rank settles and waits for a new group. Anything else is its own:
-    the hooks are told, and the exception is described."""
+    the hooks are told, and the exception is described. Whatever fails meanwhile is told beside it."""
     lost_peer = process_group.is_peer_loss(error) or (isinstance(error, Halted) and error.broken)
     if session is None:
         failure = describe_failure(error, 0, "setup")
         yield PeerLost(0, failure.text) if lost_peer else failure
         return
-    worker, loop = session.worker, session.loop
-    step, stage = worker.progress.global_step, worker.stage
-    if not lost_peer:
+    worker, loop, aftermath = session.worker, session.loop, Aftermath()
+    step, stage = worker.progress.global_step, RECOVERY if session.is_meeting else worker.stage
+    if lost_peer:
+        failure = describe_failure(error, step, stage)
+    else:
         for hook in worker.hooks.of("on_exception"):
-            hook(error)
-        session.close_logger()
-    failure = describe_failure(error, step, stage)
-    if not lost_peer:
-        evidence = None
+            aftermath.attempt("on_exception", hook, error)
+        aftermath.attempt("trainer.logger", session.close_logger)
+        failure = describe_failure(error, step, stage)
         if stage == "train" and loop is not None:
             evidence = keep_evidence(worker, loop.step, loop.suspect, failure.kind, failure.text)
-        failure = replace(failure, evidence=evidence, notes=advise(worker, session.batch_size, error))
+            failure = replace(failure, evidence=evidence)
+        advice = aftermath.attempt("measuring the memory", advise, worker, session.batch_size, error) or ()
+        failure = replace(failure, notes=advice)
         yield from worker.outbox.take()
     if worker.is_fitting:
-        rejoin.settle(session)
+        num_notes = len(aftermath.notes)
+        aftermath.attempt("taking the broken step back", rejoin.settle, session)
+        if len(aftermath.notes) > num_notes:
+            session.lose(aftermath.notes[-1])
+    failure = replace(failure, notes=(*failure.notes, *aftermath.notes))
     yield PeerLost(step, failure.text) if lost_peer else failure
 
 

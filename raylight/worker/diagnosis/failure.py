@@ -6,10 +6,12 @@ import os
 import sys
 import sysconfig
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 import raylight
 from raylight.contract.messages import Failure
-from raylight.contract.user_error import pack
+from raylight.contract.user_error import describe_beside, pack, say
 
 PACKAGE = os.path.dirname(os.path.abspath(raylight.__file__))
 LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
@@ -51,14 +53,6 @@ def format_user_traceback(error: BaseException, above: frozenset[int] = frozense
     return "".join(lines).rstrip()
 
 
-def say(error: BaseException) -> str:
-    """`str(error)`, which is user code and may raise."""
-    try:
-        return str(error)
-    except Exception as another:
-        return f"<no text: str() of it raised {type(another).__name__}>"
-
-
 def is_users(filename: str) -> bool:
     """Whether a file is neither raylight's, nor installed, nor part of Python."""
     path = os.path.abspath(filename)
@@ -66,3 +60,17 @@ def is_users(filename: str) -> bool:
         return filename == "<stdin>" or filename.startswith("<ipython")
     return not path.startswith((PACKAGE + os.sep, *LIBRARIES, os.path.join(sys.prefix, "lib")))
 
+
+class Aftermath:
+    """What is done because of a failure, user code among it. What fails in that is noted, and the rest is done."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def attempt(self, what: str, action: Callable[..., Any], *arguments: Any) -> Any:
+        """What `action` returns; None where it fails."""
+        try:
+            return action(*arguments)
+        except (Exception, SystemExit) as another:  # an exit would end the worker, and with it the first error
+            self.notes.append(describe_beside(what, another))
+            return None

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raylight.contract.errors import StorageError
+from raylight.contract.errors import CheckpointMismatch, StorageError
 from raylight.contract.layout import checkpoint_directory
 from raylight.contract.messages import Message, Saved, SaveFailed
 from raylight.contract.task import Place, Rejoin, Task
+from raylight.contract.user_error import say
 from raylight.worker.checkpoint import contents
 from raylight.worker.checkpoint.plain_values import copy_plain
 from raylight.worker.checkpoint.snapshot import State
@@ -35,9 +36,7 @@ FINAL_WRITE_TIMEOUT_S = 3600.0
 def settle(session: Session) -> None:
     """Takes back what a broken step or evaluation left, so that this rank stands at its last whole step."""
     worker = session.worker
-    if session.step is not None:
-        session.step.undo()
-        session.drop_loop()
+    session.settle_step()
     for parameter in worker.module.parameters():
         parameter.grad = None
     worker.metrics.rollback()
@@ -51,11 +50,19 @@ def settle(session: Session) -> None:
 def meet(session: Session, mode: Rejoin) -> None:
     """Gives every rank the state of the one that is furthest; a replacement has none of its own. What those that are
     gone have logged in this epoch goes to rank 0."""
+    with session.meeting():
+        _meet(session, mode)
+
+
+def _meet(session: Session, mode: Rejoin) -> None:
     worker, progress = session.worker, session.worker.progress
-    standing = (progress.num_batches_seen, progress.current_epoch, progress.validated_at)
-    standings = gather_objects(standing if worker.has_trained else (-1, 0, 0), worker.world_size)
+    standing = (progress.num_batches_seen, progress.current_epoch, progress.validated_at, not session.is_torn)
+    has_state = worker.has_trained and not session.lost
+    standings = gather_objects(standing if has_state else (-1, 0, 0, False), worker.world_size)
     furthest = max(standings)
     if furthest[0] < 0:
+        if session.lost:
+            raise CheckpointMismatch(f"no rank has the state of a whole step: {session.lost}")
         return
     source = standings.index(furthest)
     collected = contents.collect(worker)  # by all, as at every checkpoint: on_save_checkpoint may ask the other ranks
@@ -66,8 +73,10 @@ def meet(session: Session, mode: Rejoin) -> None:
         }  # fmt: skip
     received = broadcast_state(mine, worker.world_size, source)
     if standings[worker.rank] != furthest:
+        session.lose("it has taken over another's state in part")  # until it has all of it
         contents.restore_weights(worker, received)
         contents.restore_training(worker, received)
+        session.lose("")
     elif any(standing != furthest for standing in standings):
         contents.call_load_hooks(worker, received)  # as the others do, which they may ask for something
     worker.saving.note_saved(received.own["saved_step"])
@@ -95,13 +104,13 @@ def rescue(session: Session, task: Task, place: Place, control: Control) -> Iter
     Ranks whose last steps differ write to different directories, and neither checkpoint becomes whole.
     """
     worker, step = session.worker, session.worker.progress.global_step
-    if not worker.has_trained or task.files is None:
+    if not worker.has_trained or task.files is None or session.lost:
         return
     worker.move(task, place, control)
-    results = worker.saving.close(FINAL_WRITE_TIMEOUT_S)
     drained = worker.metrics.drain()
     if drained is not None:  # of the last steps: who goes on from the checkpoint does not log them again
         yield drained
+    results = worker.saving.close(FINAL_WRITE_TIMEOUT_S)
     yield from results
     directory = checkpoint_directory(step, task.attempt)
     if any(isinstance(result, Saved) and result.directory == directory for result in results):
@@ -109,15 +118,14 @@ def rescue(session: Session, task: Task, place: Place, control: Control) -> Iter
     try:
         if contents.committed_step(worker) == step:
             return
+        worker.saving.begin(task.files, place.rank, place.world_size)
+        contents.take_snapshot(worker, wait=True)
     except StorageError as error:  # raised, it would count as the failure of this rank's own code
         yield SaveFailed(directory, step, str(error))
         yield from keep_locally(worker)
         return
-    worker.saving.begin(task.files, place.rank, place.world_size)
-    try:
-        contents.take_snapshot(worker, wait=True)
-    except Exception as error:  # of on_save_checkpoint, which may have asked for the other ranks
-        yield SaveFailed(directory, step, f"{type(error).__name__}: {error}")
+    except Exception as error:  # of on_save_checkpoint or a state_dict of the user's, which may ask other ranks
+        yield SaveFailed(directory, step, f"{type(error).__name__}: {say(error)}")
         return
     yield from worker.saving.close(FINAL_WRITE_TIMEOUT_S)
     if worker.saving.has_failed:

@@ -104,11 +104,12 @@ class Step:
         taken, self.losses = self.losses, []
         return taken
 
-    def undo(self) -> None:
+    def undo(self) -> bool:
         """Takes back a step that broke: the batches of its window, logged values, running statistics, and what was
         drawn from torch's random numbers on the CPU. (To note numpy's before each batch would cost as much as a small
-        step.) A batch whose step is made counts: only hooks at its end are missing."""
-        worker, progress, metrics = self.worker, self.worker.progress, self.worker.metrics
+        step.) A batch whose step is made counts: only hooks at its end are missing, and True is returned."""
+        progress, metrics = self.worker.progress, self.worker.metrics
+        is_torn = self.batch is not None and self.is_done
         if self.batch is not None and self.is_done:
             progress.finish_batch(self.batch.index)
             if not self.window:
@@ -122,8 +123,7 @@ class Step:
             self.buffers.put_back()
         progress.take_back(self.window)
         self.batch, self.window = None, 0
-        for parameter in worker.module.parameters():
-            parameter.grad = None
+        return is_torn
 
     def follow(self) -> None:
         """Looks the parameters up: as an epoch begins, callbacks may unfreeze some or give them to an optimizer."""
@@ -139,11 +139,14 @@ class Step:
         scale = batch.share / self.worker.data.accumulate
         self.uneven |= batch.uneven
         if not self.automatic:
-            return self.forward(data, batch.index)
+            outputs = self.forward(data, batch.index)
+            self.is_done = True
+            return outputs
         if not complete:
             with self.ddp.no_sync() if self.ddp is not None else NO_CONTEXT:
                 outputs = self.compute(batch, data, scale)
             self.window += 1
+            self.is_done = True
             return outputs
         if self.uses_closure:
             outputs = self._step_by_closure(batch, data, scale)
@@ -152,6 +155,7 @@ class Step:
             self.finish()
             self.step_optimizer(self.optimizer)
         self.window, self.uneven = 0, False
+        self.is_done = True
         return outputs
 
     def forward(self, data: Any, index: int) -> Any:
@@ -219,6 +223,8 @@ class Step:
             result = worker.precision.step(optimizer, closure)
             worker.precision.update()
         worker.progress.finish_step()
+        if self.automatic:  # whatever fails from here on, as in an optimizer_step of the user's, the step is made
+            self.is_done, self.window = True, 0
         return result
 
     def backward_manually(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:
