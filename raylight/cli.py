@@ -28,6 +28,9 @@ LOCAL_INTERVAL_S, REMOTE_INTERVAL_S = 0.3, 2.0  # between looks at a log that is
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where something is wrong, 2 for a command that cannot be understood."""
+    for name in ("stdout", "stderr"):  # as after `>&-`
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     logging.basicConfig(handlers=[_log_handler()], level=logging.WARNING)
     options = _parser().parse_args(arguments)
     try:

@@ -28,6 +28,7 @@ from raylight.loading import Resume, find_resume, find_seed
 from raylight.loggers import make_loggers
 from raylight.report.console import Console
 from raylight.report.gauges import GAUGES, Gauges
+from raylight.report.output_streams import lasting_streams
 from raylight.storage.checkpoints import Checkpoint, raise_fence, sweep_leftovers
 from raylight.storage.fence import claim_attempt
 from raylight.storage.filesystem import Storage
@@ -79,20 +80,26 @@ class Execution:
     def run(self, ckpt_path: Any, verbose: bool) -> Any:
         if self.stage == "fit" and os.environ.get("RAYLIGHT_REPLAY"):
             self._replay()
+        with lasting_streams():
+            return self._run(ckpt_path, verbose)
+
+    def _run(self, ckpt_path: Any, verbose: bool) -> Any:
         self.start(ckpt_path)
         assert self.driver is not None
-        with stop_on_signal(self.group.request, self.driver.tell):
+        with stop_on_signal(self.group.request, self.driver.tell) as signals:
             try:
                 for _ in self.messages():
                     pass
+                signals.close()
                 returned = self.finish(verbose)
                 self._give_back()
                 return returned
             except BaseException as error:
+                signals.close()
                 with beside(error, "halting the workers"):
                     self.group.halt()
                 with beside(error, "closing the run"):
-                    self._close("failed")
+                    self._close(_status_after(error))
                 with beside(error, "giving the module back"):
                     self._give_back()
                 raise
@@ -119,7 +126,7 @@ class Execution:
             with beside(error, "ending the run that had not begun"):
                 self.group.halt()  # else it would stay in use
                 if self.driver is not None and self.driver.record:
-                    self.driver.close("failed")
+                    self.driver.close(_status_after(error))
             raise
 
     def abandon(self, status: str) -> None:
@@ -334,6 +341,10 @@ class Execution:
             text = f"attributes of module, callbacks and data module were not brought back: {error!r}"
             self.driver.tell(text, "warning")
         self.module.load_state_dict(trained.weights)
+
+
+def _status_after(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
 
 
 def _make_label(config: Config, version: Version | None) -> str:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from raylight.runs import open_run
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -92,3 +96,35 @@ def test_training_goes_on_from_its_last_checkpoint(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "steps 20" in done.stdout
     assert "the script was ended by SIGKILL" in done.stderr
+
+
+ON_A_TERMINAL = TRAINING.replace("os.path.exists", "True or os.path.exists").replace(
+    "return self.net", 'print("step", self.global_step, flush=True)\n        return self.net'
+).replace("max_epochs=2", "max_epochs=100000")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("event", "with_run", "status"),
+    [("ctrl-c", True, 0), ("closes", True, 128 + signal.SIGHUP), ("closes", False, -signal.SIGHUP)],
+)
+def test_a_terminal_interrupts_a_run_once(event, with_run, status, tmp_path):
+    """The terminal sends Ctrl-C to every process in its foreground, and tells of its end the first one alone."""
+    (tmp_path / "script.py").write_text(ON_A_TERMINAL)
+    command = ["-m", "raylight.cli", "run", "script.py"] if with_run else ["script.py"]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        os.execve(sys.executable, [sys.executable, *command], os.environ | {"PYTHONPATH": str(ROOT)})
+    said = b""
+    while b"step 7" not in said:
+        said += os.read(terminal, 4096)
+    if event == "ctrl-c":
+        os.write(terminal, b"\x03")
+        with contextlib.suppress(OSError):  # what is read of a terminal whose process has ended
+            while os.read(terminal, 4096):
+                continue
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+    run = open_run(str(tmp_path / "runs"))
+    assert run.status == "interrupted"
+    assert run.last.step > 7

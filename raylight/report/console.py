@@ -14,6 +14,7 @@ from raylight.contract.messages import Message, Notice, Output, Progress
 from raylight.contract.plain_text import visible
 from raylight.report.bars import describe, label, render
 from raylight.report.drawing import Drawing
+from raylight.report.output_streams import LastingStream
 from raylight.report.progress import RunProgress
 from raylight.report.summary import format_results, summarize_model, summarize_result
 
@@ -43,7 +44,8 @@ class Console:
     ):
         self.enabled = enabled
         self.world_size = world_size
-        self._stream = sys.stdout if stream is None else stream
+        stream = sys.stdout if stream is None else stream
+        self._stream: Any = stream if isinstance(stream, LastingStream) else LastingStream(stream)
         self._place = find_place(self._stream)
         self._progress = RunProgress(max_epochs, max_steps, max_time_s)
         self._lock = threading.RLock()  # a signal handler may have something to say in the middle of a message
@@ -126,7 +128,7 @@ class Console:
         try:
             stream.write(text)
         except UnicodeEncodeError:
-            encoding = self._stream.encoding or "ascii"
+            encoding = self._stream.encoding
             stream.write(text.replace("─", "-").encode(encoding, "replace").decode(encoding))
         stream.flush()
 
@@ -143,7 +145,7 @@ class _LogHandler(logging.Handler):
         self._console.handle(0, Notice(record.getMessage(), "warning"))
 
 
-def find_place(stream: TextIO) -> str:
+def find_place(stream: TextIO | LastingStream) -> str:
     """Where `stream` ends up: "terminal", "notebook" or "plain"."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if type(shell).__name__ in ("ZMQInteractiveShell", "Shell"):  # Jupyter's, Colab's

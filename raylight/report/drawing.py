@@ -33,8 +33,9 @@ class Drawing:
         self._replaced: dict[str, PrintedAbove] = {}
         if place == "terminal":
             self._replace_streams()
+        own = (id(stream), id(getattr(stream, "stream", stream)))
         self.printed_above = next(
-            (above for above in self._replaced.values() if above.stream is stream), PrintedAbove(stream)
+            (above for above in self._replaced.values() if id(above.stream) in own), PrintedAbove(stream)
         )
         atexit.register(self.stop)
         self._thread = threading.Thread(target=self._run, name="raylight-bars", daemon=True)
@@ -57,7 +58,7 @@ class Drawing:
 
     def _replace_streams(self) -> None:
         for name in ("stdout", "stderr"):
-            if getattr(sys, name).isatty():
+            if getattr(sys, name) is not None and getattr(sys, name).isatty():
                 self._replaced[name] = PrintedAbove(getattr(sys, name))
                 setattr(sys, name, self._replaced[name])
 

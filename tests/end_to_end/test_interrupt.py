@@ -15,6 +15,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylight as pl
+from raylight.driver.run import Run
+from raylight.launch import signals
 
 pytestmark = pytest.mark.usefixtures("ray_if_marked")
 WORKERS = [0, pytest.param(2, marks=pytest.mark.ray)]
@@ -56,6 +58,38 @@ def test_ctrl_c_commits_a_checkpoint(num_workers, tmp_path):
         storage_path=str(tmp_path), enable_progress_bar=False, enable_model_summary=False, resume="last",
     )  # fmt: skip
     assert again.num_steps == result.num_steps + 2
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_presses_while_the_run_is_closed_change_nothing(num_workers, tmp_path, monkeypatch):
+    """They left it "failed" or "running"."""
+    monkeypatch.setattr(signals, "ONE_PRESS_S", -1.0)
+    close = Run.close
+
+    def press(run: Run, status: str) -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        close(run, status)
+
+    monkeypatch.setattr(Run, "close", press)
+    result = pl.fit(
+        Signalling(3), make_loader(), num_workers=num_workers, use_gpu=False, max_epochs=100,
+        storage_path=str(tmp_path), enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    assert result.status == pl.open_run(str(tmp_path)).status == "interrupted"
+    assert result.last_checkpoint.step == result.num_steps
+
+
+def test_a_second_press_stops_at_once_and_is_recorded_as_such(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "ONE_PRESS_S", -1.0)
+    module = Signalling(3)
+    module.on_train_epoch_end = lambda: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        pl.fit(
+            module, make_loader(), num_workers=0, use_gpu=False, max_epochs=100, storage_path=str(tmp_path),
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+    assert pl.open_run(str(tmp_path)).status == "interrupted"
 
 
 SCRIPT = textwrap.dedent("""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from raylight.contract.messages import Notice, Output, Progress, Saved, StageFin
 from raylight.driver.result import Result
 from raylight.report import console as console_module
 from raylight.report.console import Console, find_place
+from raylight.runs import open_run
 
 RESULT = Result(
     status="finished", metrics={"val_loss": 0.25}, path="/runs/a/version_0", best_checkpoint=None,
@@ -304,3 +306,54 @@ def test_in_a_notebook_one_output_is_drawn_over_and_over(monkeypatch):
     text = re.sub("<[^>]*>", "", shown[-1]).strip()
     assert re.fullmatch("epoch 1/1  ━+  10/10  step 10  a 0.5  b 0.25  c 1  d&lt;&amp; 2", text)
     assert stream.getvalue() == ""
+
+
+LOST = """
+import sys, torch
+import raylight as pl
+
+class Net(pl.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch):
+        print("step", self.global_step, flush=True)
+        print("to stderr", file=sys.stderr, flush=True)
+        return self.net(batch).pow(2).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+loader = torch.utils.data.DataLoader(torch.randn(400, 4), batch_size=4)
+result = pl.fit(Net(), loader, num_workers=0, max_epochs=1, storage_path="runs", name="net")
+assert result.num_steps == 100
+"""
+
+
+@pytest.mark.parametrize("tail", ["| head -1", "2>&1 | head -1", ">&- 2>&-", "> /dev/full"])
+def test_a_run_goes_on_without_its_output(tail, tmp_path):
+    (tmp_path / "script.py").write_text(LOST)
+    command = f"set -o pipefail; {sys.executable} script.py {tail}"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    run = open_run(str(tmp_path / "runs"))
+    assert (run.status, run.last.step) == ("finished", 100)
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_closed_descriptor_is_not_given_to_the_next_file(tmp_path):
+    """Else what a library prints to stdout would go into it."""
+    code = (
+        "from raylight.report.output_streams import lasting_streams\n"
+        "import os, sys\n"
+        "with lasting_streams():\n"
+        "    file = open('opened', 'w')\n"
+        "    os.write(1, b'printed')\n"
+        "    print(file.fileno() > 2, file=file)\n"
+    )
+    command = f"{sys.executable} -c \"{code}\" >&- 2>&- <&-"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert (tmp_path / "opened").read_text() == "True\n"
