@@ -152,6 +152,8 @@ class Hyperparameters:
 
 RECOVERY = "recovery"
 """The stage of a failure that came before the ranks had met again after another."""
+ENDING = "ending"
+"""Of one that came when all steps were made and saved: in on_train_end, on_fit_end or teardown."""
 
 
 @dataclass(frozen=True, slots=True)

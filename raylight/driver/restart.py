@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from raylight.contract.errors import WorkerFailed, WorkerHung
-from raylight.contract.messages import RECOVERY, Died, Failure, PeerLost
+from raylight.contract.messages import ENDING, RECOVERY, Died, Failure, PeerLost
 
 if TYPE_CHECKING:
     from raylight.driver.run import Run
@@ -73,12 +73,13 @@ def decide(
 ) -> Decision:
     """`failures`: the newest of each rank that did not finish; `step`: the furthest that was reported."""
     cause = failures[find_first(failures)]
-    text = cause.text if isinstance(cause, Failure) else cause.reason
     if stage != "fit":
         return Decision("give up", f"{stage} is not restarted")
     if isinstance(cause, Failure):
         if cause.kind in PERMANENT or cause.stage == "setup":
             return Decision("give up", "the same would happen again")
+        if cause.stage == ENDING:
+            return Decision("give up", "training had ended, and its last checkpoint is not affected")
         if history.last == identify(cause, step):
             return Decision("give up", f"{cause.kind} came twice at step {cause.step}")
     if _is_hang(cause) and history.last == identify(cause, step):
@@ -90,7 +91,15 @@ def decide(
     delay_s = BACKOFF_S[min(alike, len(BACKOFF_S) - 1)]
     num_dead = sum(isinstance(failure, Died) for failure in failures.values())
     action: Literal["recover", "restart"] = "recover" if num_dead < world_size else "restart"
-    return Decision(action, text.splitlines()[0] if text else type(cause).__name__, delay_s, is_charged)
+    return Decision(action, _say(cause), delay_s, is_charged)
+
+
+def _say(cause: Failed) -> str:
+    """One line; of an exception its kind too, since many, as MemoryError, have no text."""
+    text = cause.text if isinstance(cause, Failure) else cause.reason
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    kind = cause.kind if isinstance(cause, Failure) else ""
+    return ": ".join(part for part in (kind, line) if part) or type(cause).__name__
 
 
 def find_first(failures: dict[int, Failed]) -> int:

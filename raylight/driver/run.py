@@ -17,6 +17,7 @@ from raylight.contract import messages as m
 from raylight.contract.config import Checkpointing, Config, describe, mask_command, to_plain
 from raylight.contract.errors import StorageError, Superseded
 from raylight.driver.aggregate import StepAggregator
+from raylight.driver.deletion import describe_deletion, is_deleted
 from raylight.driver.goodput import Ledger
 from raylight.driver.journal import Journal
 from raylight.storage import checkpoints as store
@@ -234,6 +235,7 @@ class Run:
         )
         self._flush_journal()
         try:
+            self._look_for_deletion()
             committed = store.commit(self.version.storage, directory, manifest)
             self.checkpoints = [c for c in self.checkpoints if c.path != committed.path] + [committed]
             self.ledger.note_commit()
@@ -252,6 +254,12 @@ class Run:
                 self.journal.flush()
         except Exception as error:
             self.tell(f"values before a checkpoint are not on storage yet: {_describe(error)}", "warning")
+
+    def _look_for_deletion(self) -> None:
+        if self.version is not None and self.record and is_deleted(self.version, self.record["started_at"]):
+            self.checkpoints = store.list_checkpoints(self.version.storage)
+            self.tell(describe_deletion(self.version), "warning")
+            self.write_record()
 
     def _retain(self) -> None:
         options = self.config.checkpoint or Checkpointing()
@@ -391,6 +399,7 @@ class Run:
             return
         try:
             check_attempt(self.version.storage, self.attempt)
+            self._look_for_deletion()
         except StorageError as error:
             self.superseded = error if isinstance(error, Superseded) else None
             self.tell(str(error), "warning")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -42,7 +43,7 @@ def plain(value: Any) -> Any:
 def parse_object(data: bytes) -> dict[str, Any]:
     """Raises ValueError saying why `data` is no JSON object that raylight can have written."""
     try:
-        content = json.loads(data, parse_constant=_refuse_number, parse_float=_finite)
+        content = json.loads(data, object_pairs_hook=_take_once, parse_constant=_refuse_number, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:  # also bytes that are no text
@@ -55,6 +56,14 @@ def parse_object(data: bytes) -> dict[str, Any]:
         if not level:
             return content
     raise ValueError("it is nested too deeply")
+
+
+def _take_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets a name be there twice, and readers differ in which they take."""
+    twice = [name for name, number in Counter(name for name, _ in pairs).items() if number > 1]
+    if twice:
+        raise ValueError(f"the entry {twice[0]!r} is there more than once")
+    return dict(pairs)
 
 
 def _items(holder: Any) -> list[Any]:

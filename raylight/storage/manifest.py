@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +18,11 @@ from raylight.storage.json_text import parse_object, plain
 from raylight.storage.record_kinds import LATEST_S
 
 FORMAT = 1
+_FIELDS = {"digest", "format", "raylight", "step", "epoch", "attempt", "world_size", "weights_only", "time", "metrics"}
+_FIELDS |= {"files", "carried", "seed"}
+_FILE_FIELDS = {"path", "size", "digest"}
+_warned: set[str] = set()  # of what this process has been told already
+logger = logging.getLogger("raylight.storage")
 _BLANK_DIGEST = f"{ALGORITHM}:{'0' * 32}"
 
 
@@ -79,6 +86,7 @@ class Manifest:
                 f"it has format {content['format']!r}, written by raylight {content.get('raylight')}; raylight "
                 f"{__version__} reads format {FORMAT}. Update raylight."
             )
+        _warn_of_unknown(content)
         try:
             return cls(
                 step=int(content["step"]),
@@ -101,8 +109,10 @@ class Manifest:
         counts += [file.size for file in self.files]
         if not all(0 <= count < 1 << 63 for count in counts) or not abs(self.time) < LATEST_S:
             raise CheckpointCorrupt("a number in it is out of all range")
-        for file in self.files:
-            check_inside(file.path)
+        for path, number in Counter(file.path for file in self.files).items():
+            check_inside(path)
+            if number > 1:
+                raise CheckpointCorrupt(f"the file {path!r} is listed {number} times")
         return self
 
 
@@ -111,6 +121,18 @@ def check_inside(path: str) -> None:
     parts = path.split("/")
     if not path or any(part in ("", ".", "..") for part in parts) or any(mark in path for mark in ("\\", ":", "\0")):
         raise CheckpointCorrupt(f"the path {path!r} leaves the checkpoint's folder")
+
+
+def _warn_of_unknown(content: dict[str, Any]) -> None:
+    files = content.get("files")
+    inside = {name for it in files if isinstance(it, dict) for name in it} if isinstance(files, list) else set()
+    unknown = (set(content) - _FIELDS) | {f"files[...].{name}" for name in inside - _FILE_FIELDS}
+    if unknown and (new := unknown - _warned):
+        _warned.update(new)
+        logger.warning(
+            "a manifest written by raylight %s has fields that raylight %s does not know, and passes over: %s",
+            content.get("raylight"), __version__, ", ".join(sorted(new)),
+        )  # fmt: skip
 
 
 def _parse(data: bytes) -> dict[str, Any]:

@@ -93,6 +93,7 @@ class Loop:
         while not self.schedule.is_finished():
             yield from self.train_epoch()
         yield from self.save_last()
+        worker.end_training()
         worker.hooks.call("on_train_end")
         if worker.profiler is not None:
             worker.profiler.stop()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raylight.arguments.rules import as_list
 from raylight.contract.errors import InvalidArguments
-from raylight.contract.messages import RECOVERY, Finished, Hyperparameters, Message, PeerLost, Started, Trained
+from raylight.contract.messages import ENDING, RECOVERY, Finished, Hyperparameters, Message, PeerLost, Started, Trained
 from raylight.contract.rank_zero import set_rank
 from raylight.contract.seeding import seed_process
 from raylight.contract.task import Begin, Place, Rejoin, Rescue, Task
@@ -216,6 +216,7 @@ def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
         return
     worker, loop, aftermath = session.worker, session.loop, Aftermath()
     step, stage = worker.progress.global_step, RECOVERY if session.is_meeting else worker.stage
+    stage = ENDING if worker.has_ended and not session.is_meeting else stage
     if lost_peer:
         failure = describe_failure(error, step, stage)
     else:

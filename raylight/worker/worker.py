@@ -47,6 +47,8 @@ class Worker:
         self.outbox = Outbox()
         self.epoch_outputs: list[Any] = []
         """Of the epoch's training steps, for `training_epoch_end`."""
+        self.has_ended = False
+        """All steps are made and saved."""
         self.should_stop = False
         self.status = "finished"
         self.is_validation_requested = False
@@ -106,6 +108,9 @@ class Worker:
 
     def begin_training(self) -> None:
         self.has_trained = True
+
+    def end_training(self) -> None:
+        self.has_ended = True
 
     def request_validation(self, is_requested: bool = True) -> None:
         self.is_validation_requested = is_requested

@@ -40,6 +40,15 @@ def test_what_is_left_decides(failures, action):
     assert ask(failures).action == action
 
 
+def test_an_exception_without_a_text_is_told_by_its_kind():
+    assert ask({0: failure("MemoryError", ""), 1: LOST}).reason == "MemoryError"
+    assert ask({0: failure("KeyError", "\nx\ny"), 1: LOST}).reason == "KeyError: x"
+
+
+def test_what_fails_when_training_has_ended_is_not_tried_again():
+    assert ask({0: failure(stage="ending"), 1: LOST}).action == "give up"
+
+
 def test_evaluation_is_not_restarted():
     assert ask({0: LOST, 1: DEAD}, stage="test").action == "give up"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -246,3 +247,36 @@ def test_where_values_cannot_be_written_the_checkpoint_is_made_all_the_same(
     run.wait_for_storage()
     assert [checkpoint.step for checkpoint in list_checkpoints(version.storage)] == [2]
     assert "values before a checkpoint are not on storage yet" in heard(run)[0]
+def test_a_version_that_is_deleted_meanwhile_is_said_once_and_its_checkpoints_count_no_more(version: Version) -> None:
+    run = begin(version, 0)
+    run.handle(0, save(run, version, 1))
+    run.wait_for_storage()
+    shutil.rmtree(version.path)
+    for step in (2, 3):
+        run.handle(0, save(run, version, step))
+        run.wait_for_storage()
+    run.close("finished")
+    assert [text for text in heard(run) if "was deleted while the run went on" in text] == heard(run)
+    assert len(heard(run)) == 1
+    assert run.checkpoints == [run.last] == list_checkpoints(version.storage)
+    assert version.read_run()["status"] == "finished"
+
+
+def test_a_run_that_makes_no_checkpoint_says_so_at_its_end(version: Version) -> None:
+    run = begin(version, 0)
+    shutil.rmtree(version.path)
+    run.close("finished")
+    assert "was deleted" in heard(run)[0]
+    assert version.read_run()["status"] == "finished"
+
+
+def test_a_deleted_version_that_another_run_has_claimed_is_left_to_it(version: Version) -> None:
+    run = begin(version, 0)
+    shutil.rmtree(version.path)
+    another = begin(claim_version(Storage(str(Path(version.path).parents[1])), "run"), 0)
+    assert another.version.path == version.path
+    run.handle(0, save(run, version, 1))
+    run.wait_for_storage()
+    run.close("finished")
+    assert "another has begun in it" in heard(run)[0]
+    assert version.read_run()["status"] == "running"

@@ -298,3 +298,27 @@ def test_a_killed_worker_stays_the_first_failure_of_one_that_cannot_be_replaced(
     lines = str(caught.value).splitlines()
     assert "The process is gone" in lines[1]
     assert "While this was handled, rank 1 raised" in str(caught.value)
+
+
+class FailAtTheEnd(Counted):
+    def __init__(self, hook: str) -> None:
+        super().__init__()
+        self.hook = hook
+
+    def on_train_end(self):
+        if self.hook == "on_train_end":
+            raise First(self.hook)
+
+    def teardown(self, stage):
+        if self.hook == "teardown":
+            raise First(self.hook)
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.ray)])
+def test_what_fails_when_training_has_ended_is_said_at_once(num_workers, tmp_path, capsys):
+    """With workers it was tried again first."""
+    for hook in ("on_train_end", "teardown"):
+        with pytest.raises(First, match="training had ended"):
+            train(tmp_path / hook, num_workers, module=FailAtTheEnd(hook))
+        assert "goes on" not in capsys.readouterr().out
+        assert pl.open_run(str(tmp_path / hook)).last.step == 8
