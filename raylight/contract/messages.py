@@ -88,6 +88,8 @@ class EpochMetrics:
     values: Values  # callback_metrics: all of them
     logged: frozenset[str]  # names that go to loggers and to the table
     shown: frozenset[str]  # names that go to the progress bar
+    of_last_step: frozenset[str] = frozenset()
+    """Names whose value is that of the epoch's last step: loggers had them at every `log_every_n_steps`."""
 
 
 @dataclass(frozen=True, slots=True)

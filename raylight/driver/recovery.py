@@ -46,7 +46,7 @@ class Recovery:
     def _go_on(self, failures: dict[int, Any]) -> Messages:
         self.driver.wait_for_storage()
         if self.watch.is_regrouping and all(isinstance(failure, PeerLost) for failure in failures.values()):
-            return self._regroup()
+            return self._regroup(_furthest(failures, self.driver.step))
         group, driver = self.group, self.driver
         limit = self.config.max_restarts if group.can_recover else 0
         decision = decide(failures, group.world_size, driver.step, self.task.stage, limit, self.history)
@@ -65,7 +65,9 @@ class Recovery:
         driver.ledger.note_failure(loses_work=decision.action == "restart")
         time.sleep(decision.delay_s)
         self._replace(dead)
-        return self._begin(decision.reason, from_checkpoint=decision.action == "restart")
+        return self._begin(
+            decision.reason, decision.action == "restart", dead, last_step=_furthest(failures, driver.step)
+        )
 
     def _replace(self, dead: list[int]) -> None:
         """Other processes for the ranks that are lost; an elastic group goes on without those that find no room."""
@@ -92,7 +94,7 @@ class Recovery:
             f"on with {left}, and takes on more when there is room", "warning",
         )  # fmt: skip
 
-    def _regroup(self) -> Messages:
+    def _regroup(self, last_step: int) -> Messages:
         """At a step boundary that all ranks have reached: those on nodes that go leave, and those that wait join."""
         group, driver = self.group, self.driver
         leaving = self.watch.leaving[: group.num_recruits]
@@ -107,14 +109,14 @@ class Recovery:
         parts = [f"{joined} joined"] + ([f"{len(leaving)} left with their nodes"] if leaving else [])
         driver.tell(f"training goes on with {group.world_size} workers: {', '.join(parts)}")
         driver.ledger.note_failure(loses_work=False)
-        return self._begin(", ".join(parts), from_checkpoint=is_all_new)
+        return self._begin(", ".join(parts), is_all_new, leaving, last_step)
 
-    def _begin(self, reason: str, from_checkpoint: bool) -> Messages:
+    def _begin(self, reason: str, from_checkpoint: bool, gone: list[int], last_step: int) -> Messages:
         group, driver, task = self.group, self.driver, self.task
         if driver.saved:  # a checkpoint that lacks the share of a rank that is gone
             group.request(Request.SAVE)
         group.adopt(self.most)
-        driver.begin_generation(group.world_size, reason)
+        driver.begin_generation(group.world_size, reason, gone, None if from_checkpoint else last_step)
         if from_checkpoint:
             checkpoint = newest_whole(driver.version.storage, resumable=True) if driver.version is not None else None
             driver.redo_from(checkpoint.step if checkpoint is not None else 0)
@@ -164,3 +166,8 @@ class Recovery:
             return error
         is_own = type(cause).__module__ == RaylightError.__module__  # and says all by itself
         return cause if is_own and not isinstance(cause, WorkerFailed) else with_users_class(error, cause)
+
+
+def _furthest(failures: dict[int, Any], step: int) -> int:
+    """The step after which the ranks that are left go on; `step` where none has said."""
+    return max((it.step for it in failures.values() if not isinstance(it, Died)), default=step)

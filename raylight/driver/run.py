@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -16,10 +15,12 @@ from typing import Any, Protocol
 from raylight.contract import messages as m
 from raylight.contract.config import Checkpointing, Config, describe, mask_command, to_plain
 from raylight.contract.errors import StorageError, Superseded
-from raylight.driver.aggregate import StepAggregator
+from raylight.driver.aggregate import StepAggregator, say_incomplete
 from raylight.driver.deletion import describe_deletion, is_deleted
+from raylight.driver.epoch_rows import EpochRows
 from raylight.driver.goodput import Ledger
 from raylight.driver.journal import Journal
+from raylight.driver.logger_feed import LoggerFeed
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Checkpoint, Manifest
 from raylight.storage.fence import check_attempt
@@ -70,13 +71,15 @@ class Run:
     ):  # fmt: skip
         self.version, self.config, self.world_size, self.attempt = version, config, world_size, attempt
         self.sinks, self.loggers = list(sinks), loggers
-        self._log = [_timed(logger) for logger in loggers]
+        self.feeds = [LoggerFeed(logger) for logger in loggers]
         self.outcome = Outcome()
         self.ledger = Ledger()
         self.aggregator = StepAggregator(world_size)
         self.journal = Journal(version.storage) if version is not None else None
         self.callback_metrics: dict[str, float] = {}
         self.logged_metrics: dict[str, float] = {}
+        self._of_step: dict[str, int] = {}  # by name: the step of the value in `callback_metrics`
+        self._epoch_rows = EpochRows()
         self.step, self.epoch = 0, 0
         self.saved: dict[str, dict[int, m.Saved]] = {}
         self._given_up = ""  # the directory of a checkpoint that a group which has shrunk since had begun
@@ -153,30 +156,39 @@ class Run:
             self._write_values(step, epoch, moment, values)
 
     def _on_epoch_metrics(self, rank: int, message: m.EpochMetrics) -> None:
-        self.callback_metrics |= message.values
+        # A row of that step is of all ranks, and the end of an epoch may be without one that died since.
+        rows_of_it = {name for name in message.of_last_step if self._of_step.get(name, -1) == message.step}
+        values = {name: value for name, value in message.values.items() if name not in rows_of_it}
+        self.callback_metrics |= values
+        self.logged_metrics |= {name: values[name] for name in message.of_last_step - rows_of_it}
+        self._of_step |= dict.fromkeys(values, message.step)
         self.step = max(self.step, message.step)
-        logged = {name: value for name, value in message.values.items() if name in message.logged}
+        logged = self._epoch_rows.take(message)
         if logged:
             self._write_values(message.step, message.epoch, message.time, logged)
 
     def _write_values(self, step: int, epoch: int, moment: float, values: dict[str, float]) -> None:
-        self.logged_metrics |= values
-        self.callback_metrics |= values
+        # A row comes when the slowest rank has sent it, which may be after the end of its epoch.
+        newest = {name: value for name, value in values.items() if step >= self._of_step.get(name, step)}
+        self.logged_metrics |= newest
+        self.callback_metrics |= newest
+        self._of_step |= dict.fromkeys(newest, step)
         if self.journal is not None:
             self.journal.add(step, epoch, values, moment)
-        for log in self._log:
-            log({**values, "epoch": float(epoch)}, step, moment)
+        for feed in self.feeds:
+            feed.give(values, step, epoch, moment)
 
     def redo_from(self, step: int) -> None:
         """What was logged beyond `step` is taken back: the steps after it are made again. Checkpoints beyond it are
         damaged or of no use: they count for nothing, and stay on storage for a person to look at."""
-        for row in self.aggregator.resize(self.world_size):
+        for row in self.aggregator.redo(self.world_size, step):
             self._write_values(*row)
         if self.journal is not None:
             self.journal.drop_after(step)
-        for logger in self.loggers:
-            if hasattr(logger, "drop_after"):
-                logger.drop_after(step)
+        for feed in self.feeds:
+            feed.redo_from(step)
+        self._epoch_rows.redo_from(step)
+        self._of_step.clear()
         self.saved.clear()
         self.checkpoints = [checkpoint for checkpoint in self.checkpoints if checkpoint.step <= step]
 
@@ -326,18 +338,29 @@ class Run:
         }  # fmt: skip
         self.write_record()
 
-    def begin_generation(self, world_size: int, reason: str) -> None:
-        """The group is made anew after a failure, of as many ranks."""
+    def begin_generation(
+        self, world_size: int, reason: str, gone: Collection[int] = (), last_step: int | None = None
+    ) -> None:
+        """The group is made anew after a failure, of as many ranks. `gone`: those that died or left; the others go on
+        after step `last_step`."""
         self.world_size = world_size
+        self._epoch_rows.begin_generation()
         self.wait_for_storage()
         self.saved.clear()
         self.outcome.finished.clear()
-        for row in self.aggregator.resize(self.world_size):
-            self._write_values(*row)
+        if last_step is not None:
+            self._regroup_rows(gone, last_step)
         if self.record:
             restarts = self.record.setdefault("restarts", [])
             restarts.append({"time": time.time(), "step": self.step, "world_size": world_size, "reason": reason})
         self.write_record()
+
+    def _regroup_rows(self, gone: Collection[int], last_step: int) -> None:
+        rows, incomplete = self.aggregator.regroup(self.world_size, gone, last_step)
+        for row in rows:
+            self._write_values(*row)
+        if incomplete:
+            self.tell(say_incomplete(incomplete, gone), "warning")
 
     def write_record(self) -> None:
         if self.version is None or not self.record or self.superseded is not None:
@@ -408,13 +431,6 @@ class Run:
 def _describe(error: Exception) -> str:
     """A file system that the user made may raise anything."""
     return str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
-
-
-def _timed(logger: Any) -> Callable[[dict[str, float], int, float], None]:
-    """raylight's own loggers take the time at which a value was measured; those of others do not know it."""
-    if "seconds" in inspect.signature(logger.log_metrics).parameters:
-        return lambda values, step, moment: logger.log_metrics(values, step, seconds=moment)
-    return lambda values, step, moment: logger.log_metrics(values, step)
 
 
 def _closer(logger: Any, status: str) -> Callable[[], None]:

@@ -53,6 +53,11 @@ def batch_size_of(batch: Any) -> int | None:
     return None
 
 
+def size_guess(batch: Any) -> Callable[[], int | None]:
+    """`batch_size_of`, to be asked only if somebody wants to know."""
+    return lambda: batch_size_of(batch)
+
+
 def _change_leaves(batch: Any, method: str, change: Callable[[Any], Any]) -> Any:
     """`batch` with `change(leaf)` for each tensor and each object that has `method`."""
     if isinstance(batch, Tensor):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from raylight.contract.messages import Message, Progress, StageFinished, StageStarted
-from raylight.user.transfer import batch_size_of, move_to_device
+from raylight.user.transfer import batch_size_of, move_to_device, size_guess
 from raylight.worker.data.evaluation_batches import EvaluationBatches
 from raylight.worker.group.collectives import broadcast_tensors, gather_objects
 from raylight.worker.hooks import bind_step, takes_outputs
@@ -47,13 +47,13 @@ def evaluate(
     """Runs one pass over all loaders of `stage`, whose data is open."""
     prefix, module, hooks, progress = PREFIXES[stage], worker.module, worker.hooks, worker.progress
     data = worker.evaluation_data["validate" if stage == "sanity" else stage]
+    worker.metrics.enter("validate" if stage == "sanity" else stage)
     if worker.is_fitting and stage == "validate":
         hooks.call("on_validation_model_zero_grad") if hooks.of("on_validation_model_zero_grad") else module.zero_grad()
     module._remember_modes()
     getattr(module, f"on_{prefix}_model_eval")()
     # DDP lets running statistics drift apart between its broadcasts; all ranks must measure the same module
     broadcast_tensors(module.buffers(), worker.world_size)
-    worker.metrics.enter("validate" if stage == "sanity" else stage, in_step=False)
     hooks.call(f"on_{prefix}_start")
     hooks.call(f"on_{prefix}_epoch_start")
     total = None if data.total is None else int(min(data.total, max_batches * len(data.batches)))
@@ -85,12 +85,12 @@ def _run_loader(
     metrics, precision = worker.metrics, worker.precision
     metrics.enter_loader(loader_index if several else None)
     num_samples, finished, next_report = 0, 0, monotonic() + REPORT_EVERY_S
-    for index, batch in loaders[loader_index].iterate():
+    for index, batch, size in loaders[loader_index].iterate():
         if index >= max_batches:
             break
         worker.control.show_life(stage if finished else f"first batch of {stage}", progress.global_step)
         metrics.end_step()
-        metrics.begin_batch(_size_finder(batch))
+        metrics.begin_batch(size_guess(batch) if size is None else size, index)
         batch = worker.transfer(batch, loader_index)
         for hook in on_start:
             hook(batch, index, *arguments)
@@ -101,7 +101,7 @@ def _run_loader(
         if keeps:
             kept.append((index, _to_cpu(output) if stage == "predict" else output))
         finished += 1
-        num_samples += batch_size_of(batch) or 1
+        num_samples += (batch_size_of(batch) or 1) if size is None else size
         batch = output = None  # or two of each would be held while the next is made
         if monotonic() >= next_report:
             yield Progress(stage, progress.current_epoch, progress.global_step, finished, num_samples)
@@ -126,6 +126,7 @@ def _finish(
     if worker.is_first and stage in ("validate", "test"):
         yield from (part for part in found if part.values)
     yield StageFinished(stage, progress.current_epoch, progress.global_step)
+    metrics.enter("")
     worker.hooks.call(f"on_{prefix}_end")
     metrics.end_epoch()
     yield from worker.outbox.take()
@@ -170,10 +171,6 @@ def _epoch_end_hook(worker: Worker, stage: str) -> Callable[..., Any] | None:
         return None
     hook = getattr(worker.module, name)
     return hook if takes_outputs(hook) else None
-
-
-def _size_finder(batch: Any) -> Callable[[], int | None]:
-    return lambda: batch_size_of(batch)
 
 
 def _to_cpu(value: Any) -> Any:

@@ -87,11 +87,13 @@ class Loop:
         if worker.profiler is not None:
             self._profile(worker.profiler)
         worker.begin_training()
+        worker.metrics.enter("train")
         worker.hooks.call("on_train_start")
         if restored_rng is not None:
             set_rng_state(restored_rng)
         while not self.schedule.is_finished():
             yield from self.train_epoch()
+        worker.metrics.enter("")
         yield from self.save_last()
         worker.end_training()
         worker.hooks.call("on_train_end")
@@ -205,7 +207,8 @@ class Loop:
             worker.hooks.call("on_train_epoch_start")
             self.step.follow()
         self.num_samples, self.next_report = 0, 0.0
-        self.step.begin_epoch()
+        assert worker.data.batches is not None
+        self.step.begin_epoch(worker.data.batches.knows_sizes)
         yield StageStarted("train", worker.progress.current_epoch, worker.progress.global_step, worker.data.num_batches)
         worker.metrics.enter("train", in_step=True)
         ended = progress.batch_idx > 0 and progress.batch_idx == worker.data.num_batches
@@ -235,7 +238,7 @@ class Loop:
     def validate(self) -> Iterator[Message]:
         worker = self.worker
         began = perf_counter()
-        yield from self._drain()
+        yield from self.report(worker.progress.batch_idx - 1)  # one that dies in the validation has said all
         if "validate" not in worker.evaluation_data or self.schedule.reloads():
             worker.open_evaluation_data("validate")
         worker.enter("validate")
@@ -255,8 +258,8 @@ class Loop:
         """
         worker, metrics = self.worker, self.worker.metrics
         values: list[EpochMetrics] = []
-        yield from self._drain()
-        metrics.enter("train", in_step=False)
+        yield from self.report(worker.progress.batch_idx - 1)
+        metrics.enter("train")
         share = metrics.keep_share()
         if not whole:
             values.append(metrics.finish_epoch("train", worker.progress.current_epoch, worker.progress.global_step))
@@ -278,6 +281,11 @@ class Loop:
             yield from (part for part in values if part.values)
         if whole:
             step_schedulers(worker, "epoch", worker.progress.current_epoch + 1, plateau=True)
+            if worker.hooks.overrides("lr_scheduler_step"):  # which may log, too
+                late = metrics.finish_epoch("train", worker.progress.current_epoch, worker.progress.global_step)
+                metrics.end_epoch()
+                if late.values and worker.is_first:
+                    yield late
             worker.progress.finish_epoch()
         else:
             metrics.carry(share)  # of a checkpoint that has to be made once more

@@ -49,6 +49,8 @@ class Session:
         """What follows its newest step was cut short, as the step of a scheduler."""
         self.lost = ""
         """Why its state is not that of a whole step; empty if it is."""
+        self.num_undone = 0
+        """Batches of the step that was taken back."""
         self._is_on = True
         self._logger = LoggerProxy(self.worker) if task.config.logger is not False else None
         self.log = self.worker.metrics.log
@@ -73,6 +75,7 @@ class Session:
     def settle_step(self) -> None:
         """Takes back a step that broke."""
         if self.loop is not None:
+            self.num_undone = self.loop.step.num_broken
             self.is_torn = self.loop.step.undo()
             self.drop_loop()
 
@@ -81,7 +84,7 @@ class Session:
         """While the ranks of a new generation make their states equal."""
         self.is_meeting = True
         yield
-        self.is_meeting = self.is_torn = False
+        self.is_meeting, self.is_torn, self.num_undone = False, False, 0
 
     def lose(self, reason: str) -> None:
         """Its state is not that of a whole step; with no reason it is again."""
@@ -305,7 +308,7 @@ class Session:
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
-        return {name: torch.tensor(value) for name, value in self.worker.metrics.logged_values.items()}
+        return {name: torch.tensor(value) for name, value in self.worker.metrics.logged().items()}
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:

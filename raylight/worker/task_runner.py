@@ -235,6 +235,7 @@ def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
         aftermath.attempt("taking the broken step back", rejoin.settle, session)
         if len(aftermath.notes) > num_notes:
             session.lose(aftermath.notes[-1])
+        yield from rejoin.drain_rows(worker)
     failure = replace(failure, notes=(*failure.notes, *aftermath.notes))
     yield PeerLost(step, failure.text) if lost_peer else failure
 

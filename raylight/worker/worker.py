@@ -30,6 +30,7 @@ class Worker:
 
     def __init__(self, task: Task, place: Place, control: Control):
         self.task, self.place, self.control, self.config = task, place, control, task.config
+        self.outbox = Outbox()
         self.hooks = Hooks(task.trainer, task.module, task.loaders.data_module, task.callbacks)
         self.shipped = dict(vars(task.loaders.data_module)) if task.loaders.data_module is not None else {}
         """The attributes of the data module as they came from the caller."""
@@ -37,14 +38,13 @@ class Worker:
         self.stage = "train" if task.stage == "fit" else task.stage
         self.precision = make_precision(self.config.precision, self.device.type, plugins=self.config.plugins)
         self.transfer = BatchTransfer(self.hooks, self.device, self.precision)
-        self.metrics = Metrics(task.module, place.world_size)
+        self.metrics = Metrics(task.module, place.world_size, tell=self._warn_once)
         self.profiler: Profiler | None = make_profiler(self.config.profiler, trace_path=self._trace_path())
         self.progress = Progress()
         self.optimizers = Optimizers()
         self.saving = Saving()
         self.data = TrainingData(self.config, task.seed)
         self.evaluation_data: dict[str, EvaluationData] = {}
-        self.outbox = Outbox()
         self.epoch_outputs: list[Any] = []
         """Of the epoch's training steps, for `training_epoch_end`."""
         self.has_ended = False
@@ -61,6 +61,11 @@ class Worker:
     def _trace_path(self) -> str:
         local = self.task.files.local_path("") if self.task.files is not None else None
         return os.path.join(local or tempfile.gettempdir(), f"trace-rank-{self.place.rank}.json")
+
+    def _warn_once(self, text: str) -> None:
+        """For what all ranks find alike: the first of them says it."""
+        if self.is_first:
+            self.outbox.notice(text, "warning")
 
     # ---- where it stands
 

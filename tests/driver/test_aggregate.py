@@ -93,16 +93,59 @@ def test_repeated_and_late_rows_are_ignored():
     assert alone.add(0, message((1, mean(1.0)))) == []
 
 
-def test_resize_gives_out_what_is_left_and_lets_steps_be_redone():
+def test_a_row_is_merged_over_a_failure_and_comes_out_once():
+    aggregator = StepAggregator(3)
+    aggregator.add(0, message((7, mean(1.0)), (8, mean(2.0)), (9, mean(3.0))))
+    aggregator.add(1, message((7, mean(4.0)), (8, mean(8.0))))
+    aggregator.add(2, message((7, mean(1.0))))  # and is killed
+    rows, incomplete = aggregator.regroup(2, {2}, last_step=9)
+    assert rows == [(8, 0, 1.0, {"loss": 5.0})]
+    assert incomplete == [8, 9]
+    assert aggregator.add(0, message((10, mean(1.0)))) == []
+    assert aggregator.add(1, message((9, mean(5.0)), (10, mean(2.0)))) == [
+        (9, 0, 1.0, {"loss": 4.0}), (10, 0, 1.0, {"loss": 1.5})
+    ]  # fmt: skip
+    assert aggregator.flush() == []
+
+
+def test_a_step_that_only_a_dead_rank_had_made_is_merged_when_it_is_made_again():
     aggregator = StepAggregator(2)
-    aggregator.add(0, message((7, mean(1.0)), (8, mean(2.0))))
+    aggregator.add(0, message((7, mean(1.0)), (8, mean(9.0))))
     aggregator.add(1, message((7, mean(3.0))))
-    assert aggregator.resize(1) == [(8, 0, 1.0, {"loss": 2.0})]
-    assert aggregator.add(0, message((8, mean(5.0)))) == [(8, 0, 1.0, {"loss": 5.0})]
-    assert aggregator.resize(3) == []
+    assert aggregator.regroup(2, {0}, last_step=7) == ([], [])
+    assert aggregator.add(0, message((8, mean(1.0)))) == []
+    assert aggregator.add(1, message((8, mean(3.0)))) == [(8, 0, 1.0, {"loss": 2.0})]
+
+
+def test_a_late_share_reaches_its_row_in_a_group_of_one():
+    aggregator = StepAggregator(3)
+    aggregator.add(0, message((4, mean(1.0))))
+    aggregator.add(2, message((4, mean(2.0))))
+    assert aggregator.regroup(1, {0, 2}, last_step=4) == ([], [])
+    assert aggregator.add(0, message((4, mean(6.0)), (5, mean(7.0)))) == [
+        (4, 0, 1.0, {"loss": 3.0}), (5, 0, 1.0, {"loss": 7.0})
+    ]  # fmt: skip
+    assert aggregator.add(0, message((6, mean(8.0)))) == [(6, 0, 1.0, {"loss": 8.0})]
+
+
+def test_a_share_that_never_comes_does_not_hold_up_later_rows():
+    aggregator = StepAggregator(2)
+    aggregator.add(0, message((4, mean(1.0))))
+    assert aggregator.regroup(2, (), last_step=4) == ([], [])
+    aggregator.add(0, message((5, mean(1.0))))
+    assert [row[0] for row in aggregator.add(1, message((5, mean(3.0))))] == [4, 5]
+
+
+def test_redo_gives_out_what_is_left_and_lets_steps_be_made_again():
+    aggregator = StepAggregator(2)
+    aggregator.add(0, message((7, mean(1.0)), (8, mean(2.0)), (9, mean(2.0))))
+    aggregator.add(1, message((7, mean(3.0))))
+    assert aggregator.redo(1, last_step=8) == [(8, 0, 1.0, {"loss": 2.0})]
+    assert aggregator.add(0, message((9, mean(5.0)))) == [(9, 0, 1.0, {"loss": 5.0})]
+    assert aggregator.redo(3, last_step=8) == []
     for rank in range(2):
-        assert aggregator.add(rank, message((8, mean(0.0)))) == []
-    assert aggregator.add(2, message((8, mean(3.0)))) == [(8, 0, 1.0, {"loss": 1.0})]
+        assert aggregator.add(rank, message((9, mean(0.0)))) == []
+    assert aggregator.add(2, message((9, mean(3.0)))) == [(9, 0, 1.0, {"loss": 1.0})]
 
 
 def test_memory_is_bounded_when_a_rank_never_sends(monkeypatch):

@@ -280,3 +280,14 @@ def test_a_deleted_version_that_another_run_has_claimed_is_left_to_it(version: V
     run.close("finished")
     assert "another has begun in it" in heard(run)[0]
     assert version.read_run()["status"] == "running"
+def test_a_row_that_comes_after_the_end_of_its_epoch_replaces_no_newer_value(version: Version) -> None:
+    run = begin(version, 0, world_size=2)
+    row = StepMetrics((StepRow(50, 0, 0.0, {"loss": StepValue(1.0, 1.0, "mean")}),))
+    run.handle(0, row)
+    values = {"loss": 7.0, "val_loss": 2.0}
+    run.handle(0, EpochMetrics("train", 0, 53, 0.0, values, frozenset(), frozenset(), frozenset({"loss"})))
+    run.handle(1, row)
+    assert run.callback_metrics == values
+    assert run.logged_metrics == {"loss": 7.0}
+    run.close("finished")
+    assert read_metrics(version.storage)["value"].to_pylist() == [1.0]

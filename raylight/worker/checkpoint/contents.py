@@ -53,7 +53,8 @@ def collect(worker: Worker) -> State:
     if progress.batch_idx and batches is not None:
         progress.note_position(batches.position_after(progress.batch_idx - 1))
     checkpoint = collect_lightning(worker)
-    worker.hooks.call("on_save_checkpoint", checkpoint)
+    with worker.metrics.outside():
+        worker.hooks.call("on_save_checkpoint", checkpoint)
     finished = progress.batch_idx - 1 if progress.batch_idx else None
     return State(
         model=checkpoint["state_dict"],

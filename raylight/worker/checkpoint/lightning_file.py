@@ -17,7 +17,8 @@ def write_lightning_file(worker: Worker, path: Any, weights_only: bool) -> None:
     checkpoint: dict[str, Any] = {"pytorch-lightning_version": "2.0.0", **collect_lightning(worker)}
     if weights_only:
         checkpoint = {key: value for key, value in checkpoint.items() if key not in TRAINING_KEYS}
-    worker.hooks.call("on_save_checkpoint", checkpoint)
+    with worker.metrics.outside():
+        worker.hooks.call("on_save_checkpoint", checkpoint)
     if worker.is_first:
         FileIO().save_checkpoint(checkpoint, path)
     worker.barrier()

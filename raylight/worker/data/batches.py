@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from raylight.contract.errors import DataError
-from raylight.user.transfer import batch_size_of, move_to_device
+from raylight.user.transfer import batch_size_of, move_to_device, size_guess
 from raylight.worker.data.combined import CombinedSource, is_collection_of_loaders
 from raylight.worker.data.division import divide_batch, num_limited
 from raylight.worker.data.evaluation_batches import EvaluationBatches, describe_empty
@@ -21,6 +21,7 @@ __all__ = [
     "divide_batch",
     "move_to_device",
     "num_limited",
+    "size_guess",
 ]
 
 
@@ -66,6 +67,7 @@ class TrainBatches:
         else:
             self.source = open_source(loader, rank, world_size, seed, **options)
         self.loader = loader
+        self.knows_sizes: bool = self.source.knows_sizes  # else `TrainBatch.size` is a guess
         self.accumulate = self.source.division.accumulate
         num_units = self.source.num_units
         total = None if num_units is None else self.source.own_division.num_steps(num_units)
@@ -121,7 +123,10 @@ class TrainBatches:
 
     @property
     def first_index(self) -> int:
-        """The index of the first batch that `iterate(epoch, position)` gives."""
+        """The index of the first batch that `iterate(epoch, position)` gives; at the epoch's end the number of all."""
+        length = self.source.exact_length
+        if length is not None and self.num_batches is not None and self.position >= length * self.source.replicas:
+            return self.num_batches  # a last step that was not full has no index of its own to begin at
         return self.source.index_at(self.position)
 
     def state_dict(self, epoch: int, index: int | None = None) -> dict[str, Any]:

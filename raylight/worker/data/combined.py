@@ -46,6 +46,9 @@ class CombinedSource:
         self.longest = max(self.num_steps, key=lambda name: self.num_steps[name])
         counting = self.parts[self.longest]
         self.division, self.own_division, self.unit = counting.division, counting.own_division, counting.unit
+        self.knows_sizes, self.exact_length, self.replicas = (
+            counting.knows_sizes, counting.exact_length, counting.replicas
+        )  # fmt: skip
         self.num_units, self.index_at, self.position_after = (
             counting.num_units, counting.index_at, counting.position_after
         )  # fmt: skip

@@ -34,8 +34,9 @@ class EvaluationBatches:
             raise DataError(describe_empty(loader, Division(rank, 1, self.source.batch_size)))
         self.num_batches = num_limited(limit, total)
 
-    def iterate(self) -> Iterator[tuple[int, Any]]:
-        """Pairs of a batch's index in the whole sequence and the batch."""
+    def iterate(self) -> Iterator[tuple[int, Any, int | None]]:
+        """Of each batch its index in the whole sequence, the batch, and how many samples it holds, None where only a
+        look into it could tell."""
         return self.source.read(self.num_batches)
 
 
@@ -64,7 +65,7 @@ class _IndexedEvaluation:
             return length
         return length // self.batch_size if self.drop_last else math.ceil(length / self.batch_size)
 
-    def read(self, num_batches: int | None) -> Iterator[tuple[int, Any]]:
+    def read(self, num_batches: int | None) -> Iterator[tuple[int, Any, int | None]]:
         order = self.sampling.order(0)
         if self.is_whole and num_batches is not None:
             num_batches = math.ceil((num_batches - self.rank) / self.world_size)
@@ -78,7 +79,7 @@ class _IndexedEvaluation:
             fetched = self.rows.fetch(steps) if self.rows is not None and rows is not None else self.slow.fetch(steps)
         for step, data in fetched:
             index = step.position * self.world_size + self.rank if self.is_whole else step.position
-            yield index, data
+            yield index, data, step.size if self.sampling.knows_sizes else None
 
     @cached_property
     def _order(self) -> Any:
@@ -120,7 +121,7 @@ class _StreamEvaluation:
     def find_samples(self, index: int) -> None:
         return None
 
-    def read(self, num_batches: int | None) -> Iterator[tuple[int, Any]]:
+    def read(self, num_batches: int | None) -> Iterator[tuple[int, Any, int | None]]:
         if num_batches == self.num_batches:
             num_batches = None  # the data ends it: a length may be wrong
         for arrived, (step, data) in enumerate(self.source.read_evaluation()):
@@ -128,7 +129,7 @@ class _StreamEvaluation:
             index = step.position if step.position >= 0 else arrived * self.world_size + self.rank
             if num_batches is not None and index >= num_batches:
                 return
-            yield index, data
+            yield index, data, step.size if self.source.knows_sizes else None
             if num_batches is not None and index + self.world_size >= num_batches:
                 return
 

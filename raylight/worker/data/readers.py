@@ -35,6 +35,7 @@ class Source:
     num_units: int | None = None  # of an epoch, after drop_last
     exact_length: int | None = None  # of an epoch, where it cannot be wrong
     may_end_apart = False  # ranks may come to the end at different steps
+    knows_sizes = True  # how many samples a batch holds is known, not guessed from what is in it
 
     def __init__(self, division: Division, is_whole: bool):
         self.division = division
@@ -75,6 +76,7 @@ class IndexedSource(Source):
         self.sampling = Sampling(loader, seed, overfit=overfit, replace_distributed=not whole)
         self.are_batches, self.drop_last = self.sampling.are_batches, self.sampling.drop_last
         self.unit = "batches" if self.are_batches else "samples"
+        self.knows_sizes = self.sampling.knows_sizes
         if self.are_batches and global_batch_size is not None:
             raise InvalidArguments(
                 "global_batch_size needs a loader that is given a batch_size; this one has a batch sampler of its own, "
@@ -176,6 +178,7 @@ class StreamSource(Source):
                 "global_batch_size needs a DataLoader that is given a batch_size; this loader makes its own batches"
             )
         batch_size = loader.batch_size if makes_batches else 1
+        self.knows_sizes = makes_batches
         division = make_division(rank, world_size, batch_size, global_batch_size)
         self.drop_last = makes_batches and loader.drop_last
         self.stream = Stream(

@@ -57,6 +57,8 @@ class Sampling:
         self.sampler: Any = loader.sampler if batch_sampler is None else batch_sampler
         if not self.are_batches:
             self.sampler = batch_sampler.sampler  # type: ignore[union-attr]
+        # An index that stands for a whole batch does not say how many samples that holds.
+        self.knows_sizes = batch_sampler is not None or isinstance(loader.sampler, BatchSampler)
         self.shuffled: int | None = None  # samples that are put in random order
         self.in_order: int | None = None  # samples that are taken as they come
         self.divides_itself = False  # a distributed sampler of the user's own gives each rank its part already

@@ -73,10 +73,13 @@ def _meet(session: Session, mode: Rejoin) -> None:
         }  # fmt: skip
     received = broadcast_state(mine, worker.world_size, source)
     if standings[worker.rank] != furthest:
+        before = progress.global_step
         session.lose("it has taken over another's state in part")  # until it has all of it
         contents.restore_weights(worker, received)
         contents.restore_training(worker, received)
         session.lose("")
+        if standing[1] == furthest[1] and 0 < session.num_undone == furthest[0] - standing[0]:
+            _count_step(worker, before)
     elif any(standing != furthest for standing in standings):
         contents.call_load_hooks(worker, received)  # as the others do, which they may ask for something
     worker.saving.note_saved(received.own["saved_step"])
@@ -88,6 +91,28 @@ def _meet(session: Session, mode: Rejoin) -> None:
         for epoch, share in mode.carried:
             if epoch == progress.current_epoch:
                 worker.metrics.carry(merge(worker.metrics.carried, share))
+
+
+def _count_step(worker: Worker, before: int) -> None:
+    """The step that broke on this rank was made by another, with the gradients of both: what both logged counts."""
+    every, progress, metrics = worker.config.log_every_n_steps, worker.progress, worker.metrics
+    metrics.enter("train")
+    metrics.bring_back()
+    if every and progress.global_step // every != before // every:
+        metrics.record(progress.global_step, progress.current_epoch)
+
+
+def drain_rows(worker: Worker) -> Iterator[Message]:
+    """The rows of steps that this rank has not told yet, so that they are merged with those of the others."""
+    try:
+        rows = worker.metrics.drain()
+    except RuntimeError as error:  # of a device that is lost
+        text = f"rank {worker.rank} cannot read what it has logged since its last report: {error}"
+        worker.outbox.notice(text, "warning")
+        yield from worker.outbox.take()
+        return
+    if rows is not None:
+        yield rows
 
 
 def _saved_step(worker: Worker) -> int:

@@ -3,7 +3,7 @@ rank that takes over from another goes on from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,12 @@ Flags = tuple[str, bool, bool, bool, bool]
 """The reduction, "callable" or "metric"; whether logged per step and per epoch, per epoch, on the bar, to loggers."""
 Share = dict[str, tuple[Flags, Pairs]]
 """By name."""
+NewestValue = tuple[int, str, float, float, bool]
+"""One rank's newest step value: the batch of the epoch, how ranks are merged, the value, its weight, whether loggers
+get it."""
 
 
-def make_pairs(reduce: Reduce, values: list[float], weights: list[float]) -> Pairs:
+def make_pairs(reduce: Reduce, values: Sequence[float], weights: Sequence[float]) -> Pairs:
     pairs = zip(values, weights, strict=True)
     return [(value * weight, weight) for value, weight in pairs] if reduce == "mean" else list(pairs)
 
@@ -56,6 +59,18 @@ def merge(*shares: Share) -> Share:
             held = merged[name][1] if name in merged else []
             merged[name] = flags, fold(flags[0], [*held, *pairs])
     return merged
+
+
+def merge_newest(of_ranks: list[dict[str, NewestValue]]) -> dict[str, float]:
+    """The values of the last step that logged each name, over the ranks that had a sample in it."""
+    values = {}
+    for name in dict.fromkeys(name for its in of_ranks for name in its):
+        found = [its[name] for its in of_ranks if name in its]
+        last = max(at for at, *_ in found)
+        reduce = found[0][1]
+        numbers, weights = zip(*((value, weight) for at, _, value, weight, _ in found if at == last), strict=True)
+        values[name] = reduce_pairs(reduce, make_pairs(reduce, numbers, weights))
+    return values
 
 
 def pack(share: Share) -> dict[str, Any]:

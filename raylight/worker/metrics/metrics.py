@@ -1,11 +1,10 @@
-"""The path of one logged value on its rank: kept as it is on the device, read a few times a second at most."""
+"""The path of one logged value on its rank: on a GPU it stays there, and is read a few times a second at most."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,77 +14,47 @@ from raylight.contract.errors import InvalidArguments
 from raylight.contract.messages import EpochMetrics, StepMetrics, StepRow, StepValue
 from raylight.contract.plain_text import has_control, to_utf8
 from raylight.worker.group.collectives import gather_objects
-from raylight.worker.metrics.epoch_shares import Flags, Pairs, Reduce, Share, fold, make_pairs, merge, reduce_pairs
+from raylight.worker.metrics.epoch_shares import Flags, NewestValue, Pairs, Share, merge, merge_newest, reduce_pairs
+from raylight.worker.metrics.logged_values import compute, is_metric, read, say_no_epoch, take, take_batch_size
+from raylight.worker.metrics.series import Series
 
+STAGES = ("train", "validate", "test")
 REDUCTIONS = ("mean", "sum", "min", "max")
 # Of a value: stage, name, loader where there are several, and whether a step logged it or a hook around the steps.
 Key = tuple[str, str, int | None, bool]
 KEEP = 512  # batches whose values are kept before they are folded into one; bounds memory in long epochs
 
 
-@dataclass(slots=True, eq=False)
-class Series:
-    """Everything logged under one name in the current epoch."""
-
-    stage: str
-    name: str
-    on_step: bool
-    on_epoch: bool
-    reduce: Reduce
-    prog_bar: bool
-    logger: bool
-    metric: Any = None  # a torchmetrics object, which reduces itself
-    values: list[Any] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    folded: Pairs = field(default_factory=list)
-    fresh: bool = False  # logged since the last row
-    touched: bool = False  # the metric was logged since its last reset
-    both: bool = False  # asked for per step and per epoch, so that the names carry a suffix
-
-    @property
-    def step_reduce(self) -> str:
-        return self.reduce if isinstance(self.reduce, str) else "mean"
-
-    @property
-    def flags(self) -> Flags:
-        reduce = "metric" if self.metric is not None else self.reduce if isinstance(self.reduce, str) else "callable"
-        return reduce, self.both, self.on_epoch, self.prog_bar, self.logger
-
-    def fold(self) -> Pairs:
-        """Replaces the values by their reduction so far; a callable needs them all, so they only leave the device."""
-        if self.values:
-            self.folded = fold(self.reduce, self.folded + make_pairs(self.reduce, read(self.values), self.weights))
-            self.values, self.weights = [], []
-        return self.folded
-
-    def begin_anew(self) -> None:
-        self.values, self.weights, self.folded, self.fresh = [], [], [], False
-        if self.touched:
-            self.metric.reset()
-            self.touched = False
-
-
 class Metrics:
-    """What `Module.log` writes to and what the loop reads from."""
+    """What `Module.log` writes to and what the loop reads from.
 
-    def __init__(self, module: torch.nn.Module, world_size: int):
+    `stage` is "train", "validate" or "test" while an epoch of that kind takes values, and empty where there is none.
+    """
+
+    def __init__(self, module: torch.nn.Module, world_size: int, tell: Callable[[str], None] | None = None):
         self.module = module
         self.world_size = world_size
+        self.tell = tell  # takes what the person should know
         self.series: dict[Key, Series] = {}
-        self.stage = "train"
-        self.hook_is_step = True  # step hooks log per step by default in training; all others per epoch
+        self.stage = ""
+        self.hook_is_step = False  # step hooks log per step by default in training; all others per epoch
         self.dataloader_idx: int | None = None  # set where there are several loaders
         self.batch_size: int | Callable[[], int | None] = 1
-        self.rows: list[tuple[int, int, float, list[tuple[Series, Any, float]]]] = []
+        self.at = 0
+        self.size_is_guessed = False
+        self.rows: list[tuple[int, int, float, list[tuple[Series, Any, Any]]]] = []
         self.epoch_values: dict[str, float] = {}
         self.measured_at: dict[str, int] = {}  # by name: the step
         self.logged_values: dict[str, float] = {}
         self.shown_values: dict[str, float] = {}
         self.carried: Share = {}  # logged in this epoch of training by ranks that are gone, or before a resume
         self._ending: Share | None = None  # what this rank has logged in an epoch whose end is on its way
+        self._last_steps: list[tuple[Series, tuple[Any, Any] | None, int]] = []  # of that epoch, what steps logged
         self._whole: dict[Key, int] = {}
+        self._undone: list[tuple[Series, list[Any], list[Any]]] = []  # what the newest rollback took away
         self._computed: list[Any] = []  # torchmetrics objects whose epoch is over, and whose hooks may still read them
         self._num_batches = 0
+        self._said: set[str] = set()  # names whose guessed batch size was told
 
     # ---- hot path
 
@@ -99,28 +68,29 @@ class Metrics:
         on_epoch: bool | None,
         reduce_fx: Any,
         add_dataloader_idx: bool,
-        batch_size: int | None,
+        batch_size: Any,
         metric_attribute: str | None,
     ) -> None:
+        value = take(name, value)
         key = (self.stage, name, self.dataloader_idx, self.hook_is_step)
         series = self.series.get(key)
-        if series is None:
+        is_number = type(value) is float or isinstance(value, Tensor)
+        if series is None or (series.metric is None) is not is_number:
             series = self._begin(key, value, prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx)
-        if series.metric is not None:
-            series.fresh = series.touched = True
+        series.at, series.fresh = self.at, True
+        if not is_number:
+            series.metric, series.touched = value, True  # it may be another object than in the epoch before
             return
-        if isinstance(value, Tensor):
-            value = value.detach()
-            if value.numel() != 1:
-                raise ValueError(f"log({name!r}): one element is needed, the tensor has shape {tuple(value.shape)}")
         if batch_size is None:
             batch_size = self.batch_size if isinstance(self.batch_size, int) else self._find_batch_size()
+            series.guessed |= self.size_is_guessed
+        elif type(batch_size) is not int:
+            batch_size = take_batch_size(name, batch_size)
         series.values.append(value)
         series.weights.append(batch_size)
-        series.fresh = True
 
-    def enter(self, stage: str, in_step: bool) -> None:
-        """What is logged from here on belongs to this stage; `in_step`: by hooks of a step, not around the steps."""
+    def enter(self, stage: str, in_step: bool = False) -> None:
+        """What is logged from here on belongs to the epoch of this stage; with an empty one, to none."""
         self.stage, self.hook_is_step = stage, in_step
 
     def enter_loader(self, dataloader_idx: int | None) -> None:
@@ -143,12 +113,34 @@ class Metrics:
         """What is logged inside counts for nothing."""
         series, self.series = self.series, {}
         try:
-            yield
+            with self.inside("train", in_step=True):
+                yield
         finally:
             self.series = series
 
-    def begin_batch(self, batch_size: int | Callable[[], int | None]) -> None:
-        self.batch_size = batch_size
+    @contextmanager
+    def inside(self, stage: str, in_step: bool) -> Iterator[None]:
+        """What is logged inside belongs to this stage."""
+        before = self.stage, self.hook_is_step
+        self.stage, self.hook_is_step = stage, in_step
+        try:
+            yield
+        finally:
+            self.stage, self.hook_is_step = before
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """For hooks that lie between two steps and belong to no epoch."""
+        stage, self.stage = self.stage, ""
+        try:
+            yield
+        finally:
+            self.stage = stage
+
+    def begin_batch(self, batch_size: int | Callable[[], int | None], at: int = 0) -> None:
+        """`batch_size`: the samples in it, or a function that guesses them; `at`: its index in the epoch."""
+        self.batch_size, self.at = batch_size, at
+        self.size_is_guessed = not isinstance(batch_size, int)
         self._num_batches += 1
 
     def end_step(self) -> None:
@@ -157,12 +149,13 @@ class Metrics:
             self._num_batches = 0
             for series in self.series.values():
                 if series.stage == self.stage:
-                    series.fold() if series.on_epoch else _keep_newest(series)
+                    series.fold()
         if self.stage == "train":
             self._whole = {key: len(series.values) for key, series in self.series.items()}
 
     def rollback(self) -> None:
-        """Forgets what a step, or an evaluation, has logged that did not come to its end.
+        """Forgets what a step, or an evaluation, has logged that did not come to its end; `bring_back` undoes it for
+        the step.
 
         A torchmetrics object of a training step keeps it. An epoch whose end failed has not ended.
         """
@@ -173,29 +166,41 @@ class Metrics:
                     self._computed = [metric for metric in self._computed if metric is not series.metric]
                     series.touched = True
                 series.values, series.weights, series.folded = [], [], []
+            for series, last, at in self._last_steps:
+                series.last, series.at = last, at
             self.carried = ending
         self.end_epoch()
+        self._undone = []
         for key, series in self.series.items():
             if series.stage == "train":
                 count = self._whole.get(key, 0)
-                del series.values[count:], series.weights[count:]
+                if len(series.values) > count:
+                    self._undone.append((series, series.values[count:], series.weights[count:]))
+                    del series.values[count:], series.weights[count:]
             else:
                 series.begin_anew()
 
+    def bring_back(self) -> None:
+        """The step that was rolled back here has come to its end on another rank, and so it counts."""
+        undone, self._undone = self._undone, []
+        for series, values, weights in undone:
+            series.values += values
+            series.weights += weights
+            series.fresh = True
+        self.end_step()
+
     def record(self, step: int, epoch: int) -> None:
         """Notes the newest step values as the row of this step; nothing is read from the device yet."""
-        row = [
-            (series, series.metric if series.metric is not None else series.values[-1], series.weights[-1:])
-            for series in self.series.values()
-            if series.on_step and series.fresh and (series.values or series.metric is not None)
-        ]
-        if row:
-            values = [(s, _last_value(v), w[0] if w else 1.0) for s, v, w in row]
-            self.rows.append((step, epoch, time.time(), values))
-            for series, _, _ in row:
+        row = []
+        for series in self.series.values():
+            newest = series.newest() if series.on_step and series.fresh else None
+            if newest is not None:
+                row.append((series, *newest))
                 series.fresh = False
                 if not series.on_epoch:
-                    _keep_newest(series)
+                    del series.values[:-1], series.weights[:-1]
+        if row:
+            self.rows.append((step, epoch, time.time(), row))
 
     # ---- a few times a second
 
@@ -204,40 +209,45 @@ class Metrics:
         if not self.rows:
             return None
         rows, self.rows = self.rows, []
-        numbers = iter(read([value for row in rows for _, value, _ in row[3]]))
+        numbers = iter(read([number for row in rows for _, *both in row[3] for number in both]))
         drained = []
         for step, epoch, moment, row in rows:
-            values = {}
-            for series, _, weight in row:
-                name = self._step_name(series)
-                values[name] = StepValue(next(numbers), weight, series.step_reduce)
-                self.logged_values[name] = values[name].value
+            logged = {}
+            for series, _, _ in row:
+                name, value = series.step_name, StepValue(next(numbers), next(numbers), series.step_reduce)
+                self.logged_values[name] = value.value
                 if series.prog_bar:
-                    self.shown_values[name] = values[name].value
-            logged = {self._step_name(s): values[self._step_name(s)] for s, _, _ in row if s.logger}
+                    self.shown_values[name] = value.value
+                if series.logger:
+                    logged[name] = value
             drained.append(StepRow(step, epoch, moment, logged))
         return StepMetrics(tuple(drained))
 
     def shown(self) -> dict[str, float]:
         """Newest values for the progress bar."""
-        series = [s for s in self.series.values() if s.prog_bar and s.on_step and s.values]
-        for found, number in zip(series, read([s.values[-1] for s in series]), strict=True):
-            self.shown_values[self._step_name(found)] = number
+        self.shown_values |= {s.step_name: value for s, value in self._read_newest() if s.prog_bar}
         return dict(self.shown_values)
+
+    def logged(self) -> dict[str, float]:
+        """The newest of what loggers get, this rank's own newest step values among it."""
+        return self.logged_values | {s.step_name: value for s, value in self._read_newest() if s.logger}
 
     def newest(self) -> dict[str, float]:
         """Every value known on this rank: reduced epoch values, and this rank's own newest step values."""
         values = dict(self.epoch_values)
-        series = [s for s in self.series.values() if s.on_step and s.values]
-        for found, number in zip(series, read([s.values[-1] for s in series]), strict=True):
-            values[found.name] = number
-            values[self._step_name(found)] = number
+        for series, value in self._read_newest():
+            values[series.name] = values[series.step_name] = value
         return values
 
     def find_carried(self, step: int) -> dict[str, int]:
         """Of what `newest` gives at `step`, the names of values that an earlier step's weights have, and that step."""
-        fresh = {name for s in self.series.values() if s.on_step and s.values for name in (s.name, self._step_name(s))}
+        used = [s for s in self.series.values() if s.on_step and s.newest() is not None]
+        fresh = {name for series in used for name in (series.name, series.step_name)}
         return {name: at for name, at in self.measured_at.items() if at != step and name not in fresh}
+
+    def _read_newest(self) -> list[tuple[Series, float]]:
+        found = [(s, newest[0]) for s in self.series.values() if s.on_step and (newest := s.newest()) is not None]
+        return list(zip([s for s, _ in found], read([value for _, value in found]), strict=True))
 
     # ---- once an epoch
 
@@ -247,49 +257,69 @@ class Metrics:
         Every rank gets the same values: those that one process would have computed from all batches. torchmetrics
         objects keep theirs for the hooks that follow, until `end_epoch`.
         """
-        mine = [s for s in self.series.values() if s.stage == stage and (s.values or s.folded or s.touched)]
-        share: Share = {s.name: (s.flags, s.fold()) for s in mine}
+        mine = [s for s in self.series.values() if s.stage == stage and s.is_used]
+        of_steps = self._step_share(mine)
+        share: Share = {s.name: (s.flags, s.fold()) for s in mine if s.on_epoch}
         if stage == "train":
             share, self.carried = merge(share, self.carried), {}
-        attributes = {series.name: self._attribute_of(series) for series in mine if series.metric is not None}
-        gathered = gather_objects((share, attributes), self.world_size)
+        attributes = {s.name: self._attribute_of(s) for s in mine if s.metric is not None and s.on_epoch}
+        gathered = gather_objects((share, attributes, of_steps), self.world_size)
         names: dict[str, Flags] = {}
-        for its, _ in gathered:
+        for its, _, _ in gathered:
             names |= {name: flags for name, (flags, _) in its.items() if name not in names}
-        values: dict[str, float] = {}
+        values = merge_newest([its for _, _, its in gathered])
+        of_last_step = frozenset(name for _, _, its in gathered for name, newest in its.items() if newest[-1])
         logged, shown = set(), set()
-        for name, (reduce, both, on_epoch, prog_bar, logger) in names.items():
-            pairs = [pair for its, _ in gathered if name in its for pair in its[name][1]]
+        for name, (reduce, both, _, prog_bar, logger) in names.items():
+            pairs = [pair for its, _, _ in gathered if name in its for pair in its[name][1]]
             number: float | None
             if reduce == "metric":
-                number = self._compute(name, gathered)
+                number = self._compute(name, mine, next(paths[name] for _, paths, _ in gathered if name in paths))
             elif reduce == "callable":
                 number = self._call_reduction(name, pairs, mine)
                 if number is None:
                     continue
             else:
                 number = reduce_pairs(reduce, pairs)
-            values[name] = number
-            if on_epoch:
-                label = f"{name}_epoch" if both else name
-                values[label] = number
-                logged |= {label} if logger else set()
-                shown |= {label} if prog_bar else set()
+            label = f"{name}_epoch" if both else name
+            values[name] = values[label] = number
+            logged |= {label} if logger else set()
+            shown |= {label} if prog_bar else set()
+        self._say_guesses(mine)
         for series in mine:
-            series.values, series.weights, series.folded = [], [], []
-            series.fresh = series.touched = False
+            if series.metric is not None:
+                self._retire(series.metric)
+            series.forget()
         self._whole = {}
         self.epoch_values |= values
         self.measured_at |= dict.fromkeys(values, step)
-        self.logged_values |= {name: values[name] for name in logged}
+        self.logged_values |= {name: values[name] for name in logged | of_last_step}
         self.shown_values |= {name: values[name] for name in shown}
-        return EpochMetrics(stage, epoch, step, time.time(), values, frozenset(logged), frozenset(shown))
+        return EpochMetrics(stage, epoch, step, time.time(), values, frozenset(logged), frozenset(shown), of_last_step)
+
+    def _step_share(self, mine: list[Series]) -> dict[str, NewestValue]:
+        """By name: this rank's newest step values, each with the batch that it is of."""
+        found = [(s, newest) for s in mine if s.on_step and (newest := s.newest()) is not None]
+        numbers = iter(read([number for _, newest in found for number in newest]))
+        return {s.step_name: (s.at, s.step_reduce, next(numbers), next(numbers), s.logger) for s, _ in found}
+
+    def _say_guesses(self, mine: list[Series]) -> None:
+        """Once for each name: whose mean may be wrong because nobody has said how many samples a batch holds."""
+        guessed = {s.name for s in mine if s.guessed and s.on_epoch and s.metric is None and s.reduce == "mean"}
+        names = sorted(guessed - self._said)
+        if names and self.tell is not None:
+            self._said |= guessed
+            self.tell(
+                f"how many samples a batch holds is not known from the loader, and was guessed from the batch's first "
+                f"tensor to weight the mean of {', '.join(map(repr, names))}; to have it exact, pass "
+                f"log({names[0]!r}, ..., batch_size=n)"
+            )
 
     def end_epoch(self) -> None:
         """The hooks of the epoch's end are done: torchmetrics objects begin anew."""
         for metric in self._computed:
             metric.reset()
-        self._computed, self._ending = [], None
+        self._computed, self._ending, self._last_steps = [], None, []
 
     def epoch_share(self) -> Share:
         """What this rank has logged so far in the running epoch of training; torchmetrics objects left out.
@@ -298,11 +328,14 @@ class Metrics:
         """
         mine = [s for s in self.series.values() if s.stage == "train" and s.metric is None and s.on_epoch]
         share: Share = {s.name: (s.flags, s.fold()) for s in mine if s.values or s.folded}
-        self._whole = {}
+        self._whole = {key: len(series.values) for key, series in self.series.items() if series.values}
         return merge(share, self.carried)
 
     def keep_share(self) -> Share:
         """As `epoch_share`, for the epoch that ends now: until `end_epoch`, a rollback brings it back."""
+        self._last_steps = [
+            (s, s.newest(), s.at) for s in self.series.values() if s.stage == "train" and s.on_step and s.metric is None
+        ]
         self._ending = self.epoch_share()
         return self._ending
 
@@ -313,7 +346,7 @@ class Metrics:
     # ---- inner
 
     def _begin(
-        self, key: Any, value: Any, prog_bar: bool, logger: bool | None, on_step: bool | None, on_epoch: bool | None,
+        self, key: Key, value: Any, prog_bar: bool, logger: bool | None, on_step: bool | None, on_epoch: bool | None,
         reduce_fx: Any, add_dataloader_idx: bool,
     ) -> Series:  # fmt: skip
         stage, name, *_ = key
@@ -321,13 +354,13 @@ class Metrics:
             raise InvalidArguments(f"log(name={name!r}): a name is a str, not {type(name).__name__}")
         if has_control(to_utf8(name)):
             raise InvalidArguments(f"log({name!r}): a name holds no characters that control a terminal")
-        is_metric = hasattr(value, "compute") and hasattr(value, "update") and hasattr(value, "reset")
-        if isinstance(value, dict) or not (
-            is_metric or isinstance(value, (Tensor, int, float)) or hasattr(value, "item")
-        ):
+        if stage not in STAGES:
+            raise InvalidArguments(say_no_epoch(name, stage))
+        before = self.series.get(key)
+        if before is not None and before.is_used:
             raise InvalidArguments(
-                f"log({name!r}): a number, a one-element tensor or a torchmetrics metric is needed, not "
-                f"{type(value).__name__}" + ("; use log_dict for a dict" if isinstance(value, dict) else "")
+                f"log({name!r}): a torchmetrics metric and a number were logged under one name in the same epoch; "
+                "give one of them another name"
             )
         reduce = {torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max"}.get(reduce_fx, reduce_fx)
         reduce = {"avg": "mean"}.get(reduce, reduce) if isinstance(reduce, str) else reduce
@@ -335,16 +368,21 @@ class Metrics:
             raise InvalidArguments(
                 f"log({name!r}, reduce_fx={reduce_fx!r}): one of {REDUCTIONS} or a function is needed"
             )
-        if stage == "predict":
-            raise InvalidArguments(f"log({name!r}): predict_step collects outputs and logs nothing")
         in_step = stage == "train" and self.hook_is_step
+        # numpy's True is not Python's
+        on_step, on_epoch = (None if flag is None else bool(flag) for flag in (on_step, on_epoch))
         on_epoch = not in_step if on_epoch is None else on_epoch or not in_step
         both = on_epoch and bool(on_step)
+        if on_step and not in_step and self.tell is not None and key not in self.series:
+            self.tell(
+                f"log({name!r}, on_step=True): values of single steps are kept of training alone; here the value of "
+                "the whole epoch is"
+            )
         on_step = in_step and on_step is not False
         if self.dataloader_idx is not None and add_dataloader_idx:
             name = f"{name}/dataloader_idx_{self.dataloader_idx}"
-        metric = value if is_metric else None
-        series = Series(stage, name, on_step, on_epoch, reduce, prog_bar, logger is not False, metric)
+        series = Series(stage, name, on_step, on_epoch, reduce, bool(prog_bar), logger is None or bool(logger))
+        series.metric = value if is_metric(value) else None
         series.both = both or (on_step and on_epoch)
         self.series[key] = series
         return series
@@ -353,9 +391,6 @@ class Metrics:
         assert callable(self.batch_size)
         self.batch_size = self.batch_size() or 1
         return self.batch_size
-
-    def _step_name(self, series: Series) -> str:
-        return f"{series.name}_step" if series.both else series.name
 
     def _attribute_of(self, series: Series) -> str | None:
         """Where the metric lies in the module, so that a rank that never saw a batch takes part in its reduction."""
@@ -368,34 +403,17 @@ class Metrics:
         number = None if function is None else reduce_pairs(function, pairs)
         return next((found for found in gather_objects(number, self.world_size) if found is not None), None)
 
-    def _compute(self, name: str, gathered: list[tuple[Share, dict[str, str | None]]]) -> float:
-        path = next(attributes[name] for _, attributes in gathered if name in attributes)
-        own = next((s.metric for s in self.series.values() if s.name == name and s.metric is not None), None)
-        metric: Any = own if own is not None else self.module.get_submodule(path) if path is not None else None
+    def _compute(self, name: str, mine: list[Series], path: str | None) -> float:
+        """A rank that has logged nothing in this epoch finds the metric by its path: it may be a new object."""
+        metric: Any = next((s.metric for s in mine if s.name == name and s.metric is not None), None)
+        if metric is None and path is not None:
+            metric = self.module.get_submodule(path)
         if metric is None:
             raise InvalidArguments(f"log({name!r}): assign the metric to the module (self.x = Metric()) to log it")
+        self._retire(metric)
+        return compute(name, metric)
+
+    def _retire(self, metric: Any) -> None:
+        """Its epoch is over: it begins anew once the hooks that may still read it are done."""
         if all(metric is not found for found in self._computed):
             self._computed.append(metric)
-        return float(metric.compute())
-
-
-def read(values: list[Any]) -> list[float]:
-    """Numbers and one-element tensors as floats, in one device sync for all tensors."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if not tensors:
-        return [float(value) for value in values]
-    device = tensors[0].device
-    stacked = torch.stack([t.reshape(()).to(device=device, dtype=torch.float64) for t in tensors])
-    numbers = iter(stacked.tolist())
-    return [next(numbers) if isinstance(value, Tensor) else float(value) for value in values]
-
-
-def _keep_newest(series: Series) -> None:
-    del series.values[:-1], series.weights[:-1]
-
-
-def _last_value(value: Any) -> Any:
-    if isinstance(value, (Tensor, int, float)) or not hasattr(value, "compute"):
-        return value
-    cached = getattr(value, "_forward_cache", None)  # torchmetrics: the value of the last batch alone
-    return cached.detach().clone() if isinstance(cached, Tensor) else value.compute()

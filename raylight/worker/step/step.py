@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from raylight.arguments.checks import check_loss
 from raylight.contract.errors import DataError
 from raylight.contract.seeding import seed_step
+from raylight.user.transfer import size_guess
 from raylight.worker.data.batches import TrainBatch
 from raylight.worker.diagnosis.sections import Sections
 from raylight.worker.group.collectives import average_gradients, broadcast_tensors
@@ -67,6 +68,7 @@ class Step:
         """In hand, from before its first hook to after its last."""
         self.is_done = False
         """The step of the batch in hand is made, and only hooks at the batch's end remain."""
+        self._knows_sizes = True
         self.buffers = MovingBuffers(module)  # as they were before the window
         self.torch_rng: Tensor | None = None  # before the batch in hand; ranks of several have numbers of their own
         self._window_rng: Tensor | None = None  # before the first batch of the window
@@ -91,18 +93,25 @@ class Step:
                 self._window_rng = self.torch_rng
         if self.buffers and not self.window:
             self.buffers.keep()
-        worker.metrics.begin_batch(batch.size)
+        is_known = self._knows_sizes or not batch.size
+        worker.metrics.begin_batch(batch.size if is_known else size_guess(batch.data), batch.index)
 
     def end(self) -> None:
         self.batch = None
 
-    def begin_epoch(self) -> None:
-        self.window = 0
+    def begin_epoch(self, knows_sizes: bool) -> None:
+        """`knows_sizes`: the sampler says how many samples a batch holds; else it is guessed from what is in it."""
+        self.window, self._knows_sizes = 0, knows_sizes
 
     def take_losses(self) -> list[Tensor]:
         """Those since the last call, on the device."""
         taken, self.losses = self.losses, []
         return taken
+
+    @property
+    def num_broken(self) -> int:
+        """Batches that `undo` takes back: those of an unfinished window, and one whose step is not made."""
+        return self.window + (self.batch is not None and not self.is_done)
 
     def undo(self) -> bool:
         """Takes back a step that broke: the batches of its window, logged values, running statistics, and what was

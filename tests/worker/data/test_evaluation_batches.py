@@ -77,7 +77,7 @@ def evaluate(loader, world_size, **options):
     ranks = [EvaluationBatches(loader, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
     found = {}
     for rank, batches in enumerate(ranks):
-        for index, batch in batches.iterate():
+        for index, batch, _ in batches.iterate():
             assert index not in found
             assert index % world_size == rank
             found[index] = (batch[0] if isinstance(batch, list) else batch).reshape(-1).tolist()
@@ -122,7 +122,7 @@ def test_loader_workers_change_nothing(num_workers, world_size):
         expected = [[*range(low, min(low + 4, 23))] for low in range(0, 23, 4)]
         ranks = [EvaluationBatches(loader, rank=rank, world_size=world_size) for rank in range(world_size)]
         for _ in range(2):
-            found = {index: batch.tolist() for rank in ranks for index, batch in rank.iterate()}
+            found = {index: batch.tolist() for rank in ranks for index, batch, _ in rank.iterate()}
             assert [found[index] for index in sorted(found)] == expected
 
 

@@ -1,0 +1,16 @@
+"""Numbers as Python's own: what a person gives as a number may be a scalar of numpy or torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_PYTHONS_OWN = (int, float, bool, str, type(None))
+
+
+def to_python(value: Any) -> Any:
+    """The Python value in a 0-d array or tensor or in a numpy scalar; anything else as it is."""
+    if type(value) in _PYTHONS_OWN or isinstance(value, type):
+        return value
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
+        return value.item()
+    return value

@@ -1,0 +1,49 @@
+"""What one logger is given: each row once, through failures too."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+
+class LoggerFeed:
+    """Hands rows to a logger of raylight's own, or of anybody's.
+
+    After a failure steps may be made again. One that has `drop_after` takes their rows back; another, such as a
+    service, cannot, and is not given again what it has.
+    """
+
+    def __init__(self, logger: Any):
+        self._logger = logger
+        self._takes_time = "seconds" in inspect.signature(logger.log_metrics).parameters
+        self._takes_back = hasattr(logger, "drop_after")
+        self._last = -1  # the newest step of which it has a row
+        self._names: set[str] = set()  # which it has of that step
+        self._redoes = False
+
+    def give(self, values: dict[str, float], step: int, epoch: int, moment: float) -> None:
+        """`moment`: when it was measured, in seconds since 1970, which loggers of others do not ask for."""
+        if self._redoes:
+            if step < self._last:
+                return
+            if step == self._last:
+                values = {name: value for name, value in values.items() if name not in self._names}
+        if not values:
+            return
+        if step > self._last:
+            self._last, self._names, self._redoes = step, set(), False
+        if step == self._last:
+            self._names |= values.keys()
+        row = {**values, "epoch": float(epoch)}
+        if self._takes_time:
+            self._logger.log_metrics(row, step, seconds=moment)
+        else:
+            self._logger.log_metrics(row, step)
+
+    def redo_from(self, step: int) -> None:
+        """The steps after this one are made again."""
+        if self._takes_back:
+            self._logger.drop_after(step)
+            self._last = -1
+        else:
+            self._redoes = True
