@@ -12,9 +12,11 @@ FAILURES = "failures"
 """What failed steps have left for `raylight replay`."""
 
 
-def checkpoint_directory(step: int, attempt: int = 0) -> str:
-    """Each attempt has names of its own: one that was thought dead cannot write into a checkpoint of its successor."""
-    return f"{CHECKPOINTS}/step-{step:08d}" + (f"-attempt-{attempt}" if attempt else "")
+def checkpoint_directory(step: int, attempt: int = 0, batch: int | None = None) -> str:
+    """`batch`: of a state that no optimizer step has made, the number of batches it has seen. Each attempt has names of
+    its own: one that was thought dead cannot write into a checkpoint of its successor."""
+    name = f"step-{step:08d}" + ("" if batch is None else f"-batch-{batch:08d}")
+    return f"{CHECKPOINTS}/{name}" + (f"-attempt-{attempt}" if attempt else "")
 
 
 def log_file(rank: int) -> str:

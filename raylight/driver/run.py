@@ -301,7 +301,7 @@ class Run:
 
     @property
     def last(self) -> Checkpoint | None:
-        return max(self.checkpoints, key=lambda checkpoint: checkpoint.step, default=None)
+        return max(self.checkpoints, key=lambda checkpoint: checkpoint.age_key, default=None)
 
     @property
     def goodput(self) -> dict[str, float]:

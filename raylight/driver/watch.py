@@ -53,6 +53,7 @@ class Watch:
             self.group.recruit_up_to(self.most)
 
     def see(self, message: Message) -> None:
+        self.hangs.see(message)
         if self.timetable is not None:
             self.timetable.see(message)
         if isinstance(message, SaveFailed) and message.is_torn and self.group.world_size > 1:

@@ -29,7 +29,7 @@ __all__ = [
 
 logger = logging.getLogger("raylight.storage")
 # What raylight writes, and therefore may delete: nothing else is touched.
-OWN_FOLDER = re.compile(r"step-\d{8,}(-attempt-\d+)?")
+OWN_FOLDER = re.compile(r"step-\d{8,}(-batch-\d{8,})?(-attempt-\d+)?")
 OWN_FILE = re.compile(rf"manifest\.json|mod(el|ule)\.pt|[a-z_]+-\d{{5,}}-of-\d{{5,}}\.pt|{re.escape(HIDDEN_PREFIX)}.+")
 # A shared file system may show another machine's files a little late.
 ARRIVAL_TIMEOUT_S = 10.0

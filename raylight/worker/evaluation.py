@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -20,6 +21,7 @@ from raylight.user.transfer import batch_size_of, move_to_device, size_guess
 from raylight.worker.data.evaluation_batches import EvaluationBatches
 from raylight.worker.group.collectives import broadcast_tensors, gather_objects
 from raylight.worker.hooks import bind_step, takes_outputs
+from raylight.worker.step.lazy_layers import shaped
 from raylight.worker.worker import Worker
 
 REPORT_EVERY_S = 0.25
@@ -53,13 +55,13 @@ def evaluate(
     module._remember_modes()
     getattr(module, f"on_{prefix}_model_eval")()
     # DDP lets running statistics drift apart between its broadcasts; all ranks must measure the same module
-    broadcast_tensors(module.buffers(), worker.world_size)
+    broadcast_tensors(shaped(module.buffers()), worker.world_size)
     hooks.call(f"on_{prefix}_start")
     hooks.call(f"on_{prefix}_epoch_start")
     total = None if data.total is None else int(min(data.total, max_batches * len(data.batches)))
     yield StageStarted(stage, progress.current_epoch, progress.global_step, total)
     outputs: Outputs = []
-    with torch.inference_mode() if worker.config.inference_mode else torch.no_grad():
+    with _without_gradients(worker):
         for index in range(len(data.batches)):
             kept: list[tuple[int, Any]] = []
             yield from _run_loader(worker, stage, index, data.batches, max_batches, kept)
@@ -69,6 +71,12 @@ def evaluate(
     if stage != "predict":
         getattr(module, f"on_{prefix}_model_train")()
     return EvaluationResult(values, outputs if stage == "predict" else [], len(data.batches))
+
+
+def _without_gradients(worker: Worker) -> AbstractContextManager[None]:
+    """Inside a fit never `inference_mode`: training could not use what a validation made, such as the parameters of a
+    lazy layer or a cached table, and `torch.enable_grad` would do nothing."""
+    return torch.inference_mode() if worker.config.inference_mode and not worker.is_fitting else torch.no_grad()
 
 
 def _run_loader(

@@ -302,7 +302,7 @@ class Loop:
         one that was asked for is made after a later step.
         """
         worker, saving, step = self.worker, self.worker.saving, self.worker.progress.global_step
-        if saving.snapshots is None or saving.saved_step == step:
+        if saving.snapshots is None or saving.saved_at == worker.progress.num_batches_seen:
             saving.drop_request()
             return
         yield from self._poll()
@@ -310,7 +310,8 @@ class Loop:
         if free or must or self.schedule.must_save():
             worker.control.show_life("save", step)
             contents.take_snapshot(worker, wait=not free)
-            saving.note_saved(step)
+            saving.note_saved(worker.progress.num_batches_seen)
+            worker.control.show_life(self.beat_stage, step)
         elif not saving.is_requested and worker.is_first:
             saving.say_left_out(step, worker.outbox)
 
@@ -335,6 +336,7 @@ class Loop:
                 yield from saving.close(FINAL_WRITE_TIMEOUT_S)
                 if not self._agree(not saving.has_failed):
                     yield from keep_locally(worker)
+            worker.control.show_life("end", worker.progress.global_step)
         yield from worker.outbox.take()
 
     def obey(self, action: Action) -> None:

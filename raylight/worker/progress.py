@@ -23,6 +23,11 @@ class Progress:
     validated_at: int = -1
     """`num_batches_seen` at the newest validation."""
 
+    step_before: int = 0
+    """`global_step` before the newest batch that completed an accumulation window."""
+    steps_ahead: int = 0
+    """Optimizer steps of the next batch that are made already: it broke after them."""
+
     @property
     def is_at_start(self) -> bool:
         return self.global_step == self.current_epoch == self.batch_idx == 0
@@ -38,6 +43,29 @@ class Progress:
 
     def finish_step(self) -> None:
         self.global_step += 1
+
+    def finish_window(self, step_at_batch: int) -> None:
+        """The batch that completed it began at this `global_step`."""
+        self.step_before = step_at_batch
+
+    def note_steps_ahead(self, step_at_batch: int) -> None:
+        self.steps_ahead = self.global_step - step_at_batch
+
+    def skip_step(self) -> None:
+        """A step of this batch was made before it broke."""
+        self.steps_ahead -= 1
+
+    def forget_steps_ahead(self) -> None:
+        self.steps_ahead = 0
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the newest batch made an optimizer step, all of whose batch is done. Training by hand makes none."""
+        return (self.global_step != self.step_before or not self.num_batches_seen) and not self.steps_ahead
+
+    def crosses(self, every: int) -> bool:
+        """Whether the newest window has reached or passed a multiple of `every` steps; it may make several."""
+        return self.step_before // every != self.global_step // every
 
     def finish_validation(self) -> None:
         self.validated_at = self.num_batches_seen
@@ -66,5 +94,6 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
+        known = {"step_before": max(0, state["global_step"] - 1), "steps_ahead": 0, **state}  # older ones lack these
         for field in fields(self):
-            setattr(self, field.name, state[field.name])
+            setattr(self, field.name, known[field.name])

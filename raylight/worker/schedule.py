@@ -62,7 +62,7 @@ class Schedule:
             return False
         if worker.saving.is_requested:
             return True
-        return self._is_step_due() and worker.saving.saved_step != worker.progress.global_step
+        return self._is_step_due() and worker.saving.saved_at != worker.progress.num_batches_seen
 
     def must_save(self) -> bool:
         """Whether this step's checkpoint is one that no other can stand for: of weights that were just validated, which
@@ -86,7 +86,7 @@ class Schedule:
         every = checkpoint.every_n_epochs if self._has_interval() else 1
         if every and worker.progress.current_epoch % every == 0:
             return True
-        return self._is_step_due() and worker.saving.saved_step != worker.progress.global_step
+        return self._is_step_due() and worker.saving.saved_at != worker.progress.num_batches_seen
 
     def _has_interval(self) -> bool:
         checkpoint = self.config.checkpoint
@@ -95,8 +95,7 @@ class Schedule:
 
     def _is_step_due(self) -> bool:
         every = self.config.checkpoint.every_n_steps if self.config.checkpoint is not None else None
-        step = self.worker.progress.global_step
-        return every is not None and step > 0 and step % every == 0
+        return every is not None and self.worker.progress.crosses(every)
 
     # ---- validation
 

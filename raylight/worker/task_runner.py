@@ -32,6 +32,7 @@ from raylight.worker.returned import pack_objects
 from raylight.worker.session import Session
 from raylight.worker.step.dynamo import postpone_dynamo
 from raylight.worker.step.optimizers import check_schedulers, make_optimizers
+from raylight.worker.step.reduction import explain
 from raylight.worker.worker import Worker
 
 
@@ -209,6 +210,8 @@ def _gather_trained(session: Session) -> Trained:
 def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
     """A broken collective is a peer's failure: this rank settles and waits for a new group. Anything else is its own:
     the hooks are told, and the exception is described. Whatever fails meanwhile is told beside it."""
+    if session is not None:
+        error = explain(error, session.worker, session.step.reduction if session.step is not None else None)
     lost_peer = process_group.is_peer_loss(error) or (isinstance(error, Halted) and error.broken)
     if session is None:
         failure = describe_failure(error, 0, "setup")

@@ -100,6 +100,8 @@ class Worker:
             self.saving.move(place.rank, place.world_size)
         self.task, self.place, self.control = task, place, control
         self.metrics.resize(place.world_size)
+        if place.world_size == 1:
+            self.optimizers.rest_raw_backward()
         self.hooks.attach()
 
     def barrier(self) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from raylight.contract.messages import Progress, StageStarted
 from raylight.driver.hangs import FLOOR_S, HangDetector, waits_for_peers
 
 IN_TORCH = '  File "/site-packages/torch/autograd/graph.py", line 1, in backward\n'
@@ -60,6 +61,49 @@ def test_what_comes_first_may_take_ten_times_as_long(stage):
     assert not detector.look({0: (stage, 0, 49.0)})
     clock.now += 2.0
     assert detector.look({0: (stage, 0, 51.0)})
+
+
+def test_a_later_first_batch_may_take_ten_times_what_the_first_one_took():
+    detector, clock = make(5.0)
+    detector.see(StageStarted("train", 0, 0, 10))
+    clock.now += 0.1
+    detector.see(Progress("train", 0, 1, 1, 2))
+    detector.begin()  # after a failure
+    assert not detector.look({0: ("first training batch", 1, 0.0)})
+    clock.now += 9.9  # of a new process
+    assert not detector.look({0: ("first training batch", 1, 9.9)})
+    clock.now += 0.2
+    assert detector.look({0: ("first training batch", 1, 10.1)})
+
+    detector, clock = make(5.0)
+    detector.see(StageStarted("train", 0, 0, 10))
+    clock.now += 2.0  # it compiles
+    detector.see(Progress("train", 0, 1, 1, 2))
+    detector.begin()
+    detector.look({0: ("first training batch", 1, 0.0)})
+    clock.now += 19.0
+    assert not detector.look({0: ("first training batch", 1, 19.0)})
+    clock.now += 2.0
+    assert detector.look({0: ("first training batch", 1, 21.0)})
+
+
+@pytest.mark.parametrize("stage", ["end", "start"])
+def test_hooks_at_both_ends_may_take_minutes(stage):
+    detector, clock = make(5.0)
+    train(detector, clock, 0.1, 10, ranks=1)
+    detector.look({0: (stage, 9, 0.0)})
+    clock.now += FLOOR_S - 1.0
+    assert not detector.look({0: (stage, 9, FLOOR_S - 1.0)})
+    clock.now += 2.0
+    assert detector.look({0: (stage, 9, FLOOR_S + 1.0)})
+
+
+def test_a_rank_that_has_never_answered_hangs_in_the_end():
+    detector, clock = make(5.0)
+    clock.now += FLOOR_S - 1.0
+    assert not detector.look({0: None, 1: None})
+    clock.now += 2.0
+    assert detector.look({0: None, 1: None})
 
 
 def test_a_start_may_take_minutes():

@@ -117,6 +117,23 @@ def test_should_stop_waits_for_the_minimum(tmp_path):
     assert fit(Stopping(), tmp_path, max_epochs=5, min_epochs=2).num_steps == 12
 
 
+class Alive(Net):
+    def __init__(self):
+        super().__init__()
+        self.stages: list[str] = []
+
+    def on_train_epoch_start(self):
+        self.stages.append(self.trainer.control.beat[0])
+
+    on_train_end = on_train_epoch_start
+
+
+def test_a_rank_that_has_saved_does_not_say_that_it_saves(tmp_path):
+    module = Alive()
+    fit(module, tmp_path, max_epochs=3, checkpoint=pl.Checkpointing(every_n_epochs=1))
+    assert module.stages == ["start", "train", "train", "end"]
+
+
 class NotFinite(Net):
     def training_step(self, batch):
         factor = float("nan") if 6.0 in batch[0] else 1.0

@@ -27,11 +27,17 @@ LIGHTNING_KEYS = (
 )  # fmt: skip
 
 
-def committed_step(worker: Worker) -> int:
-    """This step, if this attempt's checkpoint of it is on storage: then it must not be written again. Else -1."""
-    files, step = worker.task.files, worker.progress.global_step
-    directory = checkpoint_directory(step, worker.task.attempt)
-    return step if files is not None and files.exists(f"{directory}/{MANIFEST_FILE}") else -1
+def directory_of(worker: Worker) -> str:
+    """Where a checkpoint of this state goes."""
+    progress = worker.progress
+    batch = None if progress.has_stepped else progress.num_batches_seen
+    return checkpoint_directory(progress.global_step, worker.task.attempt, batch)
+
+
+def is_committed(worker: Worker) -> bool:
+    """Whether this attempt's checkpoint of this state is on storage: then it must not be written again."""
+    files = worker.task.files
+    return files is not None and files.exists(f"{directory_of(worker)}/{MANIFEST_FILE}")
 
 
 def take_snapshot(worker: Worker, wait: bool) -> bool:
@@ -41,7 +47,7 @@ def take_snapshot(worker: Worker, wait: bool) -> bool:
     assert options is not None
     owned = [*worker.optimizers.parameters, *worker.optimizers.state_tensors]
     return snapshots.take(
-        checkpoint_directory(progress.global_step, worker.task.attempt), progress.global_step, progress.current_epoch,
+        directory_of(worker), progress.global_step, progress.current_epoch,
         collect(worker), worker.metrics.newest(), options.save_weights_only, owned, wait=wait,
         carried=worker.metrics.find_carried(progress.global_step),
     )  # fmt: skip
@@ -164,7 +170,8 @@ def restore_training(worker: Worker, state: State) -> RNGState | None:
     worker.metrics.restore(saved["metrics"], saved.get("measured_at", {}))
     progress = worker.progress
     progress.load_state_dict(saved["loop"])
-    worker.saving.note_saved(progress.global_step if worker.task.attempt > 0 else committed_step(worker))
+    is_saved = worker.task.attempt > 0 or is_committed(worker)
+    worker.saving.note_saved(progress.num_batches_seen if is_saved else -1)
     own = state.own or (state.others[0] if state.others else {})
     if own.get("data"):
         worker.data.enter_at(own["data"])

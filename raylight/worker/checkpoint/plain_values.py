@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from raylight.contract.errors import InvalidArguments
@@ -73,6 +74,8 @@ def is_plain_array(array: numpy.ndarray) -> bool:
 
 def find_tensor_mistake(tensor: Tensor) -> str | None:
     """Say why `tensor` has no plain copy in host memory, or None."""
+    if is_lazy(tensor):
+        return "has no shape yet, because no batch has come to its layer: use the layer in each step, or remove it"
     if tensor.is_meta:
         return "is on the meta device and has no values"
     if tensor.is_nested or (type(tensor) not in _TENSORS and is_traceable_wrapper_subclass(tensor)):

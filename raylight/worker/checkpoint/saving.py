@@ -1,4 +1,4 @@
-"""Saving: which checkpoint of this rank is on its way, which step it has, and whether another was asked for."""
+"""Saving: which checkpoint of this rank is on its way, how far that is, and whether another was asked for."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Saving:
 
     def __init__(self) -> None:
         self.snapshots: Snapshots | None = None
-        self.saved_step = -1
-        """Of the newest snapshot."""
+        self.saved_at = -1
+        """Batches seen at the newest snapshot."""
         self.is_requested = False
         """A checkpoint was asked for, by a hook or the driver, and is not made yet."""
         self._unsaved: set[str] = set()
@@ -38,8 +38,8 @@ class Saving:
     def drop_request(self) -> None:
         self.is_requested = False
 
-    def note_saved(self, step: int) -> None:
-        self.saved_step, self.is_requested = step, False
+    def note_saved(self, num_batches_seen: int) -> None:
+        self.saved_at, self.is_requested = num_batches_seen, False
 
     def name_unsaved(self, unsaved: dict[str, str], outbox: Outbox) -> None:
         """Names hyperparameters that no checkpoint can hold, with the reason, each once."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from raylight.contract.errors import InvalidArguments
 from raylight.worker.checkpoint.host_buffers import HostBuffers
@@ -60,12 +61,12 @@ def share(names_and_sizes: Iterable[tuple[str, int]], world_size: int, rank: int
 
 
 def addresses(tensors: Iterable[Tensor]) -> set[int]:
-    """Where in memory tensors lie; those that are empty or not strided lie nowhere."""
-    return {tensor.data_ptr() for tensor in tensors if tensor.layout is torch.strided} - {0}
+    """Where in memory tensors lie; those that are empty, not strided or without a shape lie nowhere."""
+    return {_address(tensor) for tensor in tensors} - {0}
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.layout is torch.strided else 0
+    return tensor.data_ptr() if not is_lazy(tensor) and tensor.layout is torch.strided else 0
 
 
 @dataclass(slots=True)

@@ -80,6 +80,11 @@ class Control:
         """A sign of life, at each place where the loop may stand for long."""
         self.beat = (stage, step, time.monotonic())
 
+    def show_life_again(self) -> None:
+        """In the same stage and step as the sign before."""
+        stage, step, _ = self.beat
+        self.show_life(stage, step)
+
     def keep(self, kept: object | None) -> None:
         """For the next generation of the group; None forgets."""
         self.kept = kept

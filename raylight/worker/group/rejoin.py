@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raylight.contract.errors import CheckpointMismatch, StorageError
-from raylight.contract.layout import checkpoint_directory
 from raylight.contract.messages import Message, Saved, SaveFailed
 from raylight.contract.task import Place, Rejoin, Task
 from raylight.contract.user_error import say
@@ -56,9 +55,12 @@ def meet(session: Session, mode: Rejoin) -> None:
 
 def _meet(session: Session, mode: Rejoin) -> None:
     worker, progress = session.worker, session.worker.progress
-    standing = (progress.num_batches_seen, progress.current_epoch, progress.validated_at, not session.is_torn)
+    standing = (
+        progress.num_batches_seen, progress.steps_ahead, progress.current_epoch, progress.validated_at,
+        not session.is_torn,
+    )  # fmt: skip
     has_state = worker.has_trained and not session.lost
-    standings = gather_objects(standing if has_state else (-1, 0, 0, False), worker.world_size)
+    standings = gather_objects(standing if has_state else (-1, 0, 0, 0, False), worker.world_size)
     furthest = max(standings)
     if furthest[0] < 0:
         if session.lost:
@@ -69,7 +71,7 @@ def _meet(session: Session, mode: Rejoin) -> None:
     mine = collected if worker.rank == source else None
     if mine is not None:
         mine.own = {
-            "data": mine.own["data"], "saved_step": _saved_step(worker), "ends": (worker.should_stop, worker.status)
+            "data": mine.own["data"], "saved_at": _saved_at(worker), "ends": (worker.should_stop, worker.status)
         }  # fmt: skip
     received = broadcast_state(mine, worker.world_size, source)
     if standings[worker.rank] != furthest:
@@ -78,11 +80,11 @@ def _meet(session: Session, mode: Rejoin) -> None:
         contents.restore_weights(worker, received)
         contents.restore_training(worker, received)
         session.lose("")
-        if standing[1] == furthest[1] and 0 < session.num_undone == furthest[0] - standing[0]:
+        if standing[2] == furthest[2] and 0 < session.num_undone == furthest[0] - standing[0]:
             _count_step(worker, before)
     elif any(standing != furthest for standing in standings):
         contents.call_load_hooks(worker, received)  # as the others do, which they may ask for something
-    worker.saving.note_saved(received.own["saved_step"])
+    worker.saving.note_saved(received.own["saved_at"])
     worker.end_as(*received.own["ends"])
     if received.own["data"]:
         worker.data.enter_at(received.own["data"])
@@ -115,12 +117,12 @@ def drain_rows(worker: Worker) -> Iterator[Message]:
         yield rows
 
 
-def _saved_step(worker: Worker) -> int:
+def _saved_at(worker: Worker) -> int:
     """Where storage cannot say, what this rank has begun counts."""
     try:
-        return contents.committed_step(worker)
+        return worker.progress.num_batches_seen if contents.is_committed(worker) else -1
     except StorageError:
-        return worker.saving.saved_step
+        return worker.saving.saved_at
 
 
 def rescue(session: Session, task: Task, place: Place, control: Control) -> Iterator[Message]:
@@ -137,11 +139,11 @@ def rescue(session: Session, task: Task, place: Place, control: Control) -> Iter
         yield drained
     results = worker.saving.close(FINAL_WRITE_TIMEOUT_S)
     yield from results
-    directory = checkpoint_directory(step, task.attempt)
+    directory = contents.directory_of(worker)
     if any(isinstance(result, Saved) and result.directory == directory for result in results):
         return
     try:
-        if contents.committed_step(worker) == step:
+        if contents.is_committed(worker):
             return
         worker.saving.begin(task.files, place.rank, place.world_size)
         contents.take_snapshot(worker, wait=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from raylight.contract.errors import InvalidArguments
+from raylight.worker.step.raw_backward import RawBackward
 
 FORMS = (
     "an optimizer; a list of optimizers; ([optimizers], [schedulers]); "
     '{"optimizer": ..., "lr_scheduler": ...}; a list of such dicts; or None'
 )
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 SCHEDULER_KEYS = ("scheduler", "interval", "frequency", "monitor", "strict", "name", "reduce_on_plateau")
 
 
@@ -121,6 +124,20 @@ class Optimizers:
         self.configured: dict[str, list[Any]] = {}
         """Their options before the first step, as optimizer_options.describe gives them."""
 
+        self._raw_backward: RawBackward | None = None
+
+    def watch_raw_backward(self) -> RawBackward:
+        """From here on a step on gradients of one rank alone is an error."""
+        if self._raw_backward is None:
+            self._raw_backward = RawBackward(self.all)
+        self._raw_backward.watch(True)
+        return self._raw_backward
+
+    def rest_raw_backward(self) -> None:
+        """The group has shrunk to one rank."""
+        if self._raw_backward is not None:
+            self._raw_backward.watch(False)
+
     def configure(self, described: dict[str, list[Any]]) -> None:
         self.configured = described
 
@@ -140,6 +157,14 @@ class Optimizers:
 
     def steps_every(self, interval: str) -> bool:
         return any(config.interval == interval for config in self.schedulers)
+
+
+def needs_closure(optimizer: Optimizer | None) -> bool:
+    """Whether `optimizer.step` cannot do without a function that evaluates the loss."""
+    if optimizer is None:
+        return False
+    parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    return bool(parameters) and parameters[0].default is parameters[0].empty and parameters[0].kind in POSITIONAL
 
 
 class SteppingOptimizer:

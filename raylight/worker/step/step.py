@@ -7,34 +7,23 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from raylight.arguments.checks import check_loss
-from raylight.contract.errors import DataError
+from raylight.contract.errors import DataError, InvalidArguments
 from raylight.contract.seeding import seed_step
 from raylight.user.transfer import size_guess
 from raylight.worker.data.batches import TrainBatch
 from raylight.worker.diagnosis.sections import Sections
-from raylight.worker.group.collectives import average_gradients, broadcast_tensors
 from raylight.worker.hooks import bind_step
-from raylight.worker.step.dynamo import default_compiler_settings
+from raylight.worker.step.half_steps import Schedules, StepUndo, evaluates_often
 from raylight.worker.step.moving_buffers import MovingBuffers
-from raylight.worker.step.optimizers import SteppingOptimizer
+from raylight.worker.step.optimizers import SteppingOptimizer, needs_closure
+from raylight.worker.step.reduction import Reduction, mean_loss
 from raylight.worker.worker import Worker
 
 NO_CONTEXT = nullcontext()
-
-
-class StepModule(nn.Module):
-    """Lets DDP, which wraps `forward`, wrap `training_step`."""
-
-    def __init__(self, module: nn.Module, step: Callable[..., Any]):
-        super().__init__()
-        self.module = module
-        self.step = step
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.step(*arguments)
+ROUNDING = 1e-6  # of a sum of weights
 
 
 class Step:
@@ -45,11 +34,10 @@ class Step:
 
     def __init__(self, worker: Worker):
         self.worker, self.config, hooks, module = worker, worker.config, worker.hooks, worker.module
-        self.automatic = module.automatic_optimization
+        self.automatic, self.several = module.automatic_optimization, worker.world_size > 1
         self.optimizer: Any = worker.optimizers.all[0] if worker.optimizers.all else None
-        self.step = self.plain_step = bind_step(module.training_step)
-        self.ddp: nn.parallel.DistributedDataParallel | None = None
-        self.trained: list[int] | None = None
+        self.window = 0  # batches accumulated since the last optimizer step
+        self.reduction = Reduction(worker, bind_step(module.training_step))
         self.follow()
         self.on_before_zero_grad = hooks.of("on_before_zero_grad")
         self.on_before_backward = hooks.of("on_before_backward")
@@ -58,17 +46,21 @@ class Step:
         self.zero_grad = hooks.of_module("optimizer_zero_grad")
         self.backward: Callable[..., Any] | None = module.backward if hooks.overrides("backward") else None
         self.clips = hooks.overrides("configure_gradient_clipping") or bool(self.config.gradient_clip_val)
-        self.uses_closure = hooks.overrides("optimizer_step") or isinstance(self.optimizer, torch.optim.LBFGS)
+        self.uses_closure = hooks.overrides("optimizer_step") or needs_closure(self.optimizer)
         self.losses: list[Tensor] = []  # since the last report
         self.loss_is_checked = False
-        self.window = 0  # batches accumulated since the last optimizer step
+        self.filled = 0.0  # what their losses were weighted with, all in all
         self.uneven = False  # a batch of this window is missing on some rank, so that DDP cannot average
         self.stepping_optimizers = [SteppingOptimizer(o, self.step_optimizer) for o in worker.optimizers.all]
+        self.raw_backward = worker.optimizers.watch_raw_backward() if self.several and not self.automatic else None
         self.batch: TrainBatch | None = None
         """In hand, from before its first hook to after its last."""
         self.is_done = False
         """The step of the batch in hand is made, and only hooks at the batch's end remain."""
         self._knows_sizes = True
+        self._step_at_batch = 0  # global_step before the batch in hand
+        self._undo: StepUndo | None = None  # of a step that is under way and changes parameters little by little
+        self._schedules: Schedules | None = None  # before the batch in hand, in manual optimization
         self.buffers = MovingBuffers(module)  # as they were before the window
         self.torch_rng: Tensor | None = None  # before the batch in hand; ranks of several have numbers of their own
         self._window_rng: Tensor | None = None  # before the first batch of the window
@@ -85,7 +77,8 @@ class Step:
         """Keeps what `undo` puts back."""
         worker = self.worker
         self.batch, self.is_done = batch, False
-        if worker.world_size > 1:
+        self._step_at_batch = worker.progress.global_step - worker.progress.steps_ahead
+        if self.several:
             seed_step(worker.task.seed, worker.rank, worker.progress.num_batches_seen)
         else:
             self.torch_rng = torch.default_generator.get_state()
@@ -97,11 +90,18 @@ class Step:
         worker.metrics.begin_batch(batch.size if is_known else size_guess(batch.data), batch.index)
 
     def end(self) -> None:
+        """Every hook of the batch has run."""
         self.batch = None
+        if not self.window:
+            self.worker.progress.finish_window(self._step_at_batch)
 
     def begin_epoch(self, knows_sizes: bool) -> None:
         """`knows_sizes`: the sampler says how many samples a batch holds; else it is guessed from what is in it."""
-        self.window, self._knows_sizes = 0, knows_sizes
+        self._knows_sizes = knows_sizes
+        self.begin_window()
+
+    def begin_window(self) -> None:
+        self.window, self.filled, self.uneven = 0, 0.0, False
 
     def take_losses(self) -> list[Tensor]:
         """Those since the last call, on the device."""
@@ -122,10 +122,13 @@ class Step:
         if self.batch is not None and self.is_done:
             progress.finish_batch(self.batch.index)
             if not self.window:
+                progress.finish_window(self._step_at_batch)
                 every = self.config.log_every_n_steps
-                if every and progress.global_step % every == 0:
+                if every and progress.step_before // every != progress.global_step // every:
                     metrics.record(progress.global_step, progress.current_epoch)
                 metrics.end_step()
+        elif self.batch is not None:
+            self._undo_batch()
         if self.window or (self.batch is not None and not self.is_done):
             if self._window_rng is not None:
                 torch.default_generator.set_state(self._window_rng)
@@ -134,25 +137,40 @@ class Step:
         self.batch, self.window = None, 0
         return is_torn
 
+    def _undo_batch(self) -> None:
+        """The batch in hand will be trained again. The optimizer steps that manual optimization has made in it stay, on
+        all ranks, and are passed over when it comes again."""
+        if self._undo is not None:
+            self._undo.put_back()
+            self._undo = None
+        self.worker.progress.note_steps_ahead(self._step_at_batch)
+        if self._schedules is not None:
+            self._schedules.put_back()
+
     def follow(self) -> None:
         """Looks the parameters up: as an epoch begins, callbacks may unfreeze some or give them to an optimizer."""
-        worker = self.worker
-        self.parameters = worker.optimizers.parameters
-        before, self.trained = self.trained, [id(p) for p in worker.module.parameters() if p.requires_grad]
-        if worker.world_size > 1 and self.trained != before:
-            self.step, self.ddp = self.plain_step, None  # DDP's hooks on the parameters go with it
-            self._join_ddp(is_first=before is None)
+        groups = [group for optimizer in self.worker.optimizers.all for group in optimizer.param_groups]
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.num_groups = len(groups)
+        self.reduction.follow(self.parameters)
 
     def make(self, batch: TrainBatch, data: Any, complete: bool) -> Any:
         """training_step on one batch and, where it completes an accumulation window, the optimizer step."""
-        scale = batch.share / self.worker.data.accumulate
+        worker, reduction = self.worker, self.reduction
         self.uneven |= batch.uneven
         if not self.automatic:
-            outputs = self.forward(data, batch.index)
-            self.is_done = True
-            return outputs
+            return self._take_manually(batch, data)
+        if not self.window and (
+            len(self.optimizer.param_groups) != self.num_groups or (self.several and reduction.is_outdated())
+        ):
+            self.follow()  # user code has unfrozen something in the middle of an epoch, or given it to the optimizer
+        if reduction.waits_for_shapes:
+            reduction.check_has_sample(batch.uneven)
+            self.uneven = True
+        scale = batch.share / worker.data.accumulate
+        self.filled += 1.0 / worker.data.accumulate
         if not complete:
-            with self.ddp.no_sync() if self.ddp is not None else NO_CONTEXT:
+            with reduction.ddp.no_sync() if reduction.ddp is not None else NO_CONTEXT:
                 outputs = self.compute(batch, data, scale)
             self.window += 1
             self.is_done = True
@@ -163,13 +181,13 @@ class Step:
             outputs = self.compute(batch, data, scale)
             self.finish()
             self.step_optimizer(self.optimizer)
-        self.window, self.uneven = 0, False
+        self.begin_window()
         self.is_done = True
         return outputs
 
     def forward(self, data: Any, index: int) -> Any:
         # DDP's forward may enter a collective, which a rank without a sample would not join
-        step = self.plain_step if self.uneven else self.step
+        step = self.reduction.plain_step if self.uneven else self.reduction.step
         if self.worker.precision.is_plain:
             return step(data, index, 0)
         with self.worker.precision.forward_context():
@@ -204,7 +222,11 @@ class Step:
     def finish(self) -> None:
         """From raw gradients to those that the optimizer takes: averaged, unscaled, clipped."""
         if self.uneven:
-            average_gradients(self.parameters, self.worker.world_size)
+            self.reduction.average_all()
+        elif self.several:
+            self.reduction.finish()
+        if abs(self.filled - 1.0) > ROUNDING and self.config.global_batch_size is None:
+            self._weigh_anew()
         if not self.clips and not self.on_before_optimizer_step:
             return
         self.worker.precision.unscale(self.optimizer)
@@ -215,24 +237,40 @@ class Step:
                 self.optimizer, self.config.gradient_clip_val, self.config.gradient_clip_algorithm
             )
 
+    def _weigh_anew(self) -> None:
+        """An epoch's last window may have fewer batches: its gradient is the mean over those. With `global_batch_size`
+        the shares of its batches see to that."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, 1.0 / self.filled)
+
     def step_optimizer(self, optimizer: Any, closure: Callable[[], Any] | None = None) -> Any:
         """The one place where parameters change."""
         worker = self.worker
-        if not self.automatic and self.on_before_optimizer_step:
-            worker.precision.unscale(optimizer)
-            for hook in self.on_before_optimizer_step:
-                hook(optimizer)
+        if not self.automatic:
+            if worker.progress.steps_ahead:  # it was made before this batch broke
+                worker.progress.skip_step()
+                return closure() if closure is not None else None
+            if closure is not None:
+                closure = self._make_common(closure)
+            if self.on_before_optimizer_step:
+                worker.precision.unscale(optimizer)
+                for hook in self.on_before_optimizer_step:
+                    hook(optimizer)
         if not worker.saving.finish_copying() and worker.world_size == 1:
             # User code wrote into what was being copied: again, after this step. With several ranks, which must save
             # at the same step, the driver asks them.
             worker.saving.request()
+        if closure is not None and evaluates_often(optimizer):
+            self._undo = StepUndo(optimizer)
         if worker.precision.scaler is None:
             result = optimizer.step(closure) if closure is not None else optimizer.step()
         else:
             result = worker.precision.step(optimizer, closure)
             worker.precision.update()
         worker.progress.finish_step()
-        if self.automatic:  # whatever fails from here on, as in an optimizer_step of the user's, the step is made
+        self._undo = None
+        if self.automatic:  # so that what fails from here on finds this batch done
             self.is_done, self.window = True, 0
         return result
 
@@ -241,19 +279,24 @@ class Step:
             hook(loss)
         self.losses.append(loss.detach())
         self.worker.module.backward(self.worker.precision.scale(loss), *arguments, **keywords)
-        # gradients that were averaged before are equal on all ranks, and their mean leaves them as they are
-        average_gradients(self.worker.module.parameters(), self.worker.world_size)
+        if self.raw_backward is not None:
+            self.reduction.average_all()
+            self.raw_backward.forgive()
         for hook in self.on_after_backward:
             hook()
 
     def _step_by_closure(self, batch: TrainBatch, data: Any, scale: float) -> Any:
         """For optimizers that evaluate the loss themselves, and for modules that override optimizer_step."""
-        worker, last = self.worker, [None]
+        worker, last, evaluations, num_losses = self.worker, [None], 0, len(self.losses)
 
         def closure() -> Any:
+            nonlocal evaluations
+            evaluations += 1
+            if evaluations > 1:
+                self._evaluate_again(num_losses)
             last[0] = outputs = self.compute(batch, data, scale)
             self.finish()
-            return outputs["loss"] if isinstance(outputs, dict) else outputs
+            return mean_loss(outputs["loss"] if isinstance(outputs, dict) else outputs, batch.share, worker)
 
         final: Callable[[], Any] = closure
         if worker.precision.scaler is not None:  # a scaler must see the gradients before the step
@@ -261,6 +304,42 @@ class Step:
             final = lambda: loss  # noqa: E731
         worker.module.optimizer_step(worker.progress.current_epoch, batch.index, self.stepping_optimizers[0], final)
         return last[0]
+
+    def _evaluate_again(self, num_losses: int) -> None:
+        """The optimizer asks for the loss at other weights."""
+        if self.window:
+            raise InvalidArguments(
+                f"{type(self.optimizer).__name__} evaluates the loss more than once a step, and "
+                f"accumulate_grad_batches={self.worker.data.accumulate} has only the last batch of a window to do"
+                " so; give it batches of that size instead"
+            )
+        self._show_life()
+        del self.losses[num_losses:]
+
+    def _make_common(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure of manual optimization, whose value is the mean over the ranks."""
+        worker = self.worker
+
+        def evaluate() -> Any:
+            self._show_life()
+            loss = closure()
+            if self.raw_backward is not None:
+                self.raw_backward.check()
+            return mean_loss(loss, 1.0, worker)
+
+        return evaluate if worker.world_size > 1 else closure
+
+    def _show_life(self) -> None:
+        self.worker.control.show_life_again()
+
+    def _take_manually(self, batch: TrainBatch, data: Any) -> Any:
+        worker = self.worker
+        if worker.optimizers.schedulers:
+            self._schedules = Schedules(worker.optimizers)
+        outputs = self.forward(data, batch.index)
+        worker.progress.forget_steps_ahead()
+        self.is_done = True
+        return outputs
 
     def _zero(self, index: int) -> None:
         """At the start of a window."""
@@ -280,31 +359,3 @@ class Step:
             self.loss_is_checked = True
         elif self.worker.world_size > 1:
             raise DataError("training_step returned None: with several workers every rank must return a loss")
-
-    def _join_ddp(self, is_first: bool) -> None:
-        """Equal weights on all ranks, and DDP around training_step where torch drives the optimizer."""
-        worker, options = self.worker, self.config.strategy
-        module = worker.module
-        if not self.automatic or not any(p.requires_grad for p in module.parameters()):
-            if is_first:
-                broadcast_tensors([*module.parameters(), *module.buffers()], worker.world_size)
-            return
-        given: dict[str, Any] = {}  # what differs from torch's defaults, some of which torch has begun to rename
-        if self.config.deterministic:
-            # DDP lays its buckets out anew after its first step, and with three ranks or more the place of a value in
-            # a bucket decides in which order it is summed. A bucket for each parameter cannot be laid out otherwise.
-            given["bucket_cap_mb"] = 1e-6
-        elif options.bucket_cap_mb is not None:
-            given["bucket_cap_mb"] = options.bucket_cap_mb
-        if not options.broadcast_buffers:
-            given["broadcast_buffers"] = False
-        with default_compiler_settings():
-            self.step = self.ddp = nn.parallel.DistributedDataParallel(
-                StepModule(module, self.step),
-                device_ids=[worker.device] if worker.device.type == "cuda" else None,
-                find_unused_parameters=options.find_unused_parameters,
-                static_graph=options.static_graph,
-                gradient_as_bucket_view=options.gradient_as_bucket_view,
-                init_sync=is_first,  # later they are equal already, and a snapshot may be copying them
-                **given,
-            )
