@@ -87,7 +87,7 @@ class Argument:
         items = {key: self.items.get(key) for key in self.keys if key in self.items or key in changes}
         try:
             made = read_filled(self.shell, items, self.code)
-        except RaylightError as error:
+        except Exception as error:  # what a file of somebody else's leads to
             raise CheckpointMismatch(
                 f"the checkpoint's {self.name!r} {error}. Give it: load_from_checkpoint(path, {self.name}=...)"
             ) from error
@@ -109,6 +109,8 @@ def read_hyperparameters(entries: Mapping[str, Any], owner: type, key: str = MOD
             kept.values[name] = read(value, code)
         except RaylightError as error:
             kept.missing[name] = f"{name} {error}"
+        except Exception as error:  # what a file of somebody else's leads to
+            kept.missing[name] = f"{name} cannot be read: {type(error).__name__}: {error}"
     argument = entries.get(key + _ARGUMENT)
     if argument is not None:
         kept.argument = Argument(argument["name"], argument["keys"], argument["shell"], stored, code)

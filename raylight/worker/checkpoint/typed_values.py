@@ -317,7 +317,7 @@ def _read_defaultdict(stored: dict[str, Any], names: Names) -> Any:
 
 
 def _read_config(stored: dict[str, Any], names: Names) -> Any:
-    structure = names.find(stored["type"]) if "type" in stored else None
+    structure = _find_class(stored, names, is_dataclass) if "type" in stored else None
     return read_config(stored[TAG], _read_items(stored, names), structure, stored.get("flags", {}))
 
 

@@ -21,6 +21,7 @@ from raylight.contract.errors import CheckpointMismatch, InvalidArguments
 from raylight.loading import _accepted
 from raylight.worker.checkpoint.kept_hyperparameters import MODULE_KEY, read_hyperparameters, write_hyperparameters
 from raylight.worker.checkpoint.plain_values import check_plain
+from raylight.worker.checkpoint.typed_values import TAG
 
 
 class Act(enum.Enum):
@@ -194,6 +195,24 @@ def test_what_is_not_in_the_checkpoint_is_asked_for_and_no_default_is_taken() ->
     with pytest.raises(CheckpointMismatch, match=r"does not hold 'act' \(act is the function .*load_from.*act=\.\.\."):
         reload(Whole({"act": lambda: 1, "lr": 0.5}))
     assert reload(Whole({"act": lambda: 1, "lr": 0.5}), act=Act.TANH).conf == {"lr": 0.5, "act": Act.TANH}
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {TAG: []}, {TAG: "enum"}, {TAG: "range", "value": 3}, {TAG: "Decimal", "value": "x"}, {TAG: "pairs"},
+        {TAG: "partial", "function": 3, "arguments": [], "keywords": {}}, {TAG: "dict", "pairs": [[[], 1]]},
+        {TAG: "DictConfig", "items": {}, "type": "torch.nn.modules.linear:Linear"}, {TAG: "number", "dtype": "?!"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_nobody_has_written_so_is_asked_for(stored: Any) -> None:
+    kept = read_hyperparameters({MODULE_KEY: {"act": stored}}, Plain)
+    with pytest.raises(CheckpointMismatch, match="does not hold 'act'"):
+        _accepted(Plain, kept, {})
+    entries = {MODULE_KEY: {"lr": 1}, f"{MODULE_KEY}_argument": {"name": "conf", "keys": ["lr"], "shell": stored}}
+    with pytest.raises(CheckpointMismatch, match="the checkpoint's 'conf'"):
+        _accepted(Whole, read_hyperparameters(entries, Whole), {})
 
 
 def test_what_save_hyperparameters_cannot_take_is_an_error() -> None:
