@@ -13,6 +13,7 @@ import torch
 from raylight.contract.config import Config
 from raylight.contract.messages import BatchOutputs, Message, Trained
 from raylight.contract.process_settings import read_settings
+from raylight.contract.seeding import isolate_rng, last_seed, rng_state
 from raylight.contract.task import Loaders, Task
 from raylight.contract.user_error import beside
 from raylight.driver.damage import set_aside_damaged
@@ -71,6 +72,7 @@ class Execution:
         self.trainer, self.stage, self.module, self.loaders = trainer, stage, module, loaders
         self.config, self.callbacks, self.previous = trainer.config, list(trainer.callbacks), previous
         self.claimed, self.returns_predictions = claimed, returns_predictions
+        self._drew_seed = False
         self.driver: Run | None = None
         self.facts: dict[str, Any] = {}
         """What rank 0 in another process has sent of the run, by the names of `RunView`."""
@@ -200,6 +202,7 @@ class Execution:
             returns_module=not group.is_local,
             returns_predictions=self.returns_predictions,
             settings={} if group.is_local else read_settings(),
+            rng=None if group.is_local else rng_state(with_gpu=False),
             takes_new_options=resume.takes_new_hyperparameters,
             label=_make_label(config, version),
             stamp=driver.record.get("started_at"),
@@ -264,13 +267,16 @@ class Execution:
 
     def _choose_seed(self, resume: Resume) -> int:
         """The caller's, else that of the run gone on from, whose epoch may be half done; else one from torch's
-        generator, so that a script which seeds torch gets the same order of samples each time."""
-        if self.config.seed is not None:
-            return self.config.seed
-        found = find_seed(resume.checkpoint) if self.stage == "fit" else None
-        if found is not None:
-            return found
-        return int(torch.randint(0, 2**31 - 1, ()).item())
+        generator, so that a script which seeds torch gets the same order of samples each time. What the run draws, it
+        draws as if this had not been drawn."""
+        seed = self.config.seed if self.config.seed is not None else last_seed()
+        if seed is None and self.stage == "fit":
+            seed = find_seed(resume.checkpoint)
+        if seed is not None:
+            return seed
+        self._drew_seed = True
+        with isolate_rng():
+            return _draw_seed()
 
     # ---- after
 
@@ -299,6 +305,8 @@ class Execution:
         driver, console, status = self.driver, self.console, self._status()
         assert driver is not None
         finished = driver.outcome.finished
+        if self._drew_seed:
+            _draw_seed()  # else the next run would get the same
         driver.step, driver.epoch = finished[0].step, finished[0].epoch
         driver.ledger.finish()
         if self.stage == "fit":
@@ -345,6 +353,10 @@ class Execution:
 
 def _status_after(error: BaseException) -> str:
     return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
+def _draw_seed() -> int:
+    return int(torch.randint(0, 2**31 - 1, ()).item())
 
 
 def _make_label(config: Config, version: Version | None) -> str:

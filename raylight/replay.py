@@ -19,7 +19,7 @@ import torch
 from raylight.contract.errors import CheckpointCorrupt, InvalidArguments, MissingFile
 from raylight.contract.layout import FAILURES
 from raylight.contract.plain_text import visible
-from raylight.contract.seeding import seed_step, set_rng_state
+from raylight.contract.seeding import seed_process, seed_step, set_rng_state
 from raylight.contract.task import Loaders, Place, Task
 from raylight.runs import Run, open_run
 from raylight.storage.checkpoints import Checkpoint, list_checkpoints, verify
@@ -128,6 +128,8 @@ def replay(module: Module, loaders: Loaders, trainer: TrainerNames) -> None:
     )
     place = Place(device=f"cuda:{torch.cuda.current_device()}" if use_gpu else "cpu")
     session = Session(task, place, Control())
+    if config.seed is not None:
+        seed_process(facts["seed"])
     for _ in prepare(session):
         continue
     loop, batch = _open(session, facts)

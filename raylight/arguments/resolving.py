@@ -10,7 +10,6 @@ from typing import Any
 
 from raylight.arguments.rules import CHECKPOINTING_RULES, DDP_RULES, RULES, Refused, Rule, say_nearest
 from raylight.arguments.scale import Available, Scale, resolve_scale
-from raylight.contract import seeding
 from raylight.contract.config import DDP, Checkpointing, Config, to_plain
 from raylight.contract.errors import InvalidArguments, NotEnoughResources
 from raylight.user.callback import Callback
@@ -84,7 +83,7 @@ def resolve(arguments: dict[str, Any], available: Available) -> Config:
         "strategy": _check_strategy(given, mistakes),
         "storage_path": _check_storage(given, mistakes),
         "checkpoint": _check_checkpoint(given, mistakes),
-        "seed": given.get("seed", seeding.last_seed()),
+        "seed": given.get("seed"),
         "max_time_s": given.get("max_time"),
         "given": to_plain(arguments),
     }

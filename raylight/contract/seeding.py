@@ -27,8 +27,8 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     """Seeds torch (CPU and GPUs), numpy and random of this process and returns the seed.
 
     `seed` is from 0 to 2**32 - 1; None takes the environment's PL_GLOBAL_SEED, else 0. A later `fit` without a `seed`
-    of its own takes this one. `workers` is accepted and changes nothing: loader workers are always seeded. Raises
-    InvalidArguments.
+    of its own takes this one for the order of samples, and its hooks draw on from where the script stands. `workers` is
+    accepted and changes nothing: loader workers are always seeded. Raises InvalidArguments.
     """
     global _last_seed
     given: Any = os.environ.get(_SEED_VARIABLE, 0) if seed is None else seed
@@ -71,9 +71,9 @@ def last_seed() -> int | None:
     return _last_seed
 
 
-def rng_state() -> RNGState:
-    """The state of random, numpy, torch and this process' GPU: tensors, numbers, strings, lists and dicts only, so
-    that `torch.load(weights_only=True)` reads it."""
+def rng_state(with_gpu: bool = True) -> RNGState:
+    """The state of random, numpy, torch and, if wanted, this process' GPU: tensors, numbers, strings, lists and dicts
+    only, so that `torch.load(weights_only=True)` reads it."""
     version, words, gauss = random.getstate()
     state = {
         "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
@@ -81,7 +81,7 @@ def rng_state() -> RNGState:
         "torch": torch.get_rng_state(),
     }
     # The current device alone: asking for all of them would create a context on each.
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if with_gpu and torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 

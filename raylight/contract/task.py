@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 if TYPE_CHECKING:
     from raylight.contract.config import Config
     from raylight.contract.messages import SavedFile
+    from raylight.contract.seeding import RNGState
 
 Chunk = bytes | bytearray | memoryview
 
@@ -122,6 +123,8 @@ class Task:
     """The caller wants what `predict_step` returned; else no more than one batch of it is held."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What the caller's process has set globally, as process_settings.read_settings gives it."""
+    rng: RNGState | None = None
+    """The random numbers of the caller's process; None if it is this one."""
     label: str | None = None
     """What the workers are called in Ray's dashboard."""
     stamp: float | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 from raylight.contract import messages
 from raylight.contract.messages import EpochMetrics, Message, Paused, StageFinished, StageStarted
 from raylight.contract.requests import Request
-from raylight.contract.seeding import set_rng_state
+from raylight.contract.seeding import isolate_rng, set_rng_state
 from raylight.worker.checkpoint import contents
 from raylight.worker.checkpoint.spare import keep_locally
 from raylight.worker.data.batches import TrainBatch
@@ -48,7 +48,8 @@ def sanity_check(worker: Worker) -> Iterator[Message]:
     worker.hooks.call("on_sanity_check_start")
     worker.open_evaluation_data("validate")
     limit = float("inf") if config.num_sanity_val_steps == -1 else config.num_sanity_val_steps
-    yield from evaluate(worker, "sanity", max_batches=limit)
+    with isolate_rng():  # training draws the same with and without it
+        yield from evaluate(worker, "sanity", max_batches=limit)
     worker.metrics.forget()
     worker.hooks.call("on_sanity_check_end")
     worker.enter("train")

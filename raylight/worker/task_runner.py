@@ -15,7 +15,7 @@ from raylight.arguments.rules import as_list
 from raylight.contract.errors import InvalidArguments
 from raylight.contract.messages import ENDING, RECOVERY, Finished, Hyperparameters, Message, PeerLost, Started, Trained
 from raylight.contract.rank_zero import set_rank
-from raylight.contract.seeding import seed_process
+from raylight.contract.seeding import seed_process, set_rng_state
 from raylight.contract.task import Begin, Place, Rejoin, Rescue, Task
 from raylight.user.run_view import PLAIN
 from raylight.worker.checkpoint import contents, optimizer_options
@@ -59,6 +59,7 @@ def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
                 _join(place, task, numerics)
                 session = Session(task, place, control)
                 yield from prepare(session)
+                _part_random_numbers(session.worker)
                 control.keep(session)
             result = yield from (_fit(session) if task.stage == "fit" else _evaluate(session.worker))
             _tear_down(session)
@@ -90,6 +91,7 @@ def _rejoin(
     if session is None:
         session = Session(task, place, control)
         yield from prepare(session)
+        _part_random_numbers(session.worker)
         control.keep(session)
     else:
         session.worker.move(task, place, control)
@@ -243,6 +245,22 @@ def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
     yield PeerLost(step, failure.text) if lost_peer else failure
 
 
+def _begin_random_numbers(task: Task, place: Place) -> None:
+    """As the script has them when it calls `fit`, on all ranks alike: if setup() splits the data at random, each must
+    get the same parts. In the script's own process they go on, as in Lightning; a `seed=` begins them again."""
+    if task.config.seed is not None or place.world_size > 1 or task.rng is not None:
+        seed_process(task.seed)
+    if task.config.seed is None and task.rng is not None:
+        set_rng_state(task.rng)
+
+
+def _part_random_numbers(worker: Worker) -> None:
+    """From here on every rank draws a stream of its own, so that dropout masks differ between them; the first goes on
+    as one process would."""
+    if worker.rank:
+        seed_process(worker.task.seed + worker.rank)
+
+
 def _set_numerics(task: Task, place: Place, stack: ExitStack, goes_on: bool) -> None:
     """Sets global switches of torch, put back when the run ends: in-process the caller's program goes on. A rank that
     is kept through a failure `goes_on` with its random numbers too."""
@@ -250,9 +268,8 @@ def _set_numerics(task: Task, place: Place, stack: ExitStack, goes_on: bool) -> 
     postpone_dynamo()
     set_rank(place.rank)
     stack.callback(set_rank, 0)
-    if (config.seed is not None or place.world_size > 1) and not goes_on:
-        # every rank draws another stream, so that dropout masks differ between them
-        seed_process(task.seed + place.rank)
+    if not goes_on:
+        _begin_random_numbers(task, place)
     if config.deterministic:
         before = torch.are_deterministic_algorithms_enabled()
         only_warned = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -363,9 +363,9 @@ def test_a_path_on_a_filesystem_of_its_own_is_left_as_it_is() -> None:
         resolve(dict(storage_path="s3://bucket/runs", storage_filesystem=filesystem), CPU)
 
 
-def test_the_seed_of_seed_everything_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_seed_is_the_callers_own_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seeding, "_last_seed", 11)
-    assert resolve({}, CPU).seed == 11
+    assert resolve({}, CPU).seed is None
     assert resolve(dict(seed=0), CPU).seed == 0
 
 
