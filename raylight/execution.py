@@ -15,7 +15,7 @@ from raylight.contract.messages import BatchOutputs, Message, Trained
 from raylight.contract.process_settings import read_settings
 from raylight.contract.seeding import isolate_rng, last_seed, rng_state
 from raylight.contract.task import Loaders, Task
-from raylight.contract.user_error import beside
+from raylight.contract.user_error import beside, say
 from raylight.driver.damage import set_aside_damaged
 from raylight.driver.group import Group
 from raylight.driver.recovery import Recovery
@@ -100,6 +100,7 @@ class Execution:
                 signals.close()
                 with beside(error, "halting the workers"):
                     self.group.halt()
+                self.driver.record |= {"error": _say_first_line(error)} if self.driver.record else {}
                 with beside(error, "closing the run"):
                     self._close(_status_after(error))
                 with beside(error, "giving the module back"):
@@ -349,6 +350,10 @@ class Execution:
             text = f"attributes of module, callbacks and data module were not brought back: {error!r}"
             self.driver.tell(text, "warning")
         self.module.load_state_dict(trained.weights)
+
+
+def _say_first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {say(error)}".splitlines()[0]
 
 
 def _status_after(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from raylight.contract.task import Files, Loaders, Place, Task
 from raylight.driver.group import Group
 from raylight.launch import handover, ray_cluster
 from raylight.launch.node_checks import Record
+from raylight.launch.ray_daemons import Daemons
 from raylight.launch.ray_delivery import Delivery
 from raylight.launch.ray_inspection import Inspection
 from raylight.launch.ray_placement import Placement
@@ -49,6 +50,7 @@ class RayGroup(Group):
         """How long training runs before standbys are made, so that they take nothing from its start."""
         self.generation = -1
         self._roster = roster
+        self._daemons = Daemons()
         self._delivery: Delivery | None = None
         self._log_files: Files | None = None
         self._record: Record | None = None
@@ -349,6 +351,14 @@ class RayGroup(Group):
     # ---- what the stream asks for
 
     def perform_requests(self) -> None:
+        if self._daemons.look():
+            self._requests = [Request.INTERRUPT]
+        if self._daemons.dead is not None:
+            if self._requests and self.hold_and_release(Request.INTERRUPT) is not None:
+                self._requests.clear()
+            if self._daemons.is_too_late:
+                self._break_off()
+            return  # all else would ask what is gone, and wait
         if self.watch is not None:
             self.watch()
         while self._requests:
@@ -359,8 +369,10 @@ class RayGroup(Group):
     def on_broken(self, rank: int, reason: str) -> None:
         self.halt([other for other in self._running() if other != rank], reason, broken=True)
 
-    def on_death(self, rank: int) -> str:
+    def on_death(self, rank: int) -> str | None:
         member = self._roster.members[rank]
+        if self._daemons.dead is not None or self._daemons.look():
+            return None
         self._roster.kill(member)  # it may only be out of reach
         return member.node_id
 
@@ -374,8 +386,19 @@ class RayGroup(Group):
 
     def on_end(self, is_whole: bool) -> None:
         self.in_use = False
+        if self._daemons.dead is not None or self._daemons.look():
+            self._break_off()
         if is_whole:
             self.forget()
+
+    def _break_off(self) -> None:
+        """Leaves a Ray whose daemons are gone, and raises what ends the run."""
+        self.in_use = False
+        self._stream = self._delivery = None
+        for member in self._roster.members:
+            member.is_dead = True
+        ray_cluster.disconnect()
+        raise self._daemons.make_error()
 
     def kill(self, rank: int) -> None:
         ray.kill(self._roster.members[rank].actor)

@@ -29,7 +29,7 @@ class Group(Protocol):
 
     def perform_requests(self) -> None: ...
     def on_broken(self, rank: int, reason: str) -> None: ...
-    def on_death(self, rank: int) -> str: ...  # the id of the node
+    def on_death(self, rank: int) -> str | None: ...  # the id of the node; None where Ray itself is broken
     def on_steady(self) -> None: ...
     def on_end(self, is_whole: bool) -> None: ...
     def kill(self, rank: int) -> None: ...
@@ -138,7 +138,7 @@ class Stream(Iterator[tuple[int, Message]]):
     def _on_death(self, rank: int, error: RayError) -> None:
         node_id = self._group.on_death(rank)
         # Of a process that ends, its node tells at once. One of which nobody tells has lost its node.
-        node_lost = isinstance(error, ActorUnavailableError) or not is_node_alive(node_id)
+        node_lost = node_id is None or isinstance(error, ActorUnavailableError) or not is_node_alive(node_id)
         reason = "its node is gone or cannot be reached" if node_lost else describe_death(error)
         self._ready.append((rank, self._explained.pop(rank, Died(reason, node_lost))))
         self._on_broken(rank, f"rank {rank} died", GRACE_AFTER_LOSS_S)
