@@ -16,7 +16,7 @@ BACKOFF_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before the n-th attempt in 
 # What user code or arguments get wrong the same way every time: trying again would only hide it.
 PERMANENT = (
     "InvalidArguments", "DataError", "CheckpointMismatch", "CheckpointCorrupt", "NotEnoughResources",
-    "NotImplementedError", "ImportError", "ModuleNotFoundError", "SyntaxError",
+    "NotImplementedError", "ImportError", "ModuleNotFoundError", "SyntaxError", "NameError", "UnboundLocalError",
 )  # fmt: skip
 
 

@@ -99,6 +99,12 @@ class Outside(Net):
         return torch.optim.SGD([*self.parameters(), *self.parts[0].parameters()], lr=0.05)
 
 
+class Differing(Net):
+    def configure_model(self):
+        if self.global_rank == 1:
+            self.third = nn.Linear(3, 3)
+
+
 class Manual(InTheMiddle):
     def __init__(self):
         super().__init__()
@@ -166,10 +172,10 @@ class Branching(Net):
             optimizer.step()
 
 
-def fit(kind: type[Net], path, num_workers: int, **arguments):
+def fit(kind: type[Net], path, num_workers: int, num_samples: int = NUM_SAMPLES, **arguments):
     module = kind()
     generator = torch.Generator().manual_seed(1)
-    data = TensorDataset(torch.randn(NUM_SAMPLES, 4, generator=generator), torch.arange(NUM_SAMPLES))
+    data = TensorDataset(torch.randn(num_samples, 4, generator=generator), torch.arange(num_samples))
     defaults = {"max_epochs": 1, "seed": 1, "enable_progress_bar": False, "enable_model_summary": False}
     loader = DataLoader(data, batch_size=4 // max(num_workers, 1))
     result = pl.fit(
@@ -182,19 +188,21 @@ UNUSED = r"other\.weight, other\.bias got no gradient on rank \d.*find_unused_pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("kind", "arguments", "message"),
     [
-        (Net, UNUSED),
-        (InTheMiddle, UNUSED),
-        (NotAtTheEnd, UNUSED),
-        (OnOneRank, UNUSED),
-        (Frozen, r"other\.weight, other\.bias were frozen in the middle of an epoch"),
-        (RawBackward, r"Call self\.manual_backward\(loss\)"),
+        (Net, {}, UNUSED),
+        (InTheMiddle, {}, UNUSED),
+        (NotAtTheEnd, {}, UNUSED),
+        (OnOneRank, {}, UNUSED),
+        (InTheMiddle, {"strategy": pl.DDP(static_graph=True)}, r"static_graph=True\) says that each step"),
+        (Differing, {}, "the ranks have different parameters"),
+        (Frozen, {}, r"other\.weight, other\.bias were frozen in the middle of an epoch"),
+        (RawBackward, {}, r"Call self\.manual_backward\(loss\)"),
     ],
 )
-def test_a_gradient_that_would_stay_on_its_rank_ends_the_run_at_once(kind, message, tmp_path):
+def test_a_gradient_that_would_stay_on_its_rank_ends_the_run_at_once(kind, arguments, message, tmp_path):
     with pytest.raises(pl.InvalidArguments, match=message):
-        fit(kind, tmp_path, 2)
+        fit(kind, tmp_path, 2, **arguments)
     record = json.loads((tmp_path / "default" / "version_0" / "run.json").read_text())
     assert record["status"] == "failed"
     assert "restarts" not in record or [it["reason"] for it in record["restarts"]] == ["a last checkpoint"]
@@ -216,6 +224,8 @@ ANY = pl.DDP(find_unused_parameters=True)
         (NewGroup, {}),
         (Outside, {}),
         (Manual, {}),
+        (Manual, {"num_samples": 15}),  # one rank has a sample more than the other in the last step
+        (Manual, {"num_samples": 13}),  # one has none
         (ManualOnOneRank, {}),
         (LineSearch, {"precision": "64-true"}),
         (ManualLineSearch, {"precision": "64-true"}),

@@ -233,7 +233,8 @@ def test_storage_that_stays_away(proxy, prefix, direct, undisturbed, capsys):
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.usefixtures("ray_cluster"))])
+@pytest.mark.usefixtures("ray_if_marked")
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.ray)])
 def test_storage_that_stays_away_is_waited_for_once(num_workers, proxy, prefix, capsys):
     """At the real pace: each process waits for up to 40 s, and all of them at the same time."""
 

@@ -49,6 +49,7 @@ class Step:
         self.uses_closure = hooks.overrides("optimizer_step") or needs_closure(self.optimizer)
         self.losses: list[Tensor] = []  # since the last report
         self.loss_is_checked = False
+        self._last_data: Any = None  # of manual optimization with several ranks
         self.filled = 0.0  # what their losses were weighted with, all in all
         self.uneven = False  # a batch of this window is missing on some rank, so that DDP cannot average
         self.stepping_optimizers = [SteppingOptimizer(o, self.step_optimizer) for o in worker.optimizers.all]
@@ -278,6 +279,9 @@ class Step:
         for hook in self.on_before_backward:
             hook(loss)
         self.losses.append(loss.detach())
+        share = self._manual_share()
+        if share != 1.0:
+            loss = loss * share
         self.worker.module.backward(self.worker.precision.scale(loss), *arguments, **keywords)
         if self.raw_backward is not None:
             self.reduction.average_all()
@@ -325,9 +329,14 @@ class Step:
             loss = closure()
             if self.raw_backward is not None:
                 self.raw_backward.check()
-            return mean_loss(loss, 1.0, worker)
+            return mean_loss(loss, self._manual_share(), worker)
 
         return evaluate if worker.world_size > 1 else closure
+
+    def _manual_share(self) -> float:
+        """The last step of an epoch may be uneven: its mean is that over all samples."""
+        batch = self.batch
+        return batch.share if self.several and batch is not None and self.config.global_batch_size is None else 1.0
 
     def _show_life(self) -> None:
         self.worker.control.show_life_again()
@@ -336,10 +345,26 @@ class Step:
         worker = self.worker
         if worker.optimizers.schedulers:
             self._schedules = Schedules(worker.optimizers)
-        outputs = self.forward(data, batch.index)
+        outputs = None
+        if batch.size:
+            self._last_data = data if self.several else None
+            outputs = self.forward(data, batch.index)
+        else:
+            self._take_borrowed(batch)
         worker.progress.forget_steps_ahead()
         self.is_done = True
         return outputs
+
+    def _take_borrowed(self, batch: TrainBatch) -> None:
+        """A rank without a sample makes the steps of the others: it trains its last batch with a share of zero, and
+        logs nothing of it."""
+        if self._last_data is None:
+            raise DataError(
+                "the first step has fewer samples than workers, and training_step, which steps the optimizers itself, "
+                "needs one on each; use fewer workers"
+            )
+        with self.worker.metrics.set_aside():
+            self.forward(self._last_data, batch.index)
 
     def _zero(self, index: int) -> None:
         """At the start of a window."""

@@ -106,7 +106,7 @@ SAME = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("value", SAME, ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize("value", SAME, ids=lambda value: getattr(value, "__name__", type(value).__name__))
 def test_it_comes_back_equal_and_of_the_same_type(value: Any) -> None:
     again = through_a_file(value)
     assert again == value
