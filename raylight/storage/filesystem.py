@@ -16,12 +16,13 @@ from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import quote
 
 from raylight.contract.errors import InvalidArguments, StorageError
-from raylight.contract.messages import SavedFile
+from raylight.contract.layout import MANIFEST_FILE
+from raylight.contract.messages import Saved, SavedFile
 from raylight.storage.digests import format_digest, new_digest
 from raylight.storage.local_directory import LocalDirectory
 from raylight.storage.local_files import HIDDEN_PREFIX, Entry, LocalFiles, LocalSink
-from raylight.storage.local_spare import LocalSpare
 from raylight.storage.location import locate
+from raylight.storage.manifest import Manifest
 from raylight.storage.remote_files import RemoteSink
 from raylight.storage.retry import Backoff, explain, is_worth_retrying, logger, reason
 
@@ -297,3 +298,21 @@ class FileWriter:
             except OSError:
                 self.broke = True
                 raise
+
+
+class LocalSpare:
+    """What `Storage.local_spare` gives: `files` lie in a new folder of this machine."""
+
+    def __init__(self, files: Storage):
+        self.files = files
+
+    def commit(self, saved: Saved, seed: int) -> str:
+        """Makes the checkpoint exist that one rank has written whole. Returns its URI, which `resume=` takes whatever
+        the storage of the run is."""
+        manifest = Manifest(
+            step=saved.step, epoch=saved.epoch, files=saved.files, metrics=saved.metrics,
+            weights_only=saved.weights_only, seed=seed,
+        )  # fmt: skip
+        self.files.write(f"{saved.directory}/{MANIFEST_FILE}", [manifest.to_bytes()])
+        path: Any = self.files.local_path(saved.directory)
+        return f"file://{quote(path)}"

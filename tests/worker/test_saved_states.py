@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -21,10 +23,10 @@ class ByHand(pl.Module):
         self.bias = torch.nn.Parameter(torch.zeros(1))
 
     def on_train_batch_start(self, batch, batch_idx):
-        snapshots = self.trainer.snapshots
-        snapshots.wait()  # so that what is copied is not written into
-        if snapshots.busy:  # and none is left out
-            snapshots._in_flight.thread.join()
+        self.trainer.finish_copying()  # so that what is copied is not written into
+        for thread in threading.enumerate():  # and none is left out
+            if thread.name == "snapshot":
+                thread.join()
 
     def training_step(self, batch):
         with torch.no_grad():
