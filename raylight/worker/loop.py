@@ -28,7 +28,8 @@ from raylight.worker.evaluation import evaluate, gather_outputs
 from raylight.worker.group.collectives import agree
 from raylight.worker.group.control import Action, Halted
 from raylight.worker.hooks import Hook, bind_step, takes_outputs
-from raylight.worker.schedule import Schedule
+from raylight.worker.monitor import MonitorWatch
+from raylight.worker.schedule import NEVER, Schedule
 from raylight.worker.step.schedulers import step_schedulers
 from raylight.worker.step.step import Step
 from raylight.worker.worker import Worker
@@ -62,6 +63,7 @@ class Loop:
         self.worker, self.config = worker, worker.config
         self.step = Step(worker)
         self.schedule = Schedule(worker)
+        self.monitor = MonitorWatch(worker, self.schedule.val_every != NEVER)
         self.transfer: Callable[[Any], Any] | None = worker.transfer if worker.transfer.is_needed else None
         self.sections: Sections | None = None
         self.on_batch_start = worker.hooks.of("on_train_batch_start")
@@ -306,6 +308,7 @@ class Loop:
         if saving.snapshots is None or saving.saved_at == worker.progress.num_batches_seen:
             saving.drop_request()
             return
+        self.monitor.look()
         yield from self._poll()
         free = agree(not saving.snapshots.busy, worker.world_size)
         if free or must or self.schedule.must_save():
@@ -328,7 +331,9 @@ class Loop:
         """The state at the end of the run is always on storage; what fails on any rank is tried once more by all."""
         worker, saving = self.worker, self.worker.saving
         yield from self._drain()
+        self.schedule.say_never_validated()
         if saving.snapshots is not None:
+            self.monitor.look(is_final=True)
             yield from self.save(must=True)
             worker.control.show_life("save", worker.progress.global_step)
             yield from saving.close(FINAL_WRITE_TIMEOUT_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.task import Begin
 from raylight.worker.worker import Worker
 
 NEVER = 0
@@ -121,6 +122,38 @@ class Schedule:
         every = self.config.check_val_every_n_epoch
         return every is None or (self.worker.progress.current_epoch + 1) % every == 0
 
+    def _check_reached(self, interval: int, num_batches: int | None) -> None:
+        """A validation that never comes is an error; of a run that goes on with other workers it is told."""
+        if num_batches is None or interval <= num_batches or self.config.check_val_every_n_epoch is None:
+            return
+        text = (
+            f"val_check_interval={interval} is more than the {num_batches} batches of an epoch"
+            f"{self._say_for_each()}, so that validation would never run: give at most {num_batches}, or "
+            "check_val_every_n_epoch=None to count batches over epochs, or limit_val_batches=0 for no validation"
+        )
+        if isinstance(self.worker.task.mode, Begin):
+            raise InvalidArguments(text)
+        self.worker.warn_once(text)
+
+    def say_never_validated(self) -> None:
+        """At the end of a run that had something to validate with."""
+        worker, config = self.worker, self.config
+        progress, has_ended = worker.progress, worker.status == "finished"
+        if self.val_every == NEVER or progress.validated_at >= 0 or not has_ended or not progress.num_batches_seen:
+            return
+        every = config.check_val_every_n_epoch
+        if every is not None and progress.current_epoch < every:
+            reason = f"check_val_every_n_epoch={every}, and {progress.current_epoch} whole epochs were trained"
+        elif isinstance(config.val_check_interval, int):
+            counted = "in all" if every is None else "in each epoch"
+            reason = f"val_check_interval={config.val_check_interval}, and there were fewer batches {counted}"
+        else:
+            reason = f"the run ended after {progress.num_batches_seen} batches"
+        worker.warn_once(f"validation never ran: {reason}{self._say_for_each()}")
+
+    def _say_for_each(self) -> str:
+        return f" for each of {self.worker.world_size} workers" if self.worker.world_size > 1 else ""
+
     def _validation_interval(self) -> int:
         """Training batches from one validation to the next."""
         worker, interval, num_batches = self.worker, self.config.val_check_interval, self.worker.data.num_batches
@@ -132,6 +165,7 @@ class Schedule:
         if isinstance(interval, timedelta):
             return ON_REQUEST
         if isinstance(interval, int):
+            self._check_reached(interval, num_batches)
             return interval
         if num_batches is not None:
             return max(1, int(num_batches * interval))

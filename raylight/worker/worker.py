@@ -38,7 +38,7 @@ class Worker:
         self.stage = "train" if task.stage == "fit" else task.stage
         self.precision = make_precision(self.config.precision, self.device.type, plugins=self.config.plugins)
         self.transfer = BatchTransfer(self.hooks, self.device, self.precision)
-        self.metrics = Metrics(task.module, place.world_size, tell=self._warn_once)
+        self.metrics = Metrics(task.module, place.world_size, tell=self.warn_once)
         self.profiler: Profiler | None = make_profiler(self.config.profiler, trace_path=self._trace_path())
         self.progress = Progress()
         self.optimizers = Optimizers()
@@ -62,7 +62,7 @@ class Worker:
         local = self.task.files.local_path("") if self.task.files is not None else None
         return os.path.join(local or tempfile.gettempdir(), f"trace-rank-{self.place.rank}.json")
 
-    def _warn_once(self, text: str) -> None:
+    def warn_once(self, text: str) -> None:
         """For what all ranks find alike: the first of them says it."""
         if self.is_first:
             self.outbox.notice(text, "warning")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from datetime import timedelta
 
@@ -294,3 +295,62 @@ def test_the_values_of_the_steps_that_a_rescued_checkpoint_holds_are_in_the_hist
     rows = [(row["step"], row["value"]) for row in run.metrics.to_pylist() if row["name"] == "loss"]
     assert run.last.step == 4
     assert rows == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+class Sized:
+    """An iterable of batches, of a length that is known, or not."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        return iter([[torch.ones(2, 1)] for _ in range(self.count)])
+
+
+class Counted(Sized):
+    def __len__(self):
+        return self.count
+
+
+def test_a_validation_beyond_the_epoch_is_an_error(tmp_path):
+    for loader in (make_loader(8), Counted(4)):
+        with pytest.raises(pl.InvalidArguments, match="val_check_interval=5 is more than the 4 batches of an epoch,"):
+            fit(Net(), tmp_path, loader, loader, val_check_interval=5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"val_check_interval": 5}, "val_check_interval=5, and there were fewer batches in each epoch"),
+        ({"val_check_interval": 50, "check_val_every_n_epoch": None}, "val_check_interval=50, and there were fewer"),
+        ({"check_val_every_n_epoch": 3}, "check_val_every_n_epoch=3, and 2 whole epochs were trained"),
+        ({"max_steps": 2}, "check_val_every_n_epoch=1, and 0 whole epochs were trained"),
+        ({"val_check_interval": 4}, None),
+        ({"val_check_interval": 5, "limit_val_batches": 0}, None),
+    ],
+)
+def test_where_no_validation_ran_the_end_says_so(arguments, said, tmp_path, capsys):
+    train = Counted(4) if "max_steps" in arguments else Sized(4)
+    fit(Net(), tmp_path, train, Sized(4), **{"max_epochs": 2, **arguments})
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("validation never ran") == (said is not None)
+    assert said is None or f"validation never ran: {said}" in printed
+
+
+@pytest.mark.parametrize("by_callback", [False, True])
+def test_a_monitor_that_is_never_logged_is_an_error_with_what_was(by_callback, tmp_path):
+    options = {"every_n_epochs": 1, "monitor": "val_los"}
+    given = {"checkpoint": pl.Checkpointing(**options)}
+    if by_callback:
+        given = {"callbacks": [pl.callbacks.ModelCheckpoint(monitor="val_los", every_n_epochs=1)]}
+    who = "ModelCheckpoint" if by_callback else "checkpoint"
+    text = f"{who} monitors 'val_los', which was never logged; logged were: val_loss; did you mean 'val_loss'?"
+    with pytest.raises(pl.InvalidArguments, match=re.escape(text)):
+        fit(Net(), tmp_path, Sized(4), Sized(4), max_epochs=2, **given)
+
+
+def test_without_a_validation_it_is_told_once_and_later_names_are_waited_for(tmp_path, capsys):
+    loader = Sized(4)
+    fit(Net(), tmp_path, loader, None, checkpoint=pl.Checkpointing(monitor="x", every_n_steps=1), max_epochs=3)
+    assert capsys.readouterr().out.count("checkpoint monitors 'x', and nothing was ever logged") == 1
+    options = pl.Checkpointing(monitor="val_loss", every_n_steps=1)
+    fit(Net(), tmp_path, loader, loader, checkpoint=options, check_val_every_n_epoch=2, max_epochs=2)
+    assert "monitors" not in capsys.readouterr().out

@@ -98,7 +98,8 @@ def test_batches_are_those_that_the_loader_gives_dealt_to_the_ranks(
         steps = TrainBatches(loader, rank=rank, world_size=world_size, seed=0).iterate(0)
         ranks.append([None if step.data is None else step.data.tolist() for step in steps])
         loader = kind(Numbers(), batch_size=2, num_workers=num_workers)
-        evaluated |= {i: b.tolist() for i, b, _ in EvaluationBatches(loader, rank=rank, world_size=world_size).iterate()}
+        batches = EvaluationBatches(loader, rank=rank, world_size=world_size)
+        evaluated |= {index: batch.tolist() for index, batch, _ in batches.iterate()}
     trained = [batch for step in zip(*ranks, strict=True) for batch in step if batch is not None]
     assert trained == expect(kind)
     assert [evaluated[index] for index in sorted(evaluated)] == expect(kind)
