@@ -22,6 +22,7 @@ from raylight.arguments.signatures import passes_on_keywords_of
 from raylight.arguments.trainer_arguments import TrainerArguments
 from raylight.contract.config import Checkpointing, Config
 from raylight.contract.errors import InvalidArguments, NotEnoughResources, RaylightError
+from raylight.contract.plain_numbers import to_python
 from raylight.contract.plain_text import to_utf8
 from raylight.contract.seeding import isolate_rng
 from raylight.storage.filesystem import Storage
@@ -66,7 +67,8 @@ def sweep(
 
     arguments: dict[str, Any] = {**trainer_arguments}
     recipe = Recipe(module_or_function, data, arguments)
-    plan = Plan(recipe, space or {}, num_samples, metric, mode, scheduler, search_alg, max_concurrent_trials)
+    counts = to_python(num_samples), to_python(max_concurrent_trials)
+    plan = Plan(recipe, space or {}, counts[0], metric, mode, scheduler, search_alg, counts[1])
     mistakes = find_mistakes(plan) + _find_argument_mistakes(arguments)
     if mistakes:
         raise InvalidArguments(mistakes)

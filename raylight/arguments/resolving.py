@@ -12,6 +12,7 @@ from raylight.arguments.rules import CHECKPOINTING_RULES, DDP_RULES, RULES, Refu
 from raylight.arguments.scale import Available, Scale, resolve_scale
 from raylight.contract.config import DDP, Checkpointing, Config, to_plain
 from raylight.contract.errors import InvalidArguments, NotEnoughResources
+from raylight.contract.plain_numbers import with_python_numbers
 from raylight.user.callback import Callback
 
 _CONFIG_NAMES = {item.name for item in fields(Config)}
@@ -147,7 +148,7 @@ def _check_value(
     name: str, value: Any, rule: Rule, given: dict[str, Any], mistakes: list[str], label: str = ""
 ) -> None:
     try:
-        given[name] = rule.parse(value)
+        given[name] = rule.parse(with_python_numbers(value))
     except Refused as refused:
         advice = f"; {refused}" if str(refused) else ""
         shown = f"{_show(value, name)} ({type(value).__name__})"

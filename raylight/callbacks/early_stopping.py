@@ -10,6 +10,7 @@ import torch
 
 from raylight.callbacks.mistake_list import Mistakes, sort_by_nearness
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.plain_numbers import to_python
 from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
@@ -66,14 +67,14 @@ class EarlyStopping(Callback):
         mistakes.raise_any()
 
         self.monitor = monitor
-        self.min_delta = min_delta
-        self.patience = patience
+        self.min_delta = to_python(min_delta)
+        self.patience = to_python(patience)
         self.verbose = verbose
         self.mode = mode
         self.strict = strict
         self.check_finite = check_finite
-        self.stopping_threshold = stopping_threshold
-        self.divergence_threshold = divergence_threshold
+        self.stopping_threshold = to_python(stopping_threshold)
+        self.divergence_threshold = to_python(divergence_threshold)
         self.check_on_train_epoch_end = check_on_train_epoch_end
         self.log_rank_zero_only = log_rank_zero_only
         self._begin()

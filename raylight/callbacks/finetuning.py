@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from raylight.callbacks.mistake_list import Mistakes
 from raylight.contract.errors import CheckpointMismatch, InvalidArguments
+from raylight.contract.plain_numbers import to_python
 from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
@@ -183,10 +184,10 @@ class BackboneFinetuning(BaseFinetuning):
         if backbone_initial_lr is not None:
             mistakes.require_number("backbone_initial_lr", backbone_initial_lr)
         mistakes.raise_any()
-        self.unfreeze_backbone_at_epoch = unfreeze_backbone_at_epoch
+        self.unfreeze_backbone_at_epoch = to_python(unfreeze_backbone_at_epoch)
         self.lambda_func = lambda_func
-        self.backbone_initial_ratio_lr = backbone_initial_ratio_lr
-        self.backbone_initial_lr = backbone_initial_lr
+        self.backbone_initial_ratio_lr = to_python(backbone_initial_ratio_lr)
+        self.backbone_initial_lr = to_python(backbone_initial_lr)
         self.should_align = should_align
         self.initial_denom_lr = initial_denom_lr
         self.train_bn = train_bn

@@ -9,6 +9,7 @@ from typing import Any
 
 from raylight.contract.durations import read_duration
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.plain_numbers import to_python
 
 
 class Mistakes:
@@ -56,10 +57,12 @@ class Mistakes:
 
 
 def is_int(value: Any) -> bool:
+    value = to_python(value)
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
+    value = to_python(value)
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from raylight.callbacks.mistake_list import Mistakes, is_int
 from raylight.contract.config import Checkpointing
 from raylight.contract.durations import Duration
+from raylight.contract.plain_numbers import to_python
 from raylight.storage.retention import rank_measured
 from raylight.user.callback import Callback
 
@@ -67,13 +68,13 @@ class ModelCheckpoint(Callback):
         self.monitor = monitor
         self.verbose = verbose
         self.save_last = save_last
-        self.save_top_k = save_top_k
+        self.save_top_k = to_python(save_top_k)
         self.save_on_exception = save_on_exception
         self.save_weights_only = save_weights_only
         self.mode = mode
         self.auto_insert_metric_name = auto_insert_metric_name
-        self.every_n_train_steps = every_n_train_steps
-        self.every_n_epochs = every_n_epochs
+        self.every_n_train_steps = to_python(every_n_train_steps)
+        self.every_n_epochs = to_python(every_n_epochs)
         self.save_on_train_epoch_end = save_on_train_epoch_end
         self.enable_version_counter = enable_version_counter
         mistakes = Mistakes("ModelCheckpoint")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from raylight.callbacks.mistake_list import Mistakes
+from raylight.contract.plain_numbers import to_python
 from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class ModelSummary(Callback):
         mistakes = Mistakes("ModelSummary")
         mistakes.require_count("max_depth", max_depth, -1)
         mistakes.raise_any()
-        self.max_depth = max_depth
+        self.max_depth = to_python(max_depth)
         self.summarize_kwargs = summarize_kwargs  # Lightning passes them on to its table; there is nothing to set here
 
     def on_fit_start(self, trainer: TrainerNames, module: Module) -> None:

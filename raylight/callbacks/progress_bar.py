@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from raylight.callbacks.mistake_list import Mistakes
+from raylight.contract.plain_numbers import to_python
 from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class ProgressBar(Callback):
         mistakes = Mistakes(type(self).__name__)
         mistakes.require_count("refresh_rate", refresh_rate, 0)
         mistakes.raise_any()
-        self.refresh_rate = refresh_rate
+        self.refresh_rate = to_python(refresh_rate)
         self._enabled = True
 
     @property

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import SWALR
 
 from raylight.callbacks.averaged_weights import AveragedWeights, AverageOne
 from raylight.callbacks.mistake_list import Mistakes, is_int, is_number
+from raylight.contract.plain_numbers import to_python
 from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ class StochasticWeightAveraging(Callback):
         mistakes.require(avg_fn is None or callable(avg_fn), f"avg_fn={avg_fn!r} must be a function.")
         mistakes.raise_any()
         self.swa_lrs = swa_lrs
-        self.swa_epoch_start = swa_epoch_start
-        self.annealing_epochs = annealing_epochs
+        self.swa_epoch_start = to_python(swa_epoch_start)
+        self.annealing_epochs = to_python(annealing_epochs)
         self.annealing_strategy = annealing_strategy
         self.average = AveragedWeights(device, use_buffers=False, avg_fn=avg_fn)
         self._module: Module | None = None

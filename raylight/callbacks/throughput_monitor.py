@@ -12,6 +12,7 @@ import torch
 
 from raylight.callbacks.log_step import is_log_step
 from raylight.callbacks.mistake_list import Mistakes
+from raylight.contract.plain_numbers import to_python
 from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class ThroughputMonitor(Callback):
         mistakes.raise_any()
         self.batch_size_fn = batch_size_fn
         self.length_fn = length_fn
-        self.window_size = window_size
+        self.window_size = to_python(window_size)
         self.separator = separator
         self.available_flops = available_flops
         self._counts: dict[str, StageCounts] = {}

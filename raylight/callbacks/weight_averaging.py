@@ -9,6 +9,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from raylight.callbacks.averaged_weights import AveragedWeights, AverageMany, AverageOne, unique_state
 from raylight.callbacks.mistake_list import Mistakes, is_number
+from raylight.contract.plain_numbers import to_python
 from raylight.user.callback import Callback
 from raylight.worker.group.collectives import broadcast_tensors
 
@@ -164,7 +165,7 @@ class EMAWeightAveraging(WeightAveraging):
         mistakes.raise_any()
         super().__init__(device, use_buffers, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.decay = decay
-        self.update_every_n_steps = update_every_n_steps
+        self.update_every_n_steps = to_python(update_every_n_steps)
         self.update_starting_at_step = update_starting_at_step
         self.update_starting_at_epoch = update_starting_at_epoch
 

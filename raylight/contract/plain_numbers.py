@@ -14,3 +14,12 @@ def to_python(value: Any) -> Any:
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
         return value.item()
     return value
+
+
+def with_python_numbers(value: Any) -> Any:
+    """As `to_python`, in plain lists, tuples and dicts too."""
+    if type(value) in (list, tuple):
+        return type(value)(with_python_numbers(item) for item in value)
+    if type(value) is dict:
+        return {key: with_python_numbers(item) for key, item in value.items()}
+    return to_python(value)

@@ -40,7 +40,7 @@ class LoggerProxy:
         worker = self._worker
         if not worker.is_first:
             return
-        step = worker.progress.global_step if step is None else step
+        step = worker.progress.global_step if step is None else int(step)
         values = {name: float(value) for name, value in metrics.items()}
         logged = frozenset(values)
         epoch = worker.progress.current_epoch

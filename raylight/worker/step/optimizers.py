@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.plain_numbers import to_python
 from raylight.worker.step.raw_backward import RawBackward
 
 FORMS = (
@@ -89,7 +90,7 @@ def _scheduler_config(given: Any, automatic: bool) -> SchedulerConfig:
     unknown = sorted(set(given) - set(SCHEDULER_KEYS))
     if unknown:
         raise InvalidArguments(f"a scheduler has the unknown keys {unknown}; allowed are {list(SCHEDULER_KEYS)}")
-    config = SchedulerConfig(**given)
+    config = SchedulerConfig(**{key: to_python(value) for key, value in given.items()})
     if not callable(getattr(config.scheduler, "step", None)):
         raise InvalidArguments(f"{_what(config.scheduler)} is not a scheduler: it has no step()")
     if config.interval not in ("step", "epoch"):
