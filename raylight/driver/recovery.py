@@ -34,14 +34,28 @@ class Recovery:
     def go_on(self, failures: dict[int, Any]) -> Messages:
         """The messages of the next generation: of the ranks that are left and their new peers, or, where nobody is
         left, of ranks that begin from the newest checkpoint. Raises where the run cannot go on."""
-        try:
-            return self._go_on(failures)
-        except RaylightError:
-            raise
-        except Exception as another:  # as of a logger of the user's, which hears of it in this process
-            error = self._make_error(failures, Decision("give up", "it could not be handled"))
+        another = self.driver.take_logger_error()
+        if another is None:
+            try:
+                messages = self._go_on(failures)
+                another = self.driver.take_logger_error()
+                if another is None:
+                    return messages
+            except RaylightError as known:
+                self._note(known, self.driver.take_logger_error())
+                raise
+            except Exception as raised:
+                another = raised
+        error = self._make_error(failures, Decision("give up", "it could not be handled"))
+        with beside(error, "saving a last checkpoint"):
+            self._rescue([rank for rank, failure in failures.items() if isinstance(failure, Died)])
+        self._note(error, another)
+        raise error from None
+
+    def _note(self, error: BaseException, another: Exception | None) -> None:
+        """As of a logger of the user's, which hears of the failure in this process."""
+        if another is not None:
             error.add_note(describe_beside("going on", another))
-            raise error from None
 
     def _go_on(self, failures: dict[int, Any]) -> Messages:
         self.driver.wait_for_storage()

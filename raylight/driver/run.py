@@ -96,6 +96,7 @@ class Run:
         self._writes: list[Future[None]] = []
         self.began = time.time()
         self.record: dict[str, Any] = {}
+        self._logger_error: Exception | None = None
         self._record_problem = ""  # told last, until it is over
         self._on: dict[type, Callable[[int, Any], None]] = {
             m.Started: self._on_started,
@@ -117,6 +118,8 @@ class Run:
         """Raises Superseded once another driver has taken over the version."""
         if self.superseded is not None:
             raise self.superseded
+        if self._logger_error is not None and not isinstance(message, m.Failure | m.Died | m.PeerLost | m.Notice):
+            raise self._logger_error
         self.ledger.follow(rank, message)
         action = self._on.get(type(message))
         if action is not None:
@@ -176,7 +179,15 @@ class Run:
         if self.journal is not None:
             self.journal.add(step, epoch, values, moment)
         for feed in self.feeds:
-            feed.give(values, step, epoch, moment)
+            try:
+                feed.give(values, step, epoch, moment)
+            except Exception as error:  # the message that follows says whether a failure is being handled
+                self._logger_error = self._logger_error or error
+
+    def take_logger_error(self) -> Exception | None:
+        """What a logger has raised, once. It must not take the place of a failure that was there before it."""
+        taken, self._logger_error = self._logger_error, None
+        return taken
 
     def redo_from(self, step: int) -> None:
         """What was logged beyond `step` is taken back: the steps after it are made again. Checkpoints beyond it are
@@ -411,6 +422,8 @@ class Run:
     def _flush(self) -> None:
         for step, epoch, moment, values in self.aggregator.flush():
             self._write_values(step, epoch, moment, values)
+        if (error := self.take_logger_error()) is not None:
+            raise error
 
     def _close_journal(self) -> None:
         if self.journal is not None:

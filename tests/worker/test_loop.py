@@ -124,7 +124,7 @@ class Alive(Net):
         self.stages: list[str] = []
 
     def on_train_epoch_start(self):
-        self.stages.append(self.trainer.control.beat[0])
+        self.stages.append(self.trainer._view.worker.control.beat[0])
 
     on_train_end = on_train_epoch_start
 
