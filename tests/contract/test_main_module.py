@@ -40,7 +40,7 @@ if __name__ == "__main__":
 WORKER = """
 import sys
 from raylight.launch import handover
-from raylight.worker.data import TrainBatches
+from raylight.worker.data.batches import TrainBatches
 
 if __name__ == "__main__":
     for loader in handover.load(sys.stdin.buffer.read(), [], adopts=True):

@@ -18,7 +18,7 @@ import json, os, socket
 from pathlib import Path
 import torch
 import raylight as pl
-from raylight.worker import process_group
+from raylight.worker.group import process_group
 
 class Net(pl.Module):
     def __init__(self):

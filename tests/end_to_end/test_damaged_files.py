@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 import raylight as pl
 from raylight import cli
 from raylight.contract.errors import RaylightError
+from raylight.contract.messages import SavedFile
 from raylight.driver.journal import read_metrics
 from raylight.loading import Pointer
 from raylight.replay import read_evidence
@@ -109,7 +110,7 @@ def put(path: Path, data: bytes, chance: random.Random) -> None:
             if file["path"] == path.name:
                 file |= {"size": len(data), "digest": digest_of(data)}
         content.pop("digest")
-        files = tuple(pl.messages.SavedFile(**file) for file in content.pop("files"))
+        files = tuple(SavedFile(**file) for file in content.pop("files"))
         manifest.write_bytes(Manifest(files=files, **content).to_bytes())
 
 

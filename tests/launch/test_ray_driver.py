@@ -19,12 +19,13 @@ import torch
 from raylight.contract.config import Config
 from raylight.launch import ray_actors
 from raylight.contract.messages import *
+from raylight.contract.requests import Request
 from raylight.contract.task import Loaders, Task
 
 CONFIG = Config(name="script", num_workers=2, num_standby=0)
 
 def make_task(module=None, data=None):
-    return Task("fit", module, Loaders(train=data), CONFIG, [], "", None, 0)
+    return Task("fit", module, Loaders(train=data), CONFIG, [], None, "", None, 0)
 
 def tick_until_told(task, place, control):
     yield Started(place.node, os.getpid(), place.device)
@@ -33,7 +34,7 @@ def tick_until_told(task, place, control):
         step += 1
         action = control.tick(step)
         if action is not None:
-            yield Finished(action.name, step, 0)
+            yield Finished(action.request, step, 0)
             return
         threading.Event().wait(0.005)
 """
@@ -65,7 +66,7 @@ def main():
         if isinstance(message, Output):
             said += message.text
         elif rank == 0:
-            found = type(message.returned) is Net, message.returned.weight.tolist()
+            found = type(message.trained) is Net, message.trained.weight.tolist()
     print(said, *found)
 
 if __name__ == "__main__":
@@ -79,7 +80,7 @@ def test_ctrl_c_reaches_the_driver_alone_which_stops_the_workers(start_script):
     script = start_script("""
 def main():
     group = ray_actors.acquire_group(CONFIG, entry=tick_until_told)
-    signal.signal(signal.SIGINT, lambda number, frame: group.request("interrupt"))
+    signal.signal(signal.SIGINT, lambda number, frame: group.request(Request.INTERRUPT))
     for rank, message in group.run(make_task()):
         print(rank, message.status if isinstance(message, Finished) else "started")
 
@@ -116,7 +117,7 @@ def entry(task, place, control):
 
 def fit(pids):
     group = ray_actors.acquire_group(CONFIG, entry=entry)
-    pids.append([m.returned for _, m in group.run(make_task()) if isinstance(m, Finished)])
+    pids.append([m.trained for _, m in group.run(make_task()) if isinstance(m, Finished)])
 
 def main():
     pids = []

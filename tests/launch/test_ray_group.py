@@ -34,6 +34,7 @@ from raylight.contract.messages import (
     Progress,
     Started,
 )
+from raylight.contract.requests import Request
 from raylight.contract.task import Loaders, Place, Task
 from raylight.launch import ray_actors, ray_cluster
 from raylight.launch.ray_group import RayGroup
@@ -51,9 +52,8 @@ def acquire(entry: Entry, num_workers: int = 2, **arguments: Any) -> RayGroup:
     return ray_actors.acquire_group(CONFIG, num_workers, entry=entry, **arguments)
 
 
-def make_task(module: Any = None, data: Any = None, **options: Any) -> Task:
-    loaders = Loaders(train=data)
-    return Task("fit", module, loaders, CONFIG, [], "", options.pop("files", None), 0, options=options)
+def make_task(module: Any = None, data: Any = None, trained: tuple[int, int] = (0, 0)) -> Task:
+    return Task("fit", module, Loaders(train=data), CONFIG, [], None, "", None, 0, trained=trained)
 
 
 def collect(stream: Iterator[tuple[int, Message]], world_size: int = 2) -> dict[int, list[Message]]:
@@ -76,7 +76,7 @@ def returned(messages: dict[int, list[Message]]) -> list[Any]:
     for rank in sorted(messages):
         last = messages[rank][-1]
         assert isinstance(last, Finished), getattr(last, "traceback", last)
-        values.append(last.returned)
+        values.append(last.trained)
     return values
 
 
@@ -295,9 +295,10 @@ def test_an_exception_reaches_the_driver_and_the_others_are_released():
 
 
 def die_or_survive(task: Task, place: Place, control: Control) -> Iterator[Message]:
-    """Steps with a collective; the rank of task.options kills itself once, at a step. Survivors keep their count."""
+    """Steps with a collective; the rank that the module names kills itself once. Survivors keep their count."""
     yield Started(place.node, os.getpid(), place.device)
-    kept = control.kept
+    kept = control.kept or {}
+    control.keep(kept)
     process_group.join(place, timeout_s=300)
     try:
         steps = torch.tensor([kept.setdefault("step", 0)])
@@ -305,8 +306,7 @@ def die_or_survive(task: Task, place: Place, control: Control) -> Iterator[Messa
         kept["step"] = int(steps)
         yield Progress("train", 0, kept["step"], kept["step"], 0)
         while kept["step"] < 100:
-            victim = (task.options["generation"], task.options["victim"], 50)
-            if (place.generation, place.rank, kept["step"]) == victim:
+            if (task.attempt, place.rank, kept["step"]) == (0, task.module["victim"], 50):
                 os.kill(os.getpid(), signal.SIGKILL)
             dist.all_reduce(torch.ones(1000))
             kept["step"] += 1
@@ -328,7 +328,7 @@ def die_or_survive(task: Task, place: Place, control: Control) -> Iterator[Messa
 def test_survivors_of_a_kill_keep_their_process_and_state_and_meet_a_replacement(victim: int):
     group = acquire(die_or_survive, 3)
     pids, messages = {}, {}
-    stream = group.run(make_task("the module", generation=group.generation + 1, victim=victim))
+    stream = group.run(make_task({"victim": victim}))
     for rank, message in stream:
         if isinstance(message, Started):
             pids[rank] = message.pid
@@ -343,7 +343,7 @@ def test_survivors_of_a_kill_keep_their_process_and_state_and_meet_a_replacement
     place = group.replace(victim)
     assert place is not None
     assert place.rank == victim
-    task = make_task("another module, which must not arrive", generation=-1, victim=victim)
+    task = make_task("another module, which must not arrive")
     task.attempt = 1
     steps = {}
     results = {}
@@ -351,13 +351,13 @@ def test_survivors_of_a_kill_keep_their_process_and_state_and_meet_a_replacement
         if isinstance(message, Progress):
             steps[rank] = message.step
         if isinstance(message, Finished):
-            results[rank] = message.returned
+            results[rank] = message.trained
     assert steps == {0: 50, 1: 50, 2: 50}
     for rank in range(3):
         assert (results[rank]["pid"] == pids[rank]) is (rank in survivors)
         assert results[rank]["attempt"] == 1
         assert results[rank]["step"] == 100
-        assert results[rank]["module"] == "the module"
+        assert results[rank]["module"] == {"victim": victim}
 
 
 def test_a_kill_is_noticed_at_once():
@@ -385,8 +385,8 @@ def wait_for_action(task: Task, place: Place, control: Control) -> Iterator[Mess
             step += 1
             control.beat = ("train", step, time.monotonic())
             action = control.tick(step)
-            if action is not None and action.name == "stop":
-                yield Finished("stopped", step, 0, {}, action.arguments)
+            if action is not None and action.request is Request.STOP:
+                yield Finished("stopped", step, 0)
                 return
             threading.Event().wait(0.001)
     except Halted as halted:
@@ -403,7 +403,7 @@ def test_a_stop_that_meets_a_death_is_asked_for_again():
             if len(pids) == 2:
                 os.kill(pids[1], signal.SIGKILL)
         if isinstance(message, Died):
-            group.request("stop")
+            group.request(Request.STOP)
     assert group.replace(1) is not None
     stream = group.rejoin(make_task())
     timer = threading.Timer(20.0, group.halt)
@@ -411,7 +411,7 @@ def test_a_stop_that_meets_a_death_is_asked_for_again():
     assert [messages[-1].status for messages in collect(stream).values()] == ["stopped", "stopped"]
     timer.cancel()
     stream = group.run(make_task())  # another run is not ended by it
-    assert group.hold_and_release("stop") is not None
+    assert group.hold_and_release(Request.STOP) is not None
     collect(stream)
 
 
@@ -434,18 +434,18 @@ def test_a_standby_takes_over_and_is_made_anew():
     assert group.replace(1) is not None
     assert group.num_standbys == 0
     assert time.monotonic() - began < 10
-    for rank, message in group.rejoin(make_task(step=step)):
+    for rank, message in group.rejoin(make_task(trained=(step, 0))):
         if isinstance(message, Started):
             assert (message.pid == pids[rank]) is (rank == 0)
         if isinstance(message, Progress) and group.num_standbys == 1:
-            group.request("stop")
+            group.request(Request.STOP)
             break
     assert all(isinstance(message, Finished) for message in dict(stream).values())
 
 
 def progress_until_stopped(task: Task, place: Place, control: Control) -> Iterator[Message]:
     yield Started(place.node, os.getpid(), place.device)
-    step = task.options.get("step", 0)
+    step, _ = task.trained
     try:
         while True:
             step += 1
@@ -471,18 +471,17 @@ def test_an_action_is_done_by_all_ranks_at_one_boundary():
     for rank, message in group.run(make_task()):
         started += isinstance(message, Started)
         if started == 2 and boundary is None:
-            boundary = group.hold_and_release("stop", reason="enough")
+            boundary = group.hold_and_release(Request.STOP)
         if isinstance(message, Finished):
             finished[rank] = message
     assert boundary is not None
     assert boundary > 1000
     assert {rank: message.step for rank, message in finished.items()} == {0: boundary, 1: boundary}
-    assert finished[0].returned == {"reason": "enough"}
-
+    
 
 def test_a_request_of_a_signal_handler_is_done_while_the_stream_waits():
     group = acquire(wait_for_action)
-    before = signal.signal(signal.SIGALRM, lambda number, frame: group.request("stop"))
+    before = signal.signal(signal.SIGALRM, lambda number, frame: group.request(Request.STOP))
     try:
         stream = group.run(make_task())
         # A rank that has not begun would agree to any boundary, and these two begin at different steps.
@@ -499,7 +498,7 @@ def test_a_request_before_the_ranks_have_begun_is_not_lost():
     ray_actors.release_all()  # new actors are still importing torch when they are asked
     group = acquire(wait_for_action)
     stream = group.run(make_task())
-    group.request("stop")
+    group.request(Request.STOP)
     messages = collect(stream)
     assert messages[0][-1].status == messages[1][-1].status == "stopped"
     assert len(messages[0]) == len(messages[1]) == 2
@@ -521,7 +520,7 @@ def test_an_exception_of_a_signal_handler_leaves_the_stream_whole():
     finally:
         signal.signal(signal.SIGALRM, before)
     assert all(isinstance(message, Started) for message in started)
-    assert group.hold_and_release("stop") is not None
+    assert group.hold_and_release(Request.STOP) is not None
     assert all(isinstance(messages[-1], Finished) for messages in collect(stream).values())
 
 
@@ -590,7 +589,7 @@ def leave_traces(task: Task, place: Place, control: Control) -> Iterator[Message
         "grad": torch.is_grad_enabled(),
         "dtype": torch.get_default_dtype(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "kept": dict(control.kept),
+        "kept": control.kept,
         "directory": os.getcwd(),
         "variable": os.environ.get("LEFT_BY_A_RUN"),
         "driver_variable": os.environ.get("SET_BY_THE_DRIVER"),
@@ -601,7 +600,7 @@ def leave_traces(task: Task, place: Place, control: Control) -> Iterator[Message
     torch.set_default_dtype(torch.float64)
     torch.use_deterministic_algorithms(True)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    control.kept["trace"] = 1
+    control.keep({"trace": 1})
     os.chdir("/")
     os.environ["LEFT_BY_A_RUN"] = "1"
     torch.set_num_threads(3)
@@ -619,7 +618,7 @@ def test_workers_are_kept_and_come_back_as_good_as_new(monkeypatch: pytest.Monke
         assert second["before"] == first["before"]
         assert first["before"]["grad"] is True
         assert first["before"]["dtype"] is torch.float32
-        assert first["before"]["kept"] == {}
+        assert first["before"]["kept"] is None
         assert first["before"]["threads"] == 1
         assert first["before"]["driver_variable"] is None
         assert third["before"]["driver_variable"] == "yes"
