@@ -140,8 +140,10 @@ def _write_level(name: str, level: tuple[int, bool, bool]) -> None:
 
 def _read_console() -> tuple[str | None, str | None, int] | None:
     """Format and level of what `logging.basicConfig` makes; None: log records are not printed."""
+    shown = (sys.stderr, sys.stdout)
+    passed_on_to = [getattr(stream, "stream", None) for stream in shown]  # while a run is on they are LastingStreams
     for handler in logging.root.handlers:
-        if type(handler) is logging.StreamHandler and handler.stream in (sys.stderr, sys.stdout):
+        if type(handler) is logging.StreamHandler and handler.stream in (*shown, *passed_on_to):
             formatter = handler.formatter
             form = (formatter._fmt, formatter.datefmt) if type(formatter) is logging.Formatter else (None, None)
             return *form, handler.level

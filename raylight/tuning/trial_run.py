@@ -206,7 +206,7 @@ class TrialRun:
             if message.stage == stage and message.step not in steps:
                 self._measured = message.step
                 steps.append(message.step)
-        elif self._measured is not None and _is_training(message):  # what the epoch's end had to say is known too
+        elif self._measured is not None and _trains_on(message, self._measured):  # the epoch's end has been heard
             self._results.append(self._read_result(self._measured))
 
     def _read_result(self, step: int) -> dict[str, Any]:
@@ -268,6 +268,11 @@ def has_validation(made: Made, config: Config) -> bool:
 
 def _is_training(message: Message) -> bool:
     return isinstance(message, StageStarted | Progress) and message.stage == "train"
+
+
+def _trains_on(message: Message, step: int) -> bool:
+    """Whether training has left this step behind, and with it the end of an epoch that the step may be."""
+    return _is_training(message) and (isinstance(message, StageStarted) or message.step > step)
 
 
 def _newest_whole(checkpoints: list[Checkpoint]) -> Checkpoint | None:

@@ -148,9 +148,9 @@ def explain(error: Exception, worker: Worker, reduction: Reduction | None) -> Ex
     """What torch says of a reduction that cannot be made, as an error that names the parameters and is not tried
     again; any other error as it is."""
     text = str(error)
-    if not isinstance(error, RuntimeError) or worker.world_size == 1 or reduction is None:
+    if not isinstance(error, RuntimeError) or worker.world_size == 1:
         return error
-    if "Expected to have finished reduction" in text:
+    if reduction is not None and "Expected to have finished reduction" in text:
         found = _describe_unreduced(text, worker, reduction)
     elif "mark a variable ready only once" in text:
         found = (
