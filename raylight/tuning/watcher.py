@@ -12,6 +12,7 @@ from ray import tune
 from ray.exceptions import RayTaskError
 from ray.tune.experiment import Trial
 
+from raylight.contract.errors import RaylightError
 from raylight.report.console import find_place
 from raylight.report.drawing import Drawing
 from raylight.report.summary import format_seconds
@@ -64,7 +65,7 @@ class Watcher(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial whose process was killed is worth another try; one that raised would do so again."""
-        if isinstance(read_error(trial), RayTaskError):
+        if isinstance(read_error(trial), (RayTaskError, RaylightError)):
             trial.max_failures = 0
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
