@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from raylight.contract.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments, MissingFile, StorageError
+from raylight.contract.layout import CHECKPOINTS, MANIFEST_FILE
 from raylight.storage.checkpoints import (
-    CHECKPOINTS,
     Checkpoint,
     check_whole,
     committed_folders,
@@ -276,7 +276,7 @@ def copy_checkpoint(checkpoint: Checkpoint, path: str, weights_only: bool) -> No
     """Copies a committed checkpoint to another directory, its manifest last; with `weights_only` without what training
     needs."""
     target, manifest = Storage(path), checkpoint.manifest
-    if target.exists("manifest.json"):
+    if target.exists(MANIFEST_FILE):
         raise InvalidArguments(f"{path} already holds a checkpoint; name a directory that does not exist")
     if weights_only:
         files = tuple(file for file in manifest.files if not file.path.startswith("training-"))
@@ -284,4 +284,4 @@ def copy_checkpoint(checkpoint: Checkpoint, path: str, weights_only: bool) -> No
     for file in manifest.files:
         with checkpoint.open_read(file.path) as source:
             target.write(file.path, iter(lambda: source.read(1 << 24), b""))
-    target.write("manifest.json", [manifest.to_bytes()])
+    target.write(MANIFEST_FILE, [manifest.to_bytes()])

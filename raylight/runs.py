@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from raylight.contract.errors import CheckpointCorrupt, InvalidArguments, MissingFile, StorageError
+from raylight.contract.layout import CHECKPOINTS, LOG_FILE, LOGS, MANIFEST_FILE, log_file
 from raylight.driver.journal import read_metrics
 from raylight.storage.checkpoints import (
-    CHECKPOINTS,
-    MANIFEST_FILE,
     Checkpoint,
     check_there,
     check_whole,
@@ -31,9 +29,6 @@ from raylight.storage.versions import Version, list_runs, number_of, versions_in
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_LOG_FILE = re.compile(r"rank-(\d+)\.log")
-
 
 class Run:
     """One version of a run, read back from storage. Each part is read when it is first asked for, then kept: open the
@@ -133,13 +128,13 @@ class Run:
 
     def log_ranks(self) -> list[int]:
         """Ranks that have a log."""
-        found = (_LOG_FILE.fullmatch(entry.name) for entry in self.storage.list("logs"))
+        found = (LOG_FILE.fullmatch(entry.name) for entry in self.storage.list(LOGS))
         return sorted(int(match[1]) for match in found if match)
 
     def open_log(self, rank: int = 0) -> BinaryIO:
         """What a rank printed. Raises MissingFile naming the ranks that have a log."""
         try:
-            return self.storage.open_read(f"logs/rank-{rank}.log")
+            return self.storage.open_read(log_file(rank))
         except MissingFile:
             ranks = ", ".join(map(str, self.log_ranks()))
             there = f"Ranks with a log: {ranks}." if ranks else "No rank has one: a run in one process keeps none."

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import raylight as pl
 from raylight.contract.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments
+from raylight.contract.layout import checkpoint_directory
 from raylight.driver.result import Result
 from raylight.loading import find_resume
 from raylight.storage import checkpoints as store
@@ -34,7 +35,7 @@ def version(storage: Storage) -> Version:
 
 
 def save(version: Version, step: int, val_loss: float) -> Checkpoint:
-    directory = store.directory_of(step)
+    directory = checkpoint_directory(step)
     files = (version.storage.write(f"{directory}/model-00000-of-00001.pt", [b"weights"]),)
     return store.commit(version.storage, directory, Manifest(step, 0, files, metrics={"val_loss": val_loss}))
 

@@ -10,6 +10,7 @@ import torch
 
 import raylight
 from raylight.contract.errors import CheckpointCorrupt, InvalidArguments, MissingFile
+from raylight.contract.layout import checkpoint_directory
 from raylight.driver.journal import Journal
 from raylight.runs import Run, checkpoint_at, export, list_summaries, open_run, verify_path
 from raylight.storage import checkpoints as store
@@ -29,7 +30,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def save(version: Version, step: int, weights: dict[str, torch.Tensor], metrics: dict[str, float]) -> Checkpoint:
     """A checkpoint of two ranks, each with every second weight."""
-    directory = store.directory_of(step)
+    directory = checkpoint_directory(step)
     files = []
     for rank in range(2):
         with version.storage.open_write(f"{directory}/model-{rank:05d}-of-00002.pt") as file:
@@ -206,7 +207,7 @@ def test_what_a_running_version_deletes_or_commits_meanwhile_is_not_damaged(
     fourth = version.storage.uri_of("checkpoints/step-00000040")
     assert results == {second.path: [], third.path: [], fourth: []}
     store.raise_fence(version.storage, 1)
-    late = version.storage.child(store.directory_of(50))
+    late = version.storage.child(checkpoint_directory(50))
     late.write("manifest.json", [Manifest(50, 5, ()).to_bytes()])
     assert dict(verify_path(place))[late.uri] == ["it is of an attempt that had been replaced"]
 
@@ -275,7 +276,7 @@ def test_nothing_in_a_model_file_is_run(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "executed"),)
 
     version = claim_version(Storage(tmp_path / "runs"), "digits")
-    directory = store.directory_of(10)
+    directory = checkpoint_directory(10)
     with version.storage.open_write(f"{directory}/model-00000-of-00001.pt") as file:
         torch.save({"weight": Malicious()}, file)
     checkpoint = store.commit(version.storage, directory, Manifest(10, 0, (file.saved,)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 RUN_FILE = "run.json"
 FENCE_FILE = "fence.json"
 METRICS_FILE = "metrics.parquet"
@@ -10,6 +12,10 @@ MANIFEST_FILE = "manifest.json"
 LOGS = "logs"
 FAILURES = "failures"
 """What failed steps have left for `raylight replay`."""
+CHECKPOINT_FOLDER = re.compile(r"step-\d{8,}(-batch-\d{8,})?(-attempt-\d+)?")
+"""The last part of what `checkpoint_directory` gives."""
+LOG_FILE = re.compile(r"rank-(\d+)\.log")
+"""The last part of what `log_file` gives."""
 
 
 def checkpoint_directory(step: int, attempt: int = 0, batch: int | None = None) -> str:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
 
 from raylight.contract.errors import MissingFile, StorageError
+from raylight.contract.layout import METRICS_FILE
 from raylight.contract.plain_text import to_utf8
 from raylight.storage.damage import set_aside
 from raylight.storage.row_writer import RowWriter
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("raylight.storage")
 Result = TypeVar("Result")
-METRICS_PATH = "metrics.parquet"
 PART_NAME = re.compile(r"metrics-(\d{5,})\.parquet")
 
 WRITE_INTERVAL_S = 5.0
@@ -162,7 +162,7 @@ def merge_metrics(files: Files) -> None:
     def merge() -> None:
         survey = _survey(files)
         if survey.parts:
-            files.write(METRICS_PATH, _Merged(files, survey))
+            files.write(METRICS_FILE, _Merged(files, survey))
             for path in survey.parts:
                 files.delete(path)
 
@@ -206,8 +206,8 @@ def _survey(files: Files, damaged: Collection[str] = ()) -> _Survey:
     """Raises Damaged for a file that is not among those known to be."""
     names = [entry.name for entry in files.list("") if entry.name not in damaged]
     parts = sorted((int(match[1]), match[0]) for match in map(PART_NAME.fullmatch, names) if match)
-    metadata = {path: _read_metadata(files, path) for path in (METRICS_PATH,) if path in names}
-    num_merged = _number_in(metadata.get(METRICS_PATH, {}), MERGED_KEY, METRICS_PATH)
+    metadata = {path: _read_metadata(files, path) for path in (METRICS_FILE,) if path in names}
+    num_merged = _number_in(metadata.get(METRICS_FILE, {}), MERGED_KEY, METRICS_FILE)
     metadata |= {path: _read_metadata(files, path) for number, path in parts if number >= num_merged}
     limits: dict[str, int | None] = {}
     limit = None

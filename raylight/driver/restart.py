@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from raylight.contract.errors import WorkerFailed, WorkerHung
+from raylight.contract.layout import log_file
 from raylight.contract.messages import ENDING, RECOVERY, Died, Failure, PeerLost
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def make_error(
     node = run.outcome.nodes[rank].node if rank in run.outcome.nodes else "unknown node"
     step = _step_of(cause, run.step) if isinstance(cause, Failure | Died) else run.step
     files = run.version.storage if run.version is not None else None
-    log = files.uri_of(f"logs/rank-{rank}.log") if files is not None and run.world_size > 1 else None
+    log = files.uri_of(log_file(rank)) if files is not None and run.world_size > 1 else None
     lines = [f"rank {rank} on {node} failed at step {step} (attempt {run.attempt + 1}; {reason})."]
     lines.append(cause.traceback if isinstance(cause, Failure) else f"The process is gone: {cause.reason}")
     lines += cause.notes if isinstance(cause, Failure) else []

@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from raylight.contract.errors import ClusterError, StorageError
+from raylight.contract.layout import RUN_FILE
 from raylight.contract.task import Files
 
 PACKAGES = ("raylight", "torch")
@@ -85,11 +86,11 @@ def look_for(record: Record) -> str:
     deadline = time.monotonic() + ARRIVAL_TIMEOUT_S
     while True:
         try:
-            with record.files.open_read("run.json") as file:
+            with record.files.open_read(RUN_FILE) as file:
                 found = json.load(file).get("started_at")
-            problem = "" if found == record.stamp else "another run's run.json is there"
+            problem = "" if found == record.stamp else f"another run's {RUN_FILE} is there"
         except FileNotFoundError:
-            problem = "no run.json is there"
+            problem = f"no {RUN_FILE} is there"
         except (StorageError, ValueError) as error:
             return str(error)
         if not problem or time.monotonic() > deadline:
@@ -102,7 +103,7 @@ def check_storage(problems: Mapping[str, str], path: str) -> None:
     wrong = {f"{node}: {problem}" for node, problem in problems.items() if problem}
     if wrong:
         raise StorageError(
-            f"storage_path is not one place for all nodes. The driver has written {path}/run.json, and on\n"
+            f"storage_path is not one place for all nodes. The driver has written {path}/{RUN_FILE}, and on\n"
             f"{_list(wrong)}\n"
             "Choose a directory that all of them mount, or a URI that all may read and write: s3://, gs://, hdfs://."
         )

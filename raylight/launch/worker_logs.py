@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator
 
 from raylight.contract.errors import StorageError
+from raylight.contract.layout import log_file
 from raylight.contract.task import Files
 
 UPLOAD_EVERY_S = 30.0
@@ -29,7 +30,7 @@ class WorkerLog:
     """
 
     def __init__(self, files: Files | None, rank: int, upload_every_s: float = UPLOAD_EVERY_S):
-        self._files, self._name, self._upload_every_s = files, f"logs/rank-{rank}.log", upload_every_s
+        self._files, self._name, self._upload_every_s = files, log_file(rank), upload_every_s
         in_place = files.local_path(self._name) if files is not None else None
         self._fd = _open_log(in_place)
         weakref.finalize(self, os.close, self._fd)  # not in `close`: who follows the log has yet to read its end

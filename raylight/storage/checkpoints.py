@@ -12,8 +12,7 @@ from functools import cached_property
 from typing import Any, BinaryIO
 
 from raylight.contract.errors import CheckpointCorrupt, MissingFile, StorageError, Superseded
-from raylight.contract.layout import CHECKPOINTS, MANIFEST_FILE
-from raylight.contract.layout import checkpoint_directory as directory_of
+from raylight.contract.layout import CHECKPOINT_FOLDER, CHECKPOINTS, MANIFEST_FILE
 from raylight.contract.messages import SavedFile
 from raylight.storage.digests import digest_of_file
 from raylight.storage.fence import Fence, check_attempt, read_fence, write_fence
@@ -23,14 +22,15 @@ from raylight.storage.manifest import Manifest, check_inside
 
 __all__ = [
     "Checkpoint", "Manifest", "check_there", "check_whole", "commit", "committed_folders", "delete",
-    "directory_of", "find_checkpoint", "first_whole", "list_checkpoints", "newest_whole", "raise_fence",
+    "find_checkpoint", "first_whole", "list_checkpoints", "newest_whole", "raise_fence",
     "read_checkpoint", "sweep_leftovers", "verify",
 ]  # fmt: skip
 
 logger = logging.getLogger("raylight.storage")
 # What raylight writes, and therefore may delete: nothing else is touched.
-OWN_FOLDER = re.compile(r"step-\d{8,}(-batch-\d{8,})?(-attempt-\d+)?")
-OWN_FILE = re.compile(rf"manifest\.json|mod(el|ule)\.pt|[a-z_]+-\d{{5,}}-of-\d{{5,}}\.pt|{re.escape(HIDDEN_PREFIX)}.+")
+OWN_FILE = re.compile(
+    rf"{re.escape(MANIFEST_FILE)}|mod(el|ule)\.pt|[a-z_]+-\d{{5,}}-of-\d{{5,}}\.pt|{re.escape(HIDDEN_PREFIX)}.+"
+)
 # A shared file system may show another machine's files a little late.
 ARRIVAL_TIMEOUT_S = 10.0
 
@@ -310,7 +310,7 @@ def delete(checkpoint: Checkpoint) -> None:
 
 def _delete_folder(version: Storage, name: str, files: Collection[str] = ()) -> bool:
     """False where the folder stays, because raylight has not made it or something in it."""
-    if not OWN_FOLDER.fullmatch(name):
+    if not CHECKPOINT_FOLDER.fullmatch(name):
         return False
     path = f"{CHECKPOINTS}/{name}"
     version.delete(f"{path}/{MANIFEST_FILE}")
@@ -355,7 +355,9 @@ def sweep_leftovers(version: Storage, keep: Collection[str] = ()) -> list[str]:
 
 
 def _is_leftover(version: Storage, name: str, fence: Fence) -> bool:
-    if not OWN_FOLDER.fullmatch(name) or version.is_link(CHECKPOINTS) or version.is_link(f"{CHECKPOINTS}/{name}"):
+    if not CHECKPOINT_FOLDER.fullmatch(name):
+        return False
+    if version.is_link(CHECKPOINTS) or version.is_link(f"{CHECKPOINTS}/{name}"):
         return False
     try:
         checkpoint = read_checkpoint(version.child(CHECKPOINTS, name))

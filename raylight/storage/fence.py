@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from raylight.contract.errors import MissingFile, Superseded
+from raylight.contract.layout import FENCE_FILE, RUN_FILE
 from raylight.storage.damage import set_aside
 from raylight.storage.filesystem import Storage
 from raylight.storage.json_text import parse_object, to_json
 from raylight.storage.local_files import HIDDEN_PREFIX
 
 logger = logging.getLogger("raylight.storage")
-FENCE_FILE = "fence.json"
 ATTEMPTS = f"{HIDDEN_PREFIX}attempts"
 _LOST = "What a replaced attempt may have committed late is not told apart any more."
 
@@ -82,7 +82,7 @@ def newest_attempt(version: Storage) -> int:
 def _newest_recorded(version: Storage) -> int:
     """By run.json. A damaged one is said by those who read it for more than this."""
     try:
-        attempts = parse_object(version.read_bytes("run.json")).get("attempts") or []
+        attempts = parse_object(version.read_bytes(RUN_FILE)).get("attempts") or []
     except MissingFile:
         return 0
     except ValueError:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from raylight.contract.errors import StorageError
-from raylight.storage.checkpoints import CHECKPOINTS, Checkpoint, list_checkpoints
+from raylight.contract.layout import CHECKPOINTS
+from raylight.storage.checkpoints import Checkpoint, list_checkpoints
 from raylight.storage.retention import DEFAULT_MONITOR, best
 from raylight.storage.versions import Version
 

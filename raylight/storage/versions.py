@@ -10,12 +10,12 @@ from typing import Any
 
 from raylight.contract.config import RUN_NAMES, is_run_name
 from raylight.contract.errors import InvalidArguments, MissingFile, StorageError
+from raylight.contract.layout import RUN_FILE
 from raylight.storage.damage import set_aside
 from raylight.storage.filesystem import Storage
 from raylight.storage.json_text import parse_object, to_json
 from raylight.storage.record_kinds import find_wrong_field
 
-RUN_FILE = "run.json"
 _FOLDER = re.compile(r"version_(0|[1-9]\d*)")
 
 

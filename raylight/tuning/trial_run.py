@@ -11,6 +11,7 @@ from raylight.arguments.resolving import resolve
 from raylight.arguments.rules import as_list
 from raylight.contract.config import Config, to_plain
 from raylight.contract.errors import CheckpointCorrupt, InvalidArguments, MissingFile
+from raylight.contract.layout import CHECKPOINTS
 from raylight.contract.messages import (
     Died,
     Failure,
@@ -27,7 +28,7 @@ from raylight.contract.user_error import beside
 from raylight.driver.run import Run
 from raylight.execution import Execution
 from raylight.loading import Pointer, Resume
-from raylight.storage.checkpoints import CHECKPOINTS, Checkpoint, delete, list_checkpoints, read_checkpoint, verify
+from raylight.storage.checkpoints import Checkpoint, delete, list_checkpoints, read_checkpoint, verify
 from raylight.storage.fence import newest_attempt
 from raylight.storage.filesystem import Storage
 from raylight.storage.summaries import is_number, read_run_or_status

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from raylight.contract.layout import checkpoint_directory
 from raylight.driver.damage import set_aside_damaged
 from raylight.driver.journal import Journal, read_metrics
 from raylight.storage import checkpoints as store
@@ -62,7 +63,7 @@ def test_an_attempt_that_was_replaced_commits_nothing_though_the_fence_is_damage
     version.storage.write("run.json", [b'{"attempts": Infinity}'])
     assert read_fence(version.storage).attempt == newest_attempt(version.storage) == 1
     with pytest.raises(store.Superseded):
-        store.commit(version.storage, store.directory_of(8), Manifest(step=8, epoch=0, files=(), attempt=0))
+        store.commit(version.storage, checkpoint_directory(8), Manifest(step=8, epoch=0, files=(), attempt=0))
 
 
 def test_a_part_that_is_damaged_while_the_run_goes_on_costs_only_its_rows(
@@ -82,7 +83,7 @@ def test_a_part_that_is_damaged_while_the_run_goes_on_costs_only_its_rows(
 def test_a_seed_is_found_without_the_record(version: Version) -> None:
     from raylight.loading import find_seed
 
-    directory = store.directory_of(8, 1)
+    directory = checkpoint_directory(8, 1)
     checkpoint = store.commit(version.storage, directory, Manifest(step=8, epoch=0, files=(), attempt=1, seed=7))
     version.storage.write("run.json", [b""])
     assert find_seed(store.read_checkpoint(checkpoint.storage)) == 7

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from raylight.contract.layout import checkpoint_directory
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Manifest
 from raylight.storage.filesystem import Storage
@@ -34,7 +35,7 @@ def content(step: int, rank: int, kind: str, size: int) -> memoryview:
 
 def save(version: Storage, step: int, attempt: int, size: int) -> None:
     """What the ranks write, then what the driver does."""
-    directory = store.directory_of(step, attempt)
+    directory = checkpoint_directory(step, attempt)
     files = []
     for rank in range(WORLD_SIZE):
         for kind in ("model", "training"):

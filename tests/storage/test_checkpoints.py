@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from raylight.contract.errors import CheckpointCorrupt, MissingFile, StorageError, Superseded
+from raylight.contract.layout import checkpoint_directory
 from raylight.contract.messages import SavedFile
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Checkpoint, Manifest
@@ -29,7 +30,7 @@ def save(
     version: Storage, step: int, attempt: int = 0, world_size: int = 2, size: int = 3000, **given: object
 ) -> Checkpoint:
     """Writes the files of `world_size` ranks and commits them."""
-    directory = store.directory_of(step, attempt)
+    directory = checkpoint_directory(step, attempt)
     files = []
     for rank in range(world_size):
         for kind in ("model", "training"):
@@ -76,7 +77,7 @@ def test_without_a_manifest_there_is_no_checkpoint(storage: Storage) -> None:
 
 def test_a_file_that_did_not_arrive_stops_the_commit(version: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "ARRIVAL_TIMEOUT_S", 0.2)
-    directory = store.directory_of(10)
+    directory = checkpoint_directory(10)
     saved = version.write(f"{directory}/model.pt", [b"weights"])
     manifest = Manifest(step=10, epoch=0, files=(replace(saved, size=9), SavedFile("other.pt", 1, digest_of(b"1"))))
     with pytest.raises(StorageError, match=r"model\.pt has 7 bytes instead of 9, other\.pt is missing"):
@@ -113,7 +114,7 @@ def test_a_manifest_without_an_answer_is_no_way_past_the_fence(proxy: FaultProxy
 
 
 def test_paths_of_files_may_be_given_relative_to_the_version(version: Storage) -> None:
-    directory = store.directory_of(10)
+    directory = checkpoint_directory(10)
     saved = version.write(f"{directory}/model.pt", [b"weights"])
     assert saved.path == f"{directory}/model.pt"
     assert store.commit(version, directory, Manifest(step=10, epoch=0, files=(saved,))).file_names == ("model.pt",)
@@ -414,7 +415,7 @@ def test_leftovers_are_swept_and_nothing_else(version: Storage) -> None:
     damaged = save(version, 20)
     empty_manifest(damaged)
     for step in (30, 40, 50):
-        version.write(f"{store.directory_of(step)}/model.pt", [b"half"])
+        version.write(f"{checkpoint_directory(step)}/model.pt", [b"half"])
     partial = Path(version.uri) / "checkpoints/step-00000030/.raylight-1234.partial"
     partial.write_bytes(b"killed in the middle")
     gone = store.sweep_leftovers(version, keep=["step-00000050", "checkpoints/step-00000040"])

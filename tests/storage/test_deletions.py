@@ -11,6 +11,7 @@ import torch
 
 import raylight as pl
 from raylight.contract.errors import StorageError
+from raylight.contract.layout import CHECKPOINT_FOLDER, checkpoint_directory
 from raylight.storage import checkpoints as store
 from raylight.storage.filesystem import Storage
 from raylight.storage.manifest import Manifest
@@ -80,13 +81,13 @@ def test_every_deletion_of_the_package_is_known() -> None:
 def test_what_ranks_write_may_be_deleted() -> None:
     names = [MODULE_FILE, model_file(0, 2), training_file(11, 12), "manifest.json", ".raylight-1f.partial"]
     assert all(store.OWN_FILE.fullmatch(name) for name in names)
-    assert store.OWN_FOLDER.fullmatch(store.directory_of(8).rpartition("/")[2])
-    assert store.OWN_FOLDER.fullmatch(store.directory_of(123456789, 3).rpartition("/")[2])
-    assert not store.OWN_FOLDER.fullmatch("step-00000008-mine")
+    assert CHECKPOINT_FOLDER.fullmatch(checkpoint_directory(8).rpartition("/")[2])
+    assert CHECKPOINT_FOLDER.fullmatch(checkpoint_directory(123456789, 3).rpartition("/")[2])
+    assert not CHECKPOINT_FOLDER.fullmatch("step-00000008-mine")
 
 
 def commit(version: Storage, step: int) -> store.Checkpoint:
-    directory = store.directory_of(step)
+    directory = checkpoint_directory(step)
     file = version.write(f"{directory}/model-00000-of-00001.pt", [b"weights"])
     return store.commit(version, directory, Manifest(step=step, epoch=0, files=(file,)))
 
@@ -96,14 +97,14 @@ def test_folders_of_a_persons_own_stay(storage: Storage) -> None:
     mine = ["checkpoints/mine/data.bin", "checkpoints/step-8/data.bin", "checkpoints/step-00000009-old/manifest.json"]
     for path in mine:
         storage.write(path, [b"mine"])
-    storage.write(f"{store.directory_of(16)}/model-00000-of-00001.pt", [b"half"])
+    storage.write(f"{checkpoint_directory(16)}/model-00000-of-00001.pt", [b"half"])
     assert store.sweep_leftovers(storage) == ["step-00000016"]
     assert all(storage.read_bytes(path) == b"mine" for path in mine)
 
 
 def test_a_copy_of_a_checkpoint_that_a_person_has_made_stays(storage: Storage) -> None:
     for entry in commit(storage, 8).storage.walk():
-        content = storage.read_bytes(f"{store.directory_of(8)}/{entry.name}")
+        content = storage.read_bytes(f"{checkpoint_directory(8)}/{entry.name}")
         storage.write(f"checkpoints/best so far/{entry.name}", [content])
     copy, original = sorted(store.list_checkpoints(storage), key=lambda checkpoint: checkpoint.name)
     store.delete(copy)
@@ -112,11 +113,11 @@ def test_a_copy_of_a_checkpoint_that_a_person_has_made_stays(storage: Storage) -
 
 
 def test_a_file_of_a_persons_own_in_a_checkpoint_stays(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
-    checkpoint, mine = commit(storage, 8), f"{store.directory_of(8)}/notes.txt"
+    checkpoint, mine = commit(storage, 8), f"{checkpoint_directory(8)}/notes.txt"
     storage.write(mine, [b"mine"])
-    storage.write(f"{store.directory_of(8)}/plots/loss.png", [b"mine"])
+    storage.write(f"{checkpoint_directory(8)}/plots/loss.png", [b"mine"])
     store.delete(checkpoint)
-    assert [entry.name for entry in storage.walk(store.directory_of(8))] == ["notes.txt", "plots/loss.png"]
+    assert [entry.name for entry in storage.walk(checkpoint_directory(8))] == ["notes.txt", "plots/loss.png"]
     assert "notes.txt" in caplog.text
     assert store.list_checkpoints(storage) == []
     assert store.sweep_leftovers(storage) == []
