@@ -27,7 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 logger = logging.getLogger("raylight.storage")
-# What raylight writes, and therefore may delete: nothing else is touched.
+# The files that raylight writes, and therefore may delete; no others are touched.
 OWN_FILE = re.compile(
     rf"{re.escape(MANIFEST_FILE)}|mod(el|ule)\.pt|[a-z_]+-\d{{5,}}-of-\d{{5,}}\.pt|{re.escape(HIDDEN_PREFIX)}.+"
 )
@@ -78,7 +78,7 @@ class Checkpoint:
 
     @property
     def age_key(self) -> tuple[int, int, float]:
-        """Sorts checkpoints of a version from the oldest to the newest."""
+        """A key that sorts checkpoints of a version from the oldest to the newest."""
         return self.manifest.step, self.manifest.attempt, self.manifest.time
 
     def open_read(self, name: str) -> BinaryIO:
@@ -90,7 +90,7 @@ class Checkpoint:
         return self.storage.local_path(name)
 
     def _check_name(self, name: str) -> None:
-        """Only files of the manifest are opened, and no link that leads out of the folder is followed."""
+        """Raises CheckpointCorrupt for a file that is not in the manifest, or a link that leads out of the folder."""
         if name not in self._names:
             raise CheckpointCorrupt(f"{self.path} has no file {name!r}. Its files: {_listed(list(self.file_names))}.")
         path = self.storage.local_path(name)
@@ -103,9 +103,9 @@ class Checkpoint:
 def commit(version: Storage, directory: str, manifest: Manifest, fence: int | None = None) -> Checkpoint:
     """Makes a checkpoint exist: writes the manifest of files that are all on storage, in `directory` of the version.
 
-    `fence` is the attempt that commits where that is not the manifest's: survivors may finish what an earlier attempt
-    began. Raises StorageError where a file is missing or has another size, or a newer attempt has begun; then nothing
-    is committed. Where storage fails behind the write, what is there decides.
+    `fence` is the attempt that commits if that is not the manifest's: survivors may finish what an earlier attempt
+    began. Raises StorageError if a file is missing or has another size, or if a newer attempt has begun; nothing is
+    committed then. If storage fails after the write, the manifest that is there decides.
     """
     attempt = manifest.attempt if fence is None else fence
     check_inside(directory)
@@ -127,7 +127,7 @@ def commit(version: Storage, directory: str, manifest: Manifest, fence: int | No
 
 
 def _has_arrived(folder: Storage, manifest: bytes) -> bool:
-    """A write may be done though its answer is lost."""
+    """Whether the manifest is there: a write may have succeeded though its answer is lost."""
     try:
         return folder.read_bytes(MANIFEST_FILE) == manifest
     except StorageError:
@@ -152,8 +152,8 @@ def _check_arrived(folder: Storage, files: Collection[SavedFile]) -> None:
 
 
 def list_checkpoints(version: Storage) -> list[Checkpoint]:
-    """The committed checkpoints of a version, oldest first. Damaged manifests and those of an attempt that had been
-    replaced are passed over with a warning."""
+    """The committed checkpoints of a version, oldest first. Damaged manifests and those of a replaced attempt are
+    skipped with a warning."""
     fence = read_fence(version)
     found = version.map(lambda name: _read_or_warn(version, name, fence), _folders(version))
     return sorted((checkpoint for checkpoint in found if checkpoint is not None), key=lambda it: it.age_key)
@@ -164,7 +164,7 @@ def _folders(version: Storage) -> list[str]:
 
 
 def committed_folders(version: Storage) -> list[Storage]:
-    """Those that hold a manifest, damaged ones too."""
+    """Folders that hold a manifest, damaged or not."""
     folders = [version.child(CHECKPOINTS, name) for name in _folders(version)]
     return [folder for folder in folders if folder.exists(MANIFEST_FILE)]
 
@@ -188,7 +188,7 @@ def _read_or_warn(version: Storage, name: str, fence: Fence) -> Checkpoint | Non
 
 
 def read_checkpoint(folder: Storage) -> Checkpoint:
-    """The checkpoint in a folder, its files not looked at. Raises MissingFile or CheckpointCorrupt."""
+    """The checkpoint in a folder; its files are not checked. Raises MissingFile or CheckpointCorrupt."""
     try:
         return Checkpoint(folder, Manifest.from_bytes(folder.read_bytes(MANIFEST_FILE)))
     except CheckpointCorrupt as error:
@@ -196,10 +196,10 @@ def read_checkpoint(folder: Storage) -> Checkpoint:
 
 
 def verify(checkpoint: Checkpoint, digests: bool = True, must_answer: bool = False) -> list[str]:
-    """What is wrong with the files, one line each; empty where they are those that were written.
+    """The problems of the files, one line each; empty if they are as they were written.
 
     Sizes are always compared, at the cost of one listing; with `digests` every byte is read. With `must_answer`, remote
-    storage that cannot be reached is no damage: it raises StorageError.
+    storage that cannot be reached raises StorageError and does not count as damage.
     """
     sizes = {entry.name: entry.size for entry in checkpoint.storage.walk()}
     files = checkpoint.manifest.files
@@ -224,7 +224,7 @@ def _digest_problem(checkpoint: Checkpoint, file: SavedFile, must_answer: bool) 
     try:
         with checkpoint.open_read(file.path) as opened:
             digest = digest_of_file(opened, algorithm)
-    except (ValueError, TypeError):  # the latter for a kind whose length has to be named
+    except (ValueError, TypeError):  # TypeError for an algorithm whose length has to be given
         return f"{file.path} has a digest of an unknown kind, {algorithm!r}"
     except (StorageError, CheckpointCorrupt, OSError) as error:
         if must_answer and not checkpoint.storage.is_local and not isinstance(error, MissingFile | CheckpointCorrupt):
@@ -234,16 +234,16 @@ def _digest_problem(checkpoint: Checkpoint, file: SavedFile, must_answer: bool) 
 
 
 def newest_whole(version: Storage, digests: bool = True, resumable: bool = False) -> Checkpoint | None:
-    """The newest checkpoint whose files are as they were written; damaged ones are passed over with a warning.
+    """The newest checkpoint whose files are as they were written; damaged ones are skipped with a warning.
 
-    `resumable` leaves out those that hold the weights alone.
+    `resumable` leaves out checkpoints that hold only weights.
     """
     newest_first = reversed(list_checkpoints(version))
     return first_whole((it for it in newest_first if not (resumable and it.manifest.weights_only)), digests)
 
 
 def first_whole(checkpoints: Iterable[Checkpoint], digests: bool = True) -> Checkpoint | None:
-    """The first whose files are as they were written; damaged ones are passed over with a warning."""
+    """The first checkpoint whose files are as they were written; damaged ones are skipped with a warning."""
     for checkpoint in checkpoints:
         problems = verify(checkpoint, digests, must_answer=True)
         if not problems:
@@ -255,7 +255,7 @@ def first_whole(checkpoints: Iterable[Checkpoint], digests: bool = True) -> Chec
 def find_checkpoint(path: str | os.PathLike[str], filesystem: Any = None, digests: bool = True) -> Checkpoint:
     """The checkpoint at a path or URI of its folder (or of its manifest), verified.
 
-    Raises CheckpointCorrupt saying what is wrong with it, MissingFile where there is nothing.
+    Raises CheckpointCorrupt with the problems, or MissingFile if there is nothing.
     """
     folder = Storage(path, filesystem)
     if folder.name == MANIFEST_FILE:
@@ -268,8 +268,8 @@ def find_checkpoint(path: str | os.PathLike[str], filesystem: Any = None, digest
 
 
 def check_whole(checkpoint: Checkpoint, digests: bool = True) -> Checkpoint:
-    """The same checkpoint. Raises CheckpointCorrupt saying what is wrong with its files, MissingFile where it was
-    deleted meanwhile."""
+    """The same checkpoint. Raises CheckpointCorrupt with the problems of its files, or MissingFile if it has been
+    deleted."""
     if problems := verify(checkpoint, digests):
         check_there(checkpoint)
         raise CheckpointCorrupt(
@@ -280,8 +280,8 @@ def check_whole(checkpoint: Checkpoint, digests: bool = True) -> Checkpoint:
 
 
 def check_there(checkpoint: Checkpoint) -> None:
-    """For a checkpoint whose files are not what they should be. Raises MissingFile where it was deleted since it was
-    found, as those that a run which goes on does not need any more."""
+    """Raises MissingFile if the checkpoint has been deleted since it was found, as a running run does with those it no
+    longer needs. Call it when files are not as they should be."""
     if not checkpoint.storage.exists(MANIFEST_FILE):
         raise MissingFile(f"{checkpoint.path} was deleted meanwhile, as a run that goes on does. Take another one.")
 
@@ -301,15 +301,15 @@ def _nothing_committed(folder: Storage) -> CheckpointCorrupt | MissingFile:
 
 
 def delete(checkpoint: Checkpoint) -> None:
-    """Deletes the manifest first: a kill in between leaves leftovers, never half a checkpoint. A folder that is not
-    called as raylight calls them stays, and so does what else lies in it. Raises StorageError where a link leads there.
+    """Deletes a checkpoint, its manifest first: a kill in between leaves leftovers, never half a checkpoint. A folder
+    whose name is not raylight's stays, and so do files in it that are not. Raises StorageError if a link leads there.
     """
     version = checkpoint.storage.parent().parent()
     _delete_folder(version, checkpoint.name, checkpoint.file_names)
 
 
 def _delete_folder(version: Storage, name: str, files: Collection[str] = ()) -> bool:
-    """False where the folder stays, because raylight has not made it or something in it."""
+    """Returns False if the folder stays because raylight has not made it or something in it."""
     if not CHECKPOINT_FOLDER.fullmatch(name):
         return False
     path = f"{CHECKPOINTS}/{name}"
@@ -324,7 +324,8 @@ def _delete_folder(version: Storage, name: str, files: Collection[str] = ()) -> 
 
 
 def raise_fence(version: Storage, attempt: int) -> None:
-    """Called once where `attempt` begins, before its workers do: from here on, older attempts commit nothing."""
+    """Shuts out older attempts, which commit nothing from here on. Call it once, before the workers of `attempt`
+    begin."""
     before = read_fence(version)
     check_attempt(version, attempt)
     if before.attempt == attempt and before.committed is not None:
@@ -335,11 +336,11 @@ def raise_fence(version: Storage, attempt: int) -> None:
 
 
 def sweep_leftovers(version: Storage, keep: Collection[str] = ()) -> list[str]:
-    """Removes what dead attempts left: checkpoints without a manifest, and those that the fence shuts out. Folders of
-    other names and links are not raylight's, and stay.
+    """Removes what dead attempts left: checkpoints without a manifest, and those that the fence shuts out. Links and
+    folders with other names are not raylight's, and stay.
 
-    Call it where no older attempt's writer matters any more, after `raise_fence`. `keep` holds names or
-    version-relative paths of folders that are being written. Returns the names that are gone.
+    Call it after `raise_fence`, when no writer of an older attempt matters any longer. `keep` holds names or
+    version-relative paths of folders that are being written. Returns the names that were removed.
     """
     fence = read_fence(version)
     kept = {name.rpartition("/")[2] for name in keep}

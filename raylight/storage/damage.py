@@ -11,7 +11,7 @@ logger = logging.getLogger("raylight.storage")
 
 
 class Files(Protocol):
-    """What it needs of `storage.filesystem.Storage`."""
+    """The part of `storage.filesystem.Storage` that is used here."""
 
     def read_bytes(self, path: str) -> bytes: ...
     def write(self, path: str, chunks: Iterable[Any]) -> Any: ...
@@ -20,7 +20,7 @@ class Files(Protocol):
 
 
 def set_aside(files: Files, name: str, why: str, lost: str) -> None:
-    """`lost` says what the run goes on without."""
+    """Renames a damaged file and warns; `lost` is a sentence on what the run goes on without."""
     aside = f"damaged-{uuid.uuid4().hex[:8]}-{name}"
     files.write(aside, [files.read_bytes(name)])
     files.delete(name)

@@ -14,7 +14,7 @@ READ_SIZE = 8 << 20
 
 
 def new_digest(algorithm: str = ALGORITHM) -> Any:
-    """An object as hashlib's. Raises ValueError for an algorithm that neither xxhash nor hashlib has."""
+    """A hash object like those of hashlib. Raises ValueError if neither xxhash nor hashlib has the algorithm."""
     if algorithm in xxhash.algorithms_available:
         return getattr(xxhash, algorithm)()
     return hashlib.new(algorithm, usedforsecurity=False)
@@ -31,7 +31,7 @@ def digest_of(data: bytes, algorithm: str = ALGORITHM) -> str:
 
 
 def digest_of_file(file: BinaryIO, algorithm: str = ALGORITHM) -> str:
-    """Reads `file` to its end; raises ValueError for an unknown algorithm."""
+    """The digest of `file`, read to its end. Raises ValueError for an unknown algorithm."""
     digest = new_digest(algorithm)
     buffer = bytearray(READ_SIZE)
     view = memoryview(buffer)

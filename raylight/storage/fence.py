@@ -2,9 +2,9 @@
 
 A worker group that was cut off, or a driver that was thought dead, may wake up and go on. Whoever starts an attempt
 gets its number N from `claim_attempt`, and calls `raise_fence(version, N)` first. It writes `fence.json` with N, then
-lists what is committed by then and writes that in too. `commit` reads the fence before and after it writes a manifest,
-so an older attempt either sees the fence and reports nothing, or its checkpoint is in the list; what is not in the list
-is passed over by every reader.
+lists what is committed by then and adds that list. `commit` reads the fence before and after it writes a manifest, so
+an older attempt either sees the fence and reports nothing, or its checkpoint is in the list. Readers skip checkpoints
+of older attempts that are not in the list.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from raylight.storage.local_files import HIDDEN_PREFIX
 
 logger = logging.getLogger("raylight.storage")
 ATTEMPTS = f"{HIDDEN_PREFIX}attempts"
-_LOST = "What a replaced attempt may have committed late is not told apart any more."
+_LOST = "Checkpoints that a replaced attempt committed late can no longer be recognised."
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,8 @@ def write_fence(version: Storage, fence: Fence) -> None:
 
 
 def read_fence(version: Storage) -> Fence:
-    """Where the file is damaged, the newest attempt is known by its claim, and what was committed is not."""
+    """The fence of a version. If the file is damaged, the newest attempt is known from its claim, and the list is
+    lost."""
     try:
         return _parse_fence(version)
     except ValueError as error:
@@ -52,7 +53,7 @@ def read_fence(version: Storage) -> Fence:
 
 
 def set_aside_damaged_fence(version: Storage) -> None:
-    """Called before the version goes on."""
+    """Replaces a damaged fence.json. Call it before the version goes on."""
     try:
         _parse_fence(version)
     except ValueError as error:
@@ -61,7 +62,7 @@ def set_aside_damaged_fence(version: Storage) -> None:
 
 
 def _parse_fence(version: Storage) -> Fence:
-    """Raises ValueError if the file is damaged."""
+    """The fence as stored. Raises ValueError if the file is damaged."""
     try:
         content = parse_object(version.read_bytes(FENCE_FILE))
     except MissingFile:
@@ -74,13 +75,13 @@ def _parse_fence(version: Storage) -> Fence:
 
 
 def newest_attempt(version: Storage) -> int:
-    """The newest attempt that the fence or `run.json` names; 0 where neither does."""
+    """The newest attempt that the fence or `run.json` names; 0 if neither does."""
     readers = (lambda: read_fence(version).attempt, lambda: _newest_recorded(version))
     return max(version.map(lambda read: read(), readers))
 
 
 def _newest_recorded(version: Storage) -> int:
-    """By run.json. A damaged one is said by those who read it for more than this."""
+    """The newest attempt in run.json. No warning for a damaged one: those who read more of it give it."""
     try:
         attempts = parse_object(version.read_bytes(RUN_FILE)).get("attempts") or []
     except MissingFile:
@@ -102,7 +103,7 @@ def _is_number(value: Any) -> bool:
 
 
 def claim_attempt(version: Storage) -> int:
-    """A number above those of all attempts that have begun; of several callers no two get the same one."""
+    """A number above those of all attempts that have begun; no two callers get the same one."""
     attempt = newest_attempt(version) + 1
     while not version.create_exclusive(f"{ATTEMPTS}/{attempt}", b"claimed\n"):
         attempt += 1
@@ -110,7 +111,7 @@ def claim_attempt(version: Storage) -> int:
 
 
 def check_attempt(version: Storage, attempt: int) -> None:
-    """Raises Superseded where a newer attempt has begun."""
+    """Raises Superseded if a newer attempt has begun."""
     newest = newest_attempt(version)
     if newest > attempt:
         raise Superseded(

@@ -37,8 +37,8 @@ class Storage:
     """Files under one root: a folder of this machine or of a mounted share, or a URI of `pyarrow.fs`.
 
     All paths are relative to the root, with "/" between their parts, and cannot leave it. What is written appears under
-    its name at once and whole, or not at all, also where the writer is killed. Remote calls are tried again with
-    growing random waits; what still fails raises StorageError. Storage can be pickled, and used by several threads.
+    its name at once and whole, or not at all, even if the writer is killed. Remote calls are tried again with growing
+    random waits; one that still fails raises StorageError. Storage can be pickled, and used by several threads.
     """
 
     def __init__(self, root: str | os.PathLike[str], filesystem: Any = None, *, backoff: Backoff | None = None):
@@ -69,7 +69,7 @@ class Storage:
         return self._shown_at(path) + self._query
 
     def argument_of(self, path: str) -> str:
-        """As `uri_of`, for a command that a person puts into a shell, where the "&" of a query ends a command."""
+        """`uri_of` quoted for a shell, in which the "&" of a query would end the command."""
         return shlex.quote(self.uri_of(path))
 
     def child(self, *parts: str) -> Storage:
@@ -108,29 +108,29 @@ class Storage:
         return FileWriter(self, path)
 
     def open_read(self, path: str) -> BinaryIO:
-        """A seekable binary file. Raises MissingFile where there is none."""
+        """A seekable binary file. Raises MissingFile if there is none."""
         with self._explained("read", path):
             return self._files.open_read(self._absolute(path))
 
     def read_bytes(self, path: str) -> bytes:
-        """All of a file; where it is replaced meanwhile, all of the old or of the new one."""
+        """The whole file; if it is being replaced, the whole old or the whole new one."""
         with self._explained("read", path):
             return self._files.read_bytes(self._absolute(path))
 
     def local_path(self, path: str = "") -> str | None:
-        """Where the bytes lie on this machine; None where they do not."""
+        """The path on this machine; None if storage is remote."""
         return self._absolute(path) if self.is_local else None
 
     def local_directory(self) -> LocalDirectory:
-        """A directory of this machine for files that grow, which come to the root."""
+        """A directory of this machine for files that grow, which are copied to the root."""
         return LocalDirectory(self)
 
     def local_spare(self) -> LocalSpare:
-        """A new folder of this machine, for a last checkpoint that the storage does not take."""
+        """A new folder of this machine, for a last checkpoint that storage does not take."""
         return LocalSpare(Storage(tempfile.mkdtemp(prefix="raylight-kept-")))
 
     def list(self, path: str = "") -> builtins.list[Entry]:
-        """What a folder holds, sorted by name; empty where there is no such folder."""
+        """The entries of a folder, sorted by name; empty if there is no such folder."""
         with self._explained("list", path):
             return sorted(self._files.list(self._absolute(path)), key=lambda entry: entry.name)
 
@@ -147,14 +147,14 @@ class Storage:
         return self.info(path) is not None
 
     def delete(self, path: str) -> None:
-        """Deletes a file; one that is not there is no error. Raises StorageError where a link leads to it."""
+        """Deletes a file; a missing one is no error. Raises StorageError if a link leads to it."""
         with self._explained("delete", path):
             self._check_no_link(path.rpartition("/")[0])
             self._files.delete(self._absolute(path))
 
     def delete_own(self, path: str, is_own: Callable[[str], bool]) -> builtins.list[str]:
-        """Deletes the files of a folder whose name `is_own`, then the folder if nothing else is in it; one that is not
-        there is no error. Returns the names of what stays. Raises StorageError where a link leads to it."""
+        """Deletes the files of a folder whose name `is_own`, then the folder if nothing else is in it; a missing folder
+        is no error. Returns the names of what stays. Raises StorageError if a link leads to it."""
         if not path:
             raise ValueError("the root of a storage is not deleted")
         with self._explained("delete", path):
@@ -166,7 +166,7 @@ class Storage:
             return self._files.is_link(self._absolute(path))
 
     def _check_no_link(self, path: str) -> None:
-        """Of the root alone, which a person has named, it does not matter whether it is one."""
+        """Raises StorageError if a link leads to `path`. The root itself, which a person has named, may be a link."""
         parts = path.split("/") if path else []
         for depth in range(1, len(parts) + 1):
             folder = "/".join(parts[:depth])
@@ -182,8 +182,8 @@ class Storage:
             return self._files.create_exclusive(self._absolute(path), data)
 
     def claim_directory(self, path: str) -> int:
-        """Claims a name for a folder. 0: it is the caller's alone, for ever. Else it is lost, and the number tells
-        the rivals of a claim apart, so that they need not meet again at the next name."""
+        """Claims a name for a folder. 0: it is the caller's alone, for good. Otherwise it is lost, and the number
+        differs between rivals, so that they need not meet again at the next name."""
         with self._explained("create", path):
             if isinstance(self._files, LocalFiles):
                 return 0 if self._files.make_directory(self._absolute(path)) else 1
@@ -191,14 +191,14 @@ class Storage:
             return self._files.claim(f"{folder}/{HIDDEN_PREFIX}claims/{name}")
 
     def claimed_names(self) -> builtins.list[str]:
-        """Names of folders that were claimed in the root, whether or not anything is in them yet."""
+        """Names of folders that were claimed in the root, empty ones included."""
         names = {entry.name for entry in self.list() if entry.is_directory}
         if not self.is_local:
             names.update(entry.name for entry in self.list(f"{HIDDEN_PREFIX}claims"))
         return sorted(names)
 
     def check_writable(self) -> None:
-        """Writes, reads and deletes a small file. Raises StorageError saying what is wrong and what to do."""
+        """Writes, reads and deletes a small file. Raises StorageError with the problem and what to do."""
         probe, data = f"{HIDDEN_PREFIX}probe-{uuid.uuid4().hex}", os.urandom(16)
         self.write(probe, [data])
         if self.read_bytes(probe) != data:
@@ -208,8 +208,8 @@ class Storage:
     def map(
         self, function: Callable[[Item], Result], items: Iterable[Item], num_local_threads: int = 1
     ) -> builtins.list[Result]:
-        """`[function(item) for item in items]`, several at once where each waits for the network. `num_local_threads`
-        may be more where `function` leaves the interpreter lock free, as reading and hashing large files does."""
+        """`[function(item) for item in items]`, several at once if each waits for the network. `num_local_threads`
+        may be more if `function` releases the interpreter lock, as reading and hashing large files does."""
         items = list(items)
         num_threads = min(len(items), num_local_threads if self.is_local else NUM_REQUESTS_AT_ONCE)
         if num_threads < 2:
@@ -234,7 +234,7 @@ class Storage:
 
     @contextmanager
     def _explained(self, what: str, path: str) -> Iterator[None]:
-        """Turns what the operating system or pyarrow raises into a StorageError."""
+        """Turns errors of the operating system or pyarrow into a StorageError."""
         try:
             yield
         except StorageError:
@@ -270,7 +270,7 @@ class FileWriter:
         return view.nbytes
 
     def flush(self) -> None:
-        """Nothing to do: what is written counts at the end. Some writers call it."""
+        """Does nothing: the file counts once it is finished. Some writers call it."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -301,14 +301,14 @@ class FileWriter:
 
 
 class LocalSpare:
-    """What `Storage.local_spare` gives: `files` lie in a new folder of this machine."""
+    """A spare place for a last checkpoint, made by `Storage.local_spare`: `files` is a new folder of this machine."""
 
     def __init__(self, files: Storage):
         self.files = files
 
     def commit(self, saved: Saved, seed: int) -> str:
-        """Makes the checkpoint exist that one rank has written whole. Returns its URI, which `resume=` takes whatever
-        the storage of the run is."""
+        """Commits the checkpoint that one rank has written whole. Returns its URI, which `resume=` takes whatever the
+        storage of the run is."""
         manifest = Manifest(
             step=saved.step, epoch=saved.epoch, files=saved.files, metrics=saved.metrics,
             weights_only=saved.weights_only, seed=seed,

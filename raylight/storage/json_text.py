@@ -1,4 +1,4 @@
-"""JSON that any tool can read, whatever the values were; and JSON read back, whatever has become of it."""
+"""JSON that any tool can read, for any values; and JSON read back, whatever its state."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ MAX_DEPTH = 100
 
 
 def to_json(value: Any, indent: int | None = 1) -> bytes:
-    """Numbers that JSON does not have become the texts "nan", "inf" and "-inf", which `float()` reads; what JSON cannot
-    hold becomes its `str()`."""
+    """`value` as JSON. Numbers that JSON does not have become the texts "nan", "inf" and "-inf", which `float()` reads;
+    other values that it cannot hold become their `str()`."""
     return (json.dumps(plain(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
 def plain(value: Any) -> Any:
-    """The value out of dicts, lists, texts, finite numbers, booleans and None alone."""
+    """`value` made of dicts, lists, texts, finite numbers, booleans and None only."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -41,7 +41,7 @@ def plain(value: Any) -> Any:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Raises ValueError saying why `data` is no JSON object that raylight can have written."""
+    """The JSON object in `data`. Raises ValueError with the reason if raylight cannot have written it."""
     try:
         content = json.loads(data, object_pairs_hook=_take_once, parse_constant=_refuse_number, parse_float=_finite)
     except RecursionError:
@@ -59,7 +59,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 def _take_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON lets a name be there twice, and readers differ in which they take."""
+    """Raises ValueError for a name that is there twice: JSON allows it, and readers differ in which they take."""
     twice = [name for name, number in Counter(name for name, _ in pairs).items() if number > 1]
     if twice:
         raise ValueError(f"the entry {twice[0]!r} is there more than once")

@@ -1,4 +1,4 @@
-"""A directory on this machine for files that grow, as programs need that append to a file."""
+"""A directory on this machine for files that grow, for programs that append to a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_COPY_SHARE = 0.1
 
 
 class LocalDirectory:
-    """The version directory itself where it lies on this machine, else a temporary one that is copied to storage."""
+    """The version directory itself if it lies on this machine, otherwise a temporary one that is copied to storage."""
 
     def __init__(self, files: Files):
         self._files = files
@@ -40,7 +40,7 @@ class LocalDirectory:
         return self._temporary
 
     def fetch(self, name: str) -> str:
-        """The path of a file that is to go on where an earlier process left it on storage."""
+        """The path of a file that continues the one an earlier process left on storage."""
         path = os.path.join(self.path, name)
         if self._temporary is not None and not os.path.exists(path):
             with contextlib.suppress(MissingFile):
@@ -48,12 +48,12 @@ class LocalDirectory:
         return path
 
     def copy(self) -> None:
-        """Bring what has grown to storage, if that is due."""
+        """Copy files that have grown to storage, if that is due."""
         if self._temporary is not None and time.monotonic() >= self._next_copy:
             self._copy(self._temporary)
 
     def close(self) -> None:
-        """Copy what is left; the temporary directory goes once that has worked."""
+        """Copy the rest; the temporary directory is removed once that has worked."""
         if self._temporary is not None:
             try:
                 self._copy(self._temporary)
@@ -63,7 +63,8 @@ class LocalDirectory:
             self._temporary = None
 
     def _fetch(self, name: str, path: str) -> None:
-        """Aside and renamed, so that what could not be read is fetched anew, and never copied over the whole file."""
+        """Fetch under another name, then rename: a file read in part is fetched again, never copied over the whole
+        one."""
         aside = os.path.join(os.path.dirname(path), f"{HIDDEN_PREFIX}{os.path.basename(path)}")
         with self._files.open_read(name) as there, open(aside, "wb") as here:
             shutil.copyfileobj(there, here)

@@ -30,7 +30,7 @@ class Entry:
 
 
 class LocalFiles:
-    """All paths are absolute. Raises OSError as the operating system does."""
+    """Files of this machine. All paths are absolute. Raises OSError as the operating system does."""
 
     is_local = True
 
@@ -82,7 +82,8 @@ class LocalFiles:
         return delete_own(path, is_own)
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
-        """A hard link to a whole file is refused where the name exists: nobody ever sees a part of `data`."""
+        """Makes the file by a hard link to a whole one, which fails if the name exists: no reader sees a part of
+        `data`."""
         sink = LocalSink(path)
         try:
             sink.write(memoryview(data))
@@ -92,7 +93,7 @@ class LocalFiles:
             raise
 
     def make_directory(self, path: str) -> bool:
-        """True where this call made it, False where it was there; two callers never both get True."""
+        """Returns True if this call made it, False if it was there; two callers never both get True."""
         make_directories(os.path.dirname(path))
         try:
             os.mkdir(path)
@@ -105,8 +106,8 @@ class LocalFiles:
 class LocalSink:
     """A file in the making. Until `finish` it has another name in the same folder; a killed writer leaves only that.
 
-    Large pieces go past the page cache where they can, so that their bytes are moved once less and the disk works while
-    they come: a write then takes half as long from the threads that train beside it.
+    Large pieces bypass the page cache if possible: their bytes are moved once less, and the disk works while they come.
+    A write then takes half as much time from the threads that train.
     """
 
     def __init__(self, path: str):
@@ -124,7 +125,7 @@ class LocalSink:
             view = view[num_written:]
 
     def _write_direct(self, view: memoryview) -> int:
-        """Returns how many bytes the disk has fetched from memory by itself; 0 where the piece is small, begins in the
+        """Returns how many bytes the disk has fetched from memory by itself; 0 if the piece is small, begins in the
         middle of a page in the file or in memory, or lies on a file system that cannot do it."""
         num_bytes = view.nbytes - view.nbytes % mmap.PAGESIZE
         if num_bytes < _MIN_DIRECT_BYTES or self._position % mmap.PAGESIZE or not hasattr(os, "O_DIRECT"):
@@ -185,7 +186,7 @@ def make_directories(path: str) -> None:
 
 
 def sync_directory(path: str) -> None:
-    """A new or removed name is on the disk only once its folder is synced."""
+    """Syncs a folder: a new or removed name is on the disk only then."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
@@ -201,7 +202,7 @@ def sync_directory(path: str) -> None:
 
 def delete_own(path: str, is_own: Callable[[str], bool]) -> list[str]:
     """Deletes the files of a folder whose name `is_own`, then the folder if nothing else is in it. Returns the names of
-    what stays: folders and links do. What another process removes meanwhile is no error."""
+    what stays, folders and links included. A file that another process removes at the same time is no error."""
     try:
         with os.scandir(path) as found:
             items = list(found)

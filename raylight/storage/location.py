@@ -1,4 +1,4 @@
-"""From what the user calls a place (path, URI, path with a file system) to the files there."""
+"""From a place as the user writes it (path, URI, path with a file system) to the files there."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Location:
 
 
 def locate(place: str | os.PathLike[str], filesystem: Any, backoff: Backoff) -> Location:
-    """Touches nothing on storage. Raises InvalidArguments where `place` names no place that raylight can open."""
+    """The location of `place`, without touching storage. Raises InvalidArguments if raylight cannot open it."""
     text = os.fspath(place)
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise InvalidArguments(
@@ -146,7 +146,7 @@ def _locate_uri(text: str, scheme: str, backoff: Backoff) -> Location:
     else:
         raise InvalidArguments(f"storage_path={mask_uri(text)!r} names no bucket: write {scheme}://bucket/folder.")
     opened = partial(_open_uri, urlunsplit((scheme, parts.netloc, "", parts.query, "")))
-    # What names an hdfs user or an abfs container is no secret; a password is, and so are some options.
+    # The name of an hdfs user or an abfs container is no secret; a password is, and so are some options.
     is_shown = user and (scheme not in ("gs", "gcs") or user == "anonymous")
     authority = f"{user.partition(':')[0]}@{host}" if is_shown else host
     files = RemoteFiles(opened, backoff, f"{scheme}://" + (authority if root.startswith("/") else ""))
@@ -176,7 +176,7 @@ def _locate_on(filesystem: Any, path: str, backoff: Backoff) -> Location:
         filesystem = filesystem.base_fs
     kind = re.sub(r"\('(\w+)'.*\)", r"\1", filesystem.type_name.split("::")[-1])  # fsspec+('s3', 's3a')
     prefix = f"{kind}://"
-    if path.startswith(prefix):  # as it does where it was read off a result
+    if path.startswith(prefix):  # as in a path copied from a result
         path = unquote(path.removeprefix(prefix).partition("?")[0])
     elif (scheme := _scheme(path)) is not None:
         path = path.split("://", 1)[1].split("?")[0] if scheme != "file" else unquote(urlsplit(path).path)

@@ -21,14 +21,14 @@ FORMAT = 1
 _FIELDS = {"digest", "format", "raylight", "step", "epoch", "attempt", "world_size", "weights_only", "time", "metrics"}
 _FIELDS |= {"files", "carried", "seed"}
 _FILE_FIELDS = {"path", "size", "digest"}
-_warned: set[str] = set()  # of what this process has been told already
+_warned: set[str] = set()  # fields that this process has warned of
 logger = logging.getLogger("raylight.storage")
 _BLANK_DIGEST = f"{ALGORITHM}:{'0' * 32}"
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What `manifest.json` holds. File paths are relative to the checkpoint's folder and cannot leave it."""
+    """The content of `manifest.json`. File paths are relative to the checkpoint's folder and cannot leave it."""
 
     step: int
     epoch: int
@@ -38,11 +38,11 @@ class Manifest:
     metrics: Mapping[str, float] = field(default_factory=dict)
     weights_only: bool = False
     carried: Mapping[str, int] = field(default_factory=dict)
-    """The metrics that were measured with the weights of an earlier step, and that step."""
+    """Metrics that were measured with the weights of an earlier step, and that step."""
     time: float = field(default_factory=time.time)
     """Seconds since 1970."""
     seed: int | None = None
-    """Of the run, so that it goes on with the same order of samples, also without its record."""
+    """The run's seed: a run that has lost its record goes on with the same order of samples."""
     raylight: str = __version__
     format: int = FORMAT
 
@@ -79,7 +79,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """Raises CheckpointCorrupt saying what is wrong with them."""
+        """The manifest in these bytes. Raises CheckpointCorrupt with the problem."""
         content = _parse(data)
         if content["format"] != FORMAT:
             raise CheckpointCorrupt(

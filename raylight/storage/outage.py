@@ -1,4 +1,4 @@
-"""An outage of a store: waited for once, by all that use the store together."""
+"""An outage of a store, for which all its users wait together, once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 
 
 class Outage:
-    """What the operations on one store know of each other; they may be of several threads. It is given up once an
-    operation has made all its tries and nothing else answers either. From then on an operation has one try, and for a
-    while after a slow one none."""
+    """The state that operations on one store share, from any thread. The store is given up once an operation has made
+    all its tries and nothing else answers either. From then on an operation has one try, and none for a while after a
+    slow one."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -17,14 +17,14 @@ class Outage:
         self._next_try = 0.0
         self.is_given_up = False
         self.error: OSError | None = None
-        """The last that an operation has met in it."""
+        """The newest error of the outage."""
 
     def may_try(self) -> bool:
-        """Whether an operation may be tried; False where it would only wait for what is known."""
+        """Whether an operation may be tried; False if it would only wait for a known failure."""
         return not self.is_given_up or time.monotonic() >= self._next_try
 
     def note_failure(self, error: OSError) -> bool:
-        """True where the outage begins with this one."""
+        """Returns True if the outage begins with this failure."""
         with self._changed:
             self.error = error
             begins = self._began is None
@@ -33,7 +33,7 @@ class Outage:
             return begins
 
     def note_answer(self) -> float:
-        """It is over, if it was one. Returns how many seconds it lasted."""
+        """Ends the outage, if there was one. Returns how many seconds it lasted."""
         if self._began is None:
             return 0.0
         with self._changed:
@@ -42,7 +42,7 @@ class Outage:
             return time.monotonic() - began if began is not None else 0.0
 
     def give_up(self, pause_s: float) -> bool:
-        """For the next `pause_s` nothing is tried. True where it was not given up before."""
+        """Lets nothing be tried for the next `pause_s`. Returns True if the store was not given up before."""
         with self._changed:
             is_new, self.is_given_up = not self.is_given_up, True
             self._next_try = time.monotonic() + pause_s
@@ -50,7 +50,7 @@ class Outage:
             return is_new
 
     def wait(self, seconds: float) -> None:
-        """Until the next try of an operation, or until another one has found out how it stands."""
+        """Waits for the next try of an operation, or until another operation has found out how the store stands."""
         with self._changed:
             was_given_up = self.is_given_up
             self._changed.wait_for(lambda: self._began is None or self.is_given_up is not was_given_up, seconds)

@@ -1,4 +1,4 @@
-"""What the fields of run.json are, so that a damaged one is found where it is read, not where it is used."""
+"""The types of the fields of run.json: a damaged field is found when it is read, not when it is used."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _is_texts(value: Any) -> bool:
 
 
 def _is_attempts(value: Any) -> bool:
-    """Of an old version an attempt may be anything: then its place in the list is its number."""
+    """Whether `value` is a list of attempts. In old versions one may be anything: its number is its place then."""
     known = {"attempt": _is_count, "duration_s": _is_seconds}
     return isinstance(value, list) and all(not isinstance(item, dict) or not _wrong(item, known) for item in value)
 

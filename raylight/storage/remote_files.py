@@ -32,7 +32,8 @@ Result = TypeVar("Result")
 
 
 class RemoteFiles:
-    """Paths are as pyarrow wants them ("bucket/key"). Every call retries, and raises StorageError at the end.
+    """Files of one pyarrow file system; paths are as pyarrow wants them ("bucket/key"). Every call retries, and raises
+    StorageError at the end.
 
     `open_filesystem(streaming)` is called in the process that needs it; with `streaming` the file system should retry
     by itself, because a stream cannot be sent again from here. `prefix` + path is how errors name a file.
@@ -64,13 +65,13 @@ class RemoteFiles:
         return retry(operation, self._backoff, what, self._prefix + path, self._outage, lambda: self._answers(path))
 
     def note_broken_stream(self, error: OSError, path: str, took_s: float) -> None:
-        """A stream is tried again by the client itself, and fails once all that was vain."""
+        """Counts as a failed operation: the client itself has tried the stream again, in vain."""
         if is_worth_retrying(error):
             self._outage.note_failure(error)
             note_if_given_up(self._outage, self._backoff, self._prefix + path, took_s, lambda: self._answers(path))
 
     def _answers(self, path: str) -> bool:
-        """Whether the store answers a question that has nothing to do with the file: then the file alone is bad."""
+        """Whether the store answers a request that has nothing to do with the file: only the file is bad then."""
         opened = self._opened.get(False)
         if opened is None:
             return False
@@ -84,7 +85,7 @@ class RemoteFiles:
         return RemoteSink(self, path)
 
     def make_parent(self, path: str) -> None:
-        """Object stores have no folders to be made."""
+        """Makes a folder; object stores have none."""
         if not self.appears_when_closed:
             parent = path.rpartition("/")[0]
             self.retry(lambda: self.filesystem().create_dir(parent, recursive=True), "create", parent)
@@ -107,8 +108,8 @@ class RemoteFiles:
         return cast(BinaryIO, io.BufferedReader(_RemoteReader(self, path, file), READ_BUFFER_SIZE))
 
     def read_bytes(self, path: str) -> bytes:
-        """Size and bytes come in two answers, between which the file may be replaced: then pyarrow gives a part of the
-        new one, or more than it has."""
+        """Reads the whole file. Size and bytes come in two answers: if the file is replaced in between, pyarrow gives a
+        part of the new one, or more than it has."""
 
         def read_once() -> bytes:
             with self.filesystem().open_input_file(path) as file:
@@ -145,7 +146,7 @@ class RemoteFiles:
         self.retry(delete_once, "delete", path)
 
     def is_link(self, path: str) -> bool:
-        """Object stores have no links; of pyarrow's file systems only those of fsspec say what is one."""
+        """Whether `path` is a link. Object stores have none; of pyarrow's file systems only those of fsspec have."""
         wrapped = getattr(getattr(self.filesystem(), "handler", None), "fs", None)
         if wrapped is None:
             return False
@@ -175,7 +176,7 @@ class RemoteFiles:
         return []
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
-        """At most one caller ever gets True: the one whose claim stood alone, who then writes the file."""
+        """Returns True to at most one caller, ever: the one whose claim stood alone, who then writes the file."""
         folder, _, name = path.rpartition("/")
         claims = f"{folder}/{HIDDEN_PREFIX}claims/{name}"
         for _ in range(self._backoff.num_attempts):
@@ -195,10 +196,10 @@ class RemoteFiles:
     def claim(self, path: str) -> int:
         """Claims the name `path` without a conditional write; returns 0 to at most one caller, ever.
 
-        Each caller writes a token of its own under `path`, then lists the tokens, and has won where its own is the
-        only one. Of two winners one would have listed before the other wrote and the other before the one wrote, which
-        cannot be; it needs a store whose lists show every finished write (S3, GCS, Azure, HDFS: so they do). The
-        tokens of winners stay. Losers take theirs back and get their place among those that met, counted from 1.
+        Each caller writes a token of its own under `path`, then lists the tokens, and wins if its own is the only
+        one. Two winners would each have listed before the other wrote, which cannot be, provided that the store's lists
+        show every finished write (those of S3, GCS, Azure and HDFS do). The tokens of winners stay. Losers take theirs
+        back and get their place among those that met, counted from 1.
         """
         token = uuid.uuid4().hex
         mine = f"{path}/{token}"
@@ -247,13 +248,13 @@ class RemoteSink:
             self._files.retry(lambda: filesystem.move(self._target, self._path), "rename", self._target)
 
     def abort(self, failed: bool) -> None:
-        """Leaves nothing under the final name. `failed`: the storage failed, and so the stream cannot complete."""
+        """Leaves nothing under the final name. `failed`: storage failed, so the stream cannot complete."""
         stream, self._stream = self._stream, None
         self._pending = bytearray()
         if stream is None or stream.closed:
             return
         if failed or self._keeps_aside:
-            with contextlib.suppress(OSError):  # it repeats the failure that the caller is told of
+            with contextlib.suppress(OSError):  # it repeats a failure that the caller hears of
                 stream.close()
             if self._keeps_aside:
                 self._files.delete(self._target)
@@ -291,7 +292,7 @@ class RemoteSink:
 
 
 class _RemoteReader(io.RawIOBase):
-    """A seekable file whose every read is tried again where the storage fails."""
+    """A seekable file whose reads are tried again if storage fails."""
 
     def __init__(self, files: RemoteFiles, path: str, file: Any):
         self._files, self._path, self._file = files, path, file
@@ -319,7 +320,7 @@ class _RemoteReader(io.RawIOBase):
         return len(data)
 
     def readall(self) -> bytes:
-        """One request; without this, Python asks for 8 kB at a time."""
+        """Reads all in one request; without this, Python asks for 8 kB at a time."""
         return self._read(self._size)
 
     def _read(self, most: int) -> bytes:

@@ -13,7 +13,7 @@ DEFAULT_MONITOR = "val_loss"
 
 
 def best(checkpoints: Sequence[Checkpoint], monitor: str | None = None, mode: str = "min") -> Checkpoint | None:
-    """The checkpoint with the best `monitor`, the oldest of equals; None where none has a value that is a number.
+    """The checkpoint with the best `monitor`, the oldest of equals; None if none has a number for it.
 
     `monitor=None` takes the lowest "val_loss" if the newest checkpoint has one, else the newest checkpoint.
     """
@@ -22,9 +22,9 @@ def best(checkpoints: Sequence[Checkpoint], monitor: str | None = None, mode: st
 
 
 def rank(checkpoints: Sequence[Checkpoint], monitor: str | None = None, mode: str = "min") -> list[Checkpoint]:
-    """Those that can be compared, best first.
+    """The checkpoints that can be compared, best first.
 
-    Of equals the oldest comes first: until the next validation, later checkpoints carry the value of the last one on,
+    Of equals the oldest comes first: until the next validation, later checkpoints carry on the value of the last one,
     which was not measured with their weights.
     """
     newest_first = sorted(checkpoints, key=lambda checkpoint: checkpoint.age_key, reverse=True)
@@ -38,7 +38,7 @@ def rank(checkpoints: Sequence[Checkpoint], monitor: str | None = None, mode: st
 
 
 def rank_measured(checkpoints: Sequence[Checkpoint], monitor: str | None = None, mode: str = "min") -> list[Checkpoint]:
-    """As `rank`, without those that carry a value on which an older one has."""
+    """`rank` without checkpoints that carry on the value of an older one."""
     found: list[Checkpoint] = []
     measured: set[int] = set()  # at which steps
     for checkpoint in rank(checkpoints, monitor, mode):

@@ -1,4 +1,4 @@
-"""What storage failures mean: which are worth another try, how long to wait, and what to tell the person."""
+"""Failures of storage: which are worth another try, how long to wait, and what advice to give."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _OTHER_ADVICE = "Check that the storage is there and can be reached from this ma
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """How often a remote call is tried, and how long it waits in between.
+    """The number of tries of a remote call, and the waits in between.
 
     The defaults ride out an outage of about half a minute, then give up. Waits grow by `factor` up to `longest_s` and
     are shortened at random by up to half, so that the workers of a run do not come back all at the same moment.
@@ -76,7 +76,7 @@ class Backoff:
 
     @property
     def longest_whole_s(self) -> float:
-        """All waits of an operation together, at most."""
+        """The sum of an operation's waits, at most."""
         return sum(min(self.longest_s, self.first_s * self.factor**n) for n in range(self.num_attempts - 1))
 
     def delay_s(self, num_failures: int) -> float:
@@ -100,10 +100,10 @@ def retry(
     outage: Outage | None = None,
     answers: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Calls `operation` until it succeeds; raises StorageError after the last try and at once where tries are vain.
+    """Calls `operation` until it succeeds; raises StorageError after the last try, and at once if tries are in vain.
 
-    All operations on one store share its `outage`: they wait for the end of it together and not one after the other,
-    and it is told once. `answers` says whether the store answers anything at all.
+    All operations on one store share its `outage`: they wait for its end together, not one after the other, and it is
+    logged once. `answers` says whether the store answers anything at all.
     """
     outage = outage or Outage()
     if not outage.may_try():
@@ -137,8 +137,8 @@ def retry(
 def note_if_given_up(
     outage: Outage, backoff: Backoff, where: str, took_s: float, answers: Callable[[], bool]
 ) -> None:
-    """After the last try of an operation, which took `took_s`: it alone may fail, or the whole store. A try that is
-    refused at once costs nothing; one that has to time out is not made for every file."""
+    """Gives the store up if nothing else answers either, after an operation's last try, which took `took_s`. A try that
+    is refused at once costs nothing; one that has to time out is not made for every file."""
     if not outage.is_given_up and answers():
         return
     if outage.give_up(min(backoff.longest_s, 2 * took_s) if took_s > SLOW_TRY_S else 0.0) and outage.lasted_s >= TOLD_S:
@@ -154,7 +154,7 @@ def _note_answer(outage: Outage, where: str) -> None:
 
 
 def reason(error: OSError) -> str:
-    """The error in one line, without what pyarrow adds for its own developers."""
+    """The error in one line, without pyarrow's additions for its own developers."""
     text = error.strerror if type(error).__module__ == "builtins" and error.strerror else str(error)
     return text.split(". Detail:")[0].splitlines()[0].rstrip(": .") if text else type(error).__name__
 
@@ -162,7 +162,7 @@ def reason(error: OSError) -> str:
 def explain(
     error: OSError, what: str, where: str, num_attempts: int = 1, seconds: float = 0.0, note: str = ""
 ) -> StorageError:
-    """What happened, where, and what to do about it, as the error that the caller raises."""
+    """The error that the caller raises: the failure, its place, and what to do."""
     if isinstance(error, FileNotFoundError):
         return MissingFile(f"could not {what} {where}: it is not there.")
     tried = f" ({num_attempts} tries in {seconds:.0f} s)" if num_attempts > 1 else note

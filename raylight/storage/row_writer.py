@@ -1,4 +1,4 @@
-"""Rows that a thread of its own writes, so that adding one costs the training loop a microsecond."""
+"""Rows written by a thread, so that adding one costs the training loop a microsecond."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ logger = logging.getLogger("raylight")
 class RowWriter(Generic[Row]):
     """Every `interval_s`, gives the rows added since to `take`, then calls `store`.
 
-    `take` either takes all rows or raises before it took any: then they are kept and offered again. `store` brings
-    what was taken to storage and is called whether or not there are new rows, so it can make up for a failure.
+    `take` either takes all rows or raises before it took any; they are kept and offered again then. `store` brings
+    the rows taken to storage and is called whether or not there are new ones, so it can make up for a failure.
     In the thread, errors are logged, once each, and tried again; `flush` and `close` raise them.
     """
 

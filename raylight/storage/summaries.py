@@ -1,4 +1,4 @@
-"""What a list of versions shows of each."""
+"""Summaries: one version in a line of a list."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("raylight.storage")
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One version in a line. Times are in seconds, sizes in bytes; what is not known is None."""
+    """One version in a line. Times are in seconds, sizes in bytes; an unknown one is None."""
 
     name: str
     number: int
@@ -27,21 +27,21 @@ class Summary:
     started_at: float | None
     duration_s: float | None
     silent_s: float | None
-    """Since anything was last written, for a version that says it is running."""
+    """Seconds since anything was last written, for a version that is recorded as running."""
     metric: str | None
     value: float | None
-    """The value of `metric` in the best checkpoint, or the final one where no checkpoint has it."""
+    """The value of `metric` in the best checkpoint, or the final one if no checkpoint has it."""
     step: int | None
     num_checkpoints: int
     num_attempts: int
     size: int
     hyperparameters: dict[str, Any]
     trial: str | None = None
-    """Of a sweep, whose version this is."""
+    """The trial of a sweep that this version is."""
 
 
 def summarize(version: Version, metric: str | None = None, mode: str | None = None) -> Summary:
-    """Reads `run.json`, the manifests and the list of files. `metric` and `mode` are the run's own where not given."""
+    """Reads `run.json`, the manifests and the list of files. `metric` and `mode` default to the run's own."""
     run = read_run_or_status(version)
     checkpoints = list_checkpoints(version.storage)
     files = version.storage.walk()
@@ -77,7 +77,7 @@ def summarize(version: Version, metric: str | None = None, mode: str | None = No
 
 
 def read_run_or_status(version: Version) -> dict[str, Any]:
-    """`run.json`, or in its place a status that says why it cannot be read: one bad version must not hide others."""
+    """`run.json`, or a status with the reason it cannot be read: one bad version must not hide others."""
     try:
         return version.read_run()
     except StorageError as error:
@@ -94,7 +94,7 @@ def monitor_of(run: dict[str, Any]) -> tuple[str | None, str]:
 
 
 def default_metric(run: dict[str, Any], checkpoints: list[Checkpoint]) -> str | None:
-    """What to show where nothing was said: the validation loss, else any loss, else the first that was logged."""
+    """The metric to show by default: the validation loss, else any loss, else the first that was logged."""
     names = list(checkpoints[-1].metrics) if checkpoints else []
     names += [name for name in run.get("metrics") or {} if name not in names]
     candidates = [DEFAULT_MONITOR, *(name for name in names if "loss" in name), *names]

@@ -20,7 +20,7 @@ _FOLDER = re.compile(r"version_(0|[1-9]\d*)")
 
 
 class DamagedRecord(StorageError):
-    """A run.json that cannot be read though storage has answered."""
+    """Storage has answered, and run.json cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Version:
         return self.storage.uri
 
     def read_run(self) -> dict[str, Any]:
-        """What `run.json` holds; empty where the fit has not written it yet. Raises StorageError if it is damaged."""
+        """The content of `run.json`; empty if the fit has not written it yet. Raises StorageError if it is damaged."""
         try:
             content = parse_object(self.storage.read_bytes(RUN_FILE))
             if wrong := find_wrong_field(content):
@@ -52,11 +52,11 @@ class Version:
         return content
 
     def set_aside_damaged_run(self) -> None:
-        """Called before the version goes on: what run.json held begins anew if it cannot be read."""
+        """Starts a new record if run.json cannot be read. Call it before the version goes on."""
         try:
             self.read_run()
         except DamagedRecord as error:
-            lost = "The record of the version begins anew: arguments and attempts so far are missing in it."
+            lost = "A new record of the version begins, without the arguments and attempts so far."
             set_aside(self.storage, RUN_FILE, str(error.__cause__), lost)
 
     def write_run(self, content: dict[str, Any]) -> None:
@@ -65,31 +65,31 @@ class Version:
 
 
 def claim_version(root: Storage, name: str) -> Version:
-    """Takes the next free number. However many processes do so at once, none gets another's; numbers may be left out
-    where a store has no exclusive creation."""
+    """Takes the next free number. However many processes do so at once, no two get the same; numbers may be left out if
+    a store has no exclusive creation."""
     check_name(name)
     run = root.child(name)
     number = _next_number(run)
     while lost_by := run.claim_directory(_folder(number)):
         if not root.is_local:
-            time.sleep(random.uniform(0.0, 0.2))  # those that met would otherwise go on in step
+            time.sleep(random.uniform(0.0, 0.2))  # rivals would otherwise go on in step
         number = max(number + 1, _next_number(run)) + lost_by - 1
     return Version(number, run.child(_folder(number)), name)
 
 
 def list_versions(root: Storage, name: str) -> list[Version]:
-    """All versions of a run, oldest first; empty where there is no such run."""
+    """All versions of a run, oldest first; empty if there is no such run."""
     return versions_in(root.child(name))
 
 
 def versions_in(run: Storage) -> list[Version]:
-    """As `list_versions`, from the storage rooted at the run."""
+    """`list_versions`, from the storage rooted at the run."""
     numbers = sorted(number for entry in run.list() if entry.is_directory and (number := number_of(entry.name)) >= 0)
     return [Version(number, run.child(_folder(number)), run.name) for number in numbers]
 
 
 def open_version(root: Storage, name: str, number: int | None = None) -> Version:
-    """One version of a run, the newest where no number is given. Raises InvalidArguments naming those there."""
+    """One version of a run, by default the newest. Raises InvalidArguments with those that are there."""
     versions = list_versions(root, name)
     if not versions:
         there = list_runs(root)
@@ -112,7 +112,7 @@ def list_runs(root: Storage) -> list[str]:
 
 
 def number_of(folder: str) -> int:
-    """3 for "version_3"; -1 for what is no version's folder."""
+    """3 for "version_3"; -1 if it is not a version's folder."""
     found = _FOLDER.fullmatch(folder)
     return int(found[1]) if found else -1
 
