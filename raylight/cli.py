@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
     from raylight.runs import Run
 
-PLAIN_WIDTH = 200  # of a pipe or file, which no one has to wrap for
+PLAIN_WIDTH = 200  # of a pipe or file
 LOCAL_INTERVAL_S, REMOTE_INTERVAL_S = 0.3, 2.0  # between looks at a log that is followed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 where something is wrong, 2 for a command that cannot be understood."""
+    """Returns the exit status: 0, 1 if something is wrong, 2 for a command that cannot be parsed."""
     for name in ("stdout", "stderr"):  # as after `>&-`
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _VisibleFormatter(logging.Formatter):
-    """What is logged of a file on storage may hold what a terminal would obey."""
+    """Escapes control characters: log records may quote files on storage."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record), keep="\n\t")
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", help="list runs and versions")
     runs.add_argument("path", metavar="PATH", help=place)
     runs.add_argument("--metric", help="show this metric, best first")
-    runs.add_argument("--mode", choices=("min", "max"), default="min", help="which value of it is best (min)")
+    runs.add_argument("--mode", choices=("min", "max"), default="min", help="which of its values is the best (min)")
     runs.set_defaults(command=_runs)
 
     show = commands.add_parser("show", help="show one version: arguments, environment, metrics, checkpoints")
@@ -89,18 +89,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_version(logs, place)
     logs.add_argument("--rank", type=int, default=0, help="rank of the worker (0)")
     logs.add_argument("--follow", "-f", action="store_true", help="go on until the version has ended")
-    logs.add_argument("--lines", "-n", type=int, help="begin with the last so many lines")
+    logs.add_argument("--lines", "-n", type=int, help="begin with the last LINES lines")
     logs.set_defaults(command=_logs)
 
     replay = commands.add_parser("replay", help="run one failed training step again, in one process")
     replay.add_argument("path", metavar="PATH", help="file in the folder failures of a version, or the version")
     replay.add_argument("--yes", "-y", action="store_true", help="run the script that run.json names without asking")
-    replay.add_argument("--debugger", metavar="MODULE", help="enter it where the step fails: pdb, ipdb, pudb, ...")
-    replay.add_argument("script", nargs="*", help="the script and its arguments, after -- (as run.json tells)")
+    replay.add_argument("--debugger", metavar="MODULE", help="enter it if the step fails: pdb, ipdb, pudb, ...")
+    replay.add_argument("script", nargs="*", help="the script and its arguments, after -- (default: those in run.json)")
     replay.set_defaults(command=_replay)
 
-    run = commands.add_parser("run", help="run a script, and start it again where it is killed")
-    run.add_argument("--retries", type=int, default=3, help="how often it is started again (3)")
+    run = commands.add_parser("run", help="run a script, and start it again if it is killed")
+    run.add_argument("--retries", type=int, default=3, help="how often it may be started again (3)")
     run.add_argument("script", nargs=argparse.REMAINDER, help="the script and its arguments")
     run.set_defaults(command=_run)
 
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_version(parser: argparse.ArgumentParser, place: str) -> None:
     parser.add_argument("path", metavar="PATH", help=place)
-    parser.add_argument("--run", help="name of the run, where PATH holds several")
+    parser.add_argument("--run", help="name of the run, if PATH holds several")
     parser.add_argument("--version", type=int, help="number of the version (the newest)")
 
 
@@ -191,7 +191,7 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 def _read_log(run: Run, rank: int, position: int, may_be_missing: bool) -> tuple[bytes, int]:
-    """What the log holds beyond `position`, and the position after it."""
+    """The log from `position` on, and the position after it."""
     try:
         with run.open_log(rank) as file:
             size = file.seek(0, io.SEEK_END)
@@ -217,14 +217,14 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _confirm(command: list[str], path: str, is_agreed: bool) -> None:
-    """A command from storage is whatever whoever may write there wants to be run here."""
+    """Asks the user: whoever may write to storage chooses the command that would run here."""
     shown = visible(shlex.join(command))
-    print(f"raylight: the record of the run in {visible(path)} names this command, which is run here:\n  {shown}")
+    print(f"raylight: the record of the run in {visible(path)} names this command, to be run here:\n  {shown}")
     if is_agreed:
         return
     if not sys.stdin.isatty():
         raise InvalidArguments(
-            "nobody is here to agree to that command: add --yes, or name the script yourself: "
+            "stdin is no terminal, so nobody can agree to that command: add --yes, or name the script yourself: "
             "raylight replay PATH -- train.py --its-arguments"
         )
     if input("run it? [y/N] ").strip().lower() not in ("y", "yes"):

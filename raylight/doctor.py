@@ -1,4 +1,4 @@
-"""`raylight doctor`: what of this machine decides whether training will work, and what to do where it will not."""
+"""`raylight doctor`: whether training will work on this machine, and what to do if it will not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from raylight.contract.errors import RaylightError
 
 Check = tuple[str, str, str]
-"""State ("ok", "note" or "bad"), what was looked at, what was found."""
+"""State ("ok", "note" or "bad"), subject, finding."""
 
 REQUIRED = ("torch", "ray", "pyarrow", "tensorboard", "rich", "numpy", "cloudpickle")
 OPTIONAL = {"safetensors": "export to .safetensors", "optuna": "sweeps with Optuna", "torchvision": "the examples"}
@@ -24,7 +24,7 @@ PROBE_SIZE = 64 << 20
 
 
 def examine(storage_path: str | None = None) -> Iterator[Check]:
-    """Looks at one thing after the other; with `storage_path`, also writes, reads and deletes a file there."""
+    """Yields one check after the other; with `storage_path`, also writes, reads and deletes a file there."""
     yield "ok", "python", f"{platform.python_version()} on {platform.platform(terse=True)}"
     yield from _packages()
     yield from _processors()

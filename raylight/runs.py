@@ -1,4 +1,4 @@
-"""Runs read back: `open_run`, and what `raylight runs`, `show`, `verify` and `export` are made of."""
+"""Runs read back: `open_run`, and the parts of `raylight runs`, `show`, `verify` and `export`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 class Run:
-    """One version of a run, read back from storage. Each part is read when it is first asked for, then kept: open the
-    run again to see what a running one has added."""
+    """One version of a run, read back from storage. Each part is read when it is first asked for, then kept: open it
+    again to see what a running run has added."""
 
     def __init__(self, version: Version):
         self._version = version
@@ -83,7 +83,7 @@ class Run:
         return read_metrics(self.storage)
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one metric. Raises InvalidArguments naming those that were logged."""
+        """Steps and values of one metric. Raises InvalidArguments with the metrics that were logged."""
         curves = self.curves()
         if name not in curves:
             raise InvalidArguments(f"{name!r} was not logged by {self.path}.{_nearest(name, list(curves))}")
@@ -106,7 +106,7 @@ class Run:
 
     @property
     def best(self) -> Checkpoint | None:
-        """By the metric that the run monitored."""
+        """The best checkpoint by the metric that the run monitored."""
         return best(self.checkpoints, *monitor_of(self.record))
 
     @property
@@ -123,7 +123,7 @@ class Run:
         return leftover_folders(self._version, self.checkpoints)
 
     def verify(self, digests: bool = True) -> dict[str, list[str]]:
-        """What is wrong with each checkpoint, by its path; an empty list where nothing is."""
+        """The problems of each checkpoint, by its path; an empty list if there are none."""
         return _verify_version(self._version, digests)
 
     def log_ranks(self) -> list[int]:
@@ -132,7 +132,7 @@ class Run:
         return sorted(int(match[1]) for match in found if match)
 
     def open_log(self, rank: int = 0) -> BinaryIO:
-        """What a rank printed. Raises MissingFile naming the ranks that have a log."""
+        """The log of a rank. Raises MissingFile with the ranks that have one."""
         try:
             return self.storage.open_read(log_file(rank))
         except MissingFile:
@@ -151,7 +151,7 @@ def open_run(
     """Reads one version of a run back, by default the newest.
 
     `storage_path` is the storage that `fit` was given, the folder of one run, or that of one version (`Result.path`).
-    Raises InvalidArguments where name or version are not there, saying what is.
+    Raises InvalidArguments if name or version are not there, with those that are.
     """
     versions = find_versions(storage_path, storage_filesystem)
     names = list(dict.fromkeys(found.name for found in versions))
@@ -188,7 +188,7 @@ def list_summaries(
 def verify_path(
     path: str | os.PathLike[str], digests: bool = True, filesystem: Any = None
 ) -> Iterator[tuple[str, list[str]]]:
-    """Each checkpoint under a storage, run, version or checkpoint path, and what is wrong with it, as it is found."""
+    """Each checkpoint under a storage, run, version or checkpoint path, and its problems, as it is found."""
     storage = Storage(path, filesystem)
     if storage.exists(MANIFEST_FILE):
         yield storage.uri, _problems_in(storage, digests)
@@ -198,7 +198,7 @@ def verify_path(
 
 
 def _verify_version(version: Version, digests: bool) -> dict[str, list[str]]:
-    """Those that a run which goes on deletes meanwhile are left out."""
+    """The problems of each checkpoint; without those that a running run deletes at the same time."""
     checkpoints = list_checkpoints(version.storage)
     results = {}
     for checkpoint in checkpoints:
@@ -206,7 +206,7 @@ def _verify_version(version: Version, digests: bool) -> dict[str, list[str]]:
             results[checkpoint.path] = _problems_of(checkpoint, digests)
     for name in leftover_folders(version, checkpoints):
         folder = version.storage.child(CHECKPOINTS, name)
-        with suppress(MissingFile):  # without a manifest it never was a checkpoint, and nothing is wrong with that
+        with suppress(MissingFile):  # a folder without a manifest never was a checkpoint, which is no damage
             results[folder.uri] = _problems_in(folder, digests) or _attempt_problems(version, folder)
     return results
 
@@ -225,9 +225,9 @@ def _problems_of(checkpoint: Checkpoint, digests: bool) -> list[str]:
 
 
 def _attempt_problems(version: Version, folder: Storage) -> list[str]:
-    """None where it was committed since the others were listed."""
+    """The problem of a folder; None if it was committed after the others were listed."""
     is_allowed = read_fence(version.storage).allows(read_checkpoint(folder).manifest.attempt, folder.name)
-    return [] if is_allowed else ["it is of an attempt that had been replaced"]
+    return [] if is_allowed else ["it belongs to an attempt that had been replaced"]
 
 
 def find_versions(path: str | os.PathLike[str], filesystem: Any = None) -> list[Version]:
@@ -250,7 +250,7 @@ def find_versions(path: str | os.PathLike[str], filesystem: Any = None) -> list[
 
 
 def checkpoint_at(path: str | os.PathLike[str], which: str = "best", filesystem: Any = None) -> Checkpoint:
-    """The checkpoint at a path; at that of a version or run, its `which` ("best" or "last"). It is verified."""
+    """The checkpoint at a path, verified; at the path of a version or run, its `which` ("best" or "last")."""
     storage = Storage(path, filesystem)
     if number_of(storage.name) < 0 and not versions_in(storage):
         return find_checkpoint(path, filesystem)
@@ -264,13 +264,13 @@ def checkpoint_at(path: str | os.PathLike[str], which: str = "best", filesystem:
 def export(checkpoint: Checkpoint | str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
     """Writes the weights of a checkpoint alone into one file, and returns how many entries it holds.
 
-    The end of `out` says what is written: ".pt" or ".pth" a state dict for `torch.load`, ".safetensors" that format.
+    The ending of `out` chooses the format: ".pt" or ".pth" a state dict for `torch.load`, or ".safetensors".
     """
     text = os.fspath(out)
     folder, name = os.path.split(text)
     suffix = os.path.splitext(name)[1]
     if suffix not in (".pt", ".pth", ".safetensors"):
-        raise InvalidArguments(f"{text!r}: the name must end in .pt, .pth or .safetensors, which says what is written.")
+        raise InvalidArguments(f"{text!r}: the name must end in .pt, .pth or .safetensors, which chooses the format.")
     if suffix == ".safetensors":
         _need_safetensors()
     from raylight.worker.checkpoint.restore import load_weights
@@ -298,7 +298,7 @@ def _to_safetensors(weights: dict[str, Any], checkpoint: Checkpoint) -> bytes:
     others = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise InvalidArguments(
-            f"safetensors holds tensors alone; {checkpoint.path} also has {', '.join(map(repr, others))}. Write .pt."
+            f"safetensors holds only tensors; {checkpoint.path} also has {', '.join(map(repr, others))}. Write .pt."
         )
     # It refuses tensors that share memory, as tied weights do: each gets its own.
     whole = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in weights.items()}

@@ -1,4 +1,4 @@
-"""A script that is started again where it was killed: what a Ray job, or a shell, lacks for a driver that dies."""
+"""Starts a script again if it is killed, which neither a Ray job nor a shell does for a driver that dies."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from collections.abc import Sequence
 from typing import Any
 
 WAIT_S = 1.0
-"""Before it starts again: its workers notice that their driver is gone, and give their resources back."""
+"""Seconds before it starts again, in which its workers notice that the driver is gone and give their resources back."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def supervise(command: Sequence[str], num_retries: int) -> int:
-    """Runs `command` and returns its exit status; where a signal has ended it, as by `kill -9` or for want of memory,
-    it is started again, `num_retries` times. A script goes on from its last checkpoint with `fit(resume="last")`.
+    """Runs `command` and returns its exit status. If a signal ends it, as `kill -9` or the lack of memory does, it is
+    started again, up to `num_retries` times. A script goes on from its last checkpoint with `fit(resume="last")`.
 
     SIGTERM, SIGINT and SIGHUP are passed on, and end it for good. The script gets a terminal's Ctrl-C anyway; SIGHUP
     goes to the first process of the session alone.
     """
-    told: list[int] = []
+    received: list[int] = []
     for attempt in range(num_retries + 1):
-        status = _follow(command, told)
-        if status >= 0 or told:
+        status = _follow(command, received)
+        if status >= 0 or received:
             return status if status >= 0 else 128 - status
         name = signal.Signals(-status).name
         left = num_retries - attempt
@@ -38,15 +38,15 @@ def supervise(command: Sequence[str], num_retries: int) -> int:
     return 128 - status
 
 
-def _follow(command: Sequence[str], told: list[int]) -> int:
-    """The exit status of one life of the script; `told` takes the signals that came meanwhile."""
+def _follow(command: Sequence[str], received: list[int]) -> int:
+    """The exit status of one life of the script; signals that come meanwhile are added to `received`."""
     if hasattr(signal, "sigwaitinfo"):
-        return _follow_by_waiting(command, told)
-    return _follow_by_handlers(command, told)
+        return _follow_by_waiting(command, received)
+    return _follow_by_handlers(command, received)
 
 
-def _follow_by_waiting(command: Sequence[str], told: list[int]) -> int:
-    """Takes signals with what the kernel says of their sender."""
+def _follow_by_waiting(command: Sequence[str], received: list[int]) -> int:
+    """Waits for signals, whose sender the kernel then names."""
     awaited = {number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN}  # nohup ignores SIGHUP
     before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited | {signal.SIGCHLD})
     try:
@@ -54,7 +54,7 @@ def _follow_by_waiting(command: Sequence[str], told: list[int]) -> int:
         while child.poll() is None:
             info = signal.sigwaitinfo(awaited | {signal.SIGCHLD})
             if info.si_signo in awaited:
-                told.append(info.si_signo)
+                received.append(info.si_signo)
                 is_terminals = info.si_signo == signal.SIGINT and info.si_code > 0  # from the kernel
                 if not is_terminals:
                     child.send_signal(info.si_signo)
@@ -63,12 +63,12 @@ def _follow_by_waiting(command: Sequence[str], told: list[int]) -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _follow_by_handlers(command: Sequence[str], told: list[int]) -> int:
-    """Where nothing says who has sent a signal, one that comes to the foreground is taken for the terminal's."""
+def _follow_by_handlers(command: Sequence[str], received: list[int]) -> int:
+    """For systems that do not name a signal's sender: one that comes in the foreground counts as the terminal's."""
     child: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: Any) -> None:
-        told.append(number)
+        received.append(number)
         if child is not None and not (number == signal.SIGINT and _is_in_foreground()):
             child.send_signal(number)
 

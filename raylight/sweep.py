@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from raylight.tuning.watcher import Watcher
 
 PAGE = "sweep.html"
-# Of a sweep that is killed Tune forgets what came after its newest note: by default up to 10 s.
+# A killed sweep loses what came after Tune's newest note: by default up to 10 s.
 NOTE_EVERY_S = "2"
 
 
@@ -57,10 +57,10 @@ def sweep(
     trainer arguments)`. Keys of the space that are trainer arguments, or arguments of a DataModule class, go there.
     `data`: a DataModule (class or instance), a tuple of loaders, or a function of the configuration that returns one.
     `scheduler` and `search_alg`: any of Tune's, without metric and mode. `resume`: goes on with the newest sweep of
-    this run where it was killed. Each trial is a version of the run `name`; workers of a trial are reserved together
-    with its driver.
+    this run from where it was killed. Each trial is a version of the run `name`; workers of a trial are reserved
+    together with its driver.
 
-    Raises InvalidArguments or NotEnoughResources before the first trial, and the first error where all trials failed.
+    Raises InvalidArguments or NotEnoughResources before the first trial, and the first error if all trials failed.
     """
     from raylight.tuning.mistakes import Plan, find_mistakes
     from raylight.tuning.results import SweepResults
@@ -93,12 +93,12 @@ def trainable(
     module_or_function: Callable[..., Any], *, data: Any = None, metric: str | None = None, mode: str = "min",
     space: Mapping[str, Any] | None = None, **trainer_arguments: Unpack[TrainerArguments],
 ) -> type[Trial]:  # fmt: skip
-    """The same trials for a `ray.tune.Tuner` of your own: a class for it, with Tune's every scheduler and option.
+    """The same trials as a class for a `ray.tune.Tuner` of your own, with all of Tune's schedulers and options.
 
-    Give `TuneConfig(reuse_actors=True)`, so that workers are kept from one trial to the next. `metric` and `mode` say
-    which checkpoint of a trial is the best. `space` is looked at where trials may differ in `num_workers` or the like.
+    Give `TuneConfig(reuse_actors=True)`, so that workers are kept from one trial to the next. `metric` and `mode`
+    choose the best checkpoint of a trial. Give `space` if trials may differ in `num_workers` or the like.
 
-    Raises InvalidArguments, and NotEnoughResources where one of these trials could never run on this cluster.
+    Raises InvalidArguments, or NotEnoughResources if one of these trials could never run on this cluster.
     """
     from raylight.tuning.trial import Shipment, Trial
 
@@ -134,14 +134,14 @@ def _find_argument_mistakes(arguments: dict[str, Any]) -> list[str]:
 
 
 def _without_scale(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that can be checked before a cluster is there."""
+    """Mistakes that can be found before there is a cluster."""
     kept = {name: value for name, value in arguments.items() if name not in SCALE_ARGUMENTS}
     return {**kept, "num_workers": 0, "use_gpu": False}
 
 
 def _complete(arguments: Mapping[str, Any], metric: str | None, mode: str) -> dict[str, Any]:
-    """The trainer's arguments with what is different in trials: they draw no bars of their own, keep the checkpoint
-    that is best by the sweep's metric, and lie at an absolute path."""
+    """The trainer's arguments, adapted to trials: no bars of their own, the best checkpoint by the sweep's metric, and
+    an absolute path."""
     config = resolve(_without_scale(arguments), find_available({}))
     given = {name: value for name, value in arguments.items() if name != "default_root_dir"}
     completed = {
@@ -155,7 +155,7 @@ def _complete(arguments: Mapping[str, Any], metric: str | None, mode: str) -> di
 
 
 def _connect(scale: dict[str, Any], space: Mapping[str, Any]) -> None:
-    """To a Ray that has room for each trial that the space may give, so that none of them waits for ever."""
+    """Connects to a Ray that has room for each trial that the space may give, so that none waits forever."""
     from raylight.launch import ray_cluster
     from raylight.tuning.trial_resources import listed_scales
     from raylight.tuning.trial_resources import plan as plan_room
@@ -172,7 +172,7 @@ def _find_run(arguments: Mapping[str, Any]) -> Storage:
 
 
 def _check_first_trial(plan: Plan, trial_class: type[Trial]) -> Shape:
-    """Makes the trial of one configuration as far as that goes without training it, and looks whether it has room."""
+    """Makes the trial of one configuration without training it, and checks that there is room for it."""
     from raylight.launch import ray_cluster
     from raylight.tuning.mistakes import find_metric_mistake, find_run_mistakes
 
@@ -213,8 +213,8 @@ def _say(text: str) -> None:
 
 @contextmanager
 def _tune_environment() -> Iterator[None]:
-    """What Tune reads from the environment. raylight writes TensorBoard's files itself, in each trial's version, and
-    tells of trials and errors in its own table."""
+    """Sets the variables that Tune reads. raylight writes TensorBoard's files itself, in each trial's version, and
+    shows trials and errors in its own table."""
     said_already = lambda record: not str(record.msg).startswith("Trials did not complete")  # noqa: E731
     logging.getLogger("ray.tune.tune").addFilter(said_already)
     wanted = {
@@ -234,7 +234,7 @@ def _tune_environment() -> Iterator[None]:
 def _make_tuner(
     plan: Plan, trial_class: type[Trial], config: Config, run: Storage, resume: bool
 ) -> tuple[Watcher, Tuner, str]:
-    """A new Tuner with its folder in the run, or the one that is resumed; and who watches it."""
+    """A new Tuner with its folder in the run, or the resumed one; and its watcher."""
     from ray import tune
     from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
     from ray.tune.schedulers import ResourceChangingScheduler
@@ -254,7 +254,7 @@ def _make_tuner(
             assert tuner._local_tuner is not None
             unpickled = tuner._local_tuner.get_run_config().callbacks or []
             return next(one for one in unpickled if isinstance(one, Watcher)), tuner, folder
-        _say(f"resume=True: run {config.name!r} in {config.storage_path} has no sweep yet, so that it starts anew")
+        _say(f"resume=True: run {config.name!r} in {config.storage_path} has no sweep yet, so a new one starts")
     folder = _claim_folder(run)
     search_alg, seed = plan.search_alg, plan.recipe.arguments.get("seed")
     if search_alg is None and seed is not None:  # so that the same call draws the same configurations
@@ -270,7 +270,7 @@ def _make_tuner(
             scheduler=plan.scheduler,
             search_alg=search_alg,
             max_concurrent_trials=None if search_alg is not plan.search_alg else plan.max_concurrent_trials,
-            # Which Tune does not allow where actors change their size.
+            # Tune does not allow it if actors change their size.
             reuse_actors=not isinstance(plan.scheduler, ResourceChangingScheduler),
             trial_dirname_creator=str,
         ),
@@ -288,7 +288,7 @@ def _make_tuner(
 
 
 def _claim_folder(run: Storage) -> str:
-    """`sweep_0`, `sweep_1` and so on beside the versions: what Tune keeps of this sweep."""
+    """The folder of Tune's files of this sweep, `sweep_0`, `sweep_1` and so on, beside the versions."""
     taken = [name for name in run.claimed_names() if name.startswith("sweep_")]
     number = len(taken)
     while run.claim_directory(f"sweep_{number}"):
@@ -314,7 +314,7 @@ def _raise_if_all_failed(results: ResultGrid) -> None:
 
 
 def _report(plan: Plan, shape: Shape, results: ResultGrid, watcher: Watcher, run: Storage, folder: str) -> None:
-    """Writes the picture, and prints what a person wants to know at the end."""
+    """Writes the picture, and prints the results."""
     from raylight.report.sweep_page import make_page
     from raylight.tuning.best_trial import find_best, summarize, write_code
 

@@ -209,7 +209,7 @@ def test_what_a_running_version_deletes_or_commits_meanwhile_is_not_damaged(
     store.raise_fence(version.storage, 1)
     late = version.storage.child(checkpoint_directory(50))
     late.write("manifest.json", [Manifest(50, 5, ()).to_bytes()])
-    assert dict(verify_path(place))[late.uri] == ["it is of an attempt that had been replaced"]
+    assert dict(verify_path(place))[late.uri] == ["it belongs to an attempt that had been replaced"]
 
 
 @pytest.mark.parametrize("which", ["version", "checkpoint"])
@@ -219,9 +219,9 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_missing_not_damaged(
     version = make_run(str(tmp_path / "runs"), "digits")
     last = store.list_checkpoints(version.storage)[-1]
     at_first_verification(monkeypatch, lambda: store.delete(last))
-    with pytest.raises(MissingFile, match=r"step-00000030 was deleted meanwhile"):
+    with pytest.raises(MissingFile, match=r"step-00000030 has been deleted since"):
         checkpoint_at(version.path if which == "version" else last.path, "last")
-    with pytest.raises(MissingFile, match=r"step-00000030 was deleted meanwhile"):
+    with pytest.raises(MissingFile, match=r"step-00000030 has been deleted since"):
         export(last, tmp_path / "weights.pt")
     assert not (tmp_path / "weights.pt").exists()
 

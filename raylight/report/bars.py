@@ -1,4 +1,4 @@
-"""What is said of a run while it goes on: a line for each loop over data, with or without a bar."""
+"""The lines of a run that goes on: one for each loop over data, with or without a bar."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIN_BAR_WIDTH, MAX_BAR_WIDTH = 10, 40
 
 
 def describe(progress: RunProgress, now: float) -> list[tuple[Stage, list[str]]]:
-    """Each loop under way and what is said of it, the outer one first; the values go with the outer one."""
+    """Each loop under way and its text, the outer one first; values go with the outer one."""
     lines = [(stage, _describe_stage(progress, stage)) for stage in progress.stages.values()]
     if lines:
         left = progress.time_left_s(now)
@@ -46,7 +46,7 @@ def format_rate(rate: float) -> str:
 
 
 def render(progress: RunProgress, now: float, width: int, ascii_only: bool = False) -> Text:
-    """A line for each loop: its name, a bar, and what is known of it."""
+    """A line for each loop: its name, a bar, and its text."""
     from rich.text import Text
 
     lines = describe(progress, now)

@@ -27,10 +27,10 @@ LINE_INTERVAL_S = 5.0
 
 
 class Console:
-    """Shows messages of all ranks as bars in a terminal or a notebook, elsewhere as a plain line every few seconds.
+    """Shows messages of all ranks: as bars in a terminal or a notebook, elsewhere as a plain line every few seconds.
 
-    `enabled=False` leaves out bars, lines and the summary; what rank 0 prints and what a person should know still
-    appears. Bars are drawn by a thread, which imports rich once the first batch is through.
+    `enabled=False` leaves out bars, lines and the summary; the output of rank 0 and notices still appear. Bars are
+    drawn by a thread, which imports rich once the first batch is through.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Console:
         self._next_line: float | None = None
         self._drawing: Drawing | None = None
         self._log = _LogHandler(self)
-        if not logging.getLogger().handlers:  # else the program has said where warnings go
+        if not logging.getLogger().handlers:  # otherwise the program has configured logging
             logging.getLogger("raylight").addHandler(self._log)
 
     def handle(self, rank: int, message: Message) -> None:
@@ -72,17 +72,17 @@ class Console:
                 self._print_line()
 
     def show_model(self, module: Any) -> None:
-        """The table of layers; nothing where the module has no layers yet."""
+        """Show the table of layers; nothing if the module has none yet."""
         if any(True for _ in module.children()):
             self._write(summarize_model(module) + ("\n" if self._place == "plain" else "\n\n"))
 
     def show_results(self, stage: str, results: Sequence[Mapping[str, float]]) -> None:
-        """What `validate` or `test` measured."""
+        """Show the results of `validate` or `test`."""
         if any(results):
             self._write(format_results(stage, results) + "\n")
 
     def close(self, result: Result | None = None, with_tensorboard: bool = True) -> None:
-        """Put the terminal back as it was and, where there is a result, print its summary. May be called again."""
+        """Put the terminal back as it was and, if there is a result, print its summary. May be called again."""
         logging.getLogger("raylight").removeHandler(self._log)
         drawing, self._drawing = self._drawing, None
         if drawing is not None:
@@ -114,7 +114,7 @@ class Console:
         self._write(", ".join(parts) + "\n")
 
     def _say(self, rank: int, notice: Notice) -> None:
-        """Once, where several ranks say the same."""
+        """Shows a notice; once if several ranks send the same."""
         if self._said.setdefault(notice.text, rank) != rank:
             return
         mark = "warning: " if notice.level == "warning" else ""
@@ -123,7 +123,7 @@ class Console:
         self._write(f"{lead}{mark}{text}\n")
 
     def _write(self, text: str) -> None:
-        """Above the bars, if there are any."""
+        """Prints above the bars, if there are any."""
         stream = self._drawing.printed_above if self._drawing is not None else self._stream
         try:
             stream.write(text)
@@ -134,8 +134,7 @@ class Console:
 
 
 class _LogHandler(logging.Handler):
-    """What raylight logs in the driver's process, such as why storage is tried again: above the bars, not through
-    them."""
+    """Log records of raylight in the driver's process, such as why storage is tried again, printed above the bars."""
 
     def __init__(self, console: Console):
         super().__init__(logging.WARNING)
@@ -146,7 +145,7 @@ class _LogHandler(logging.Handler):
 
 
 def find_place(stream: TextIO | LastingStream) -> str:
-    """Where `stream` ends up: "terminal", "notebook" or "plain"."""
+    """The kind of `stream`: "terminal", "notebook" or "plain"."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if type(shell).__name__ in ("ZMQInteractiveShell", "Shell"):  # Jupyter's, Colab's
         return "notebook"

@@ -27,8 +27,8 @@ class CsvFile:
             self._columns = self._look_through()
 
     def append(self, rows: Sequence[Row | int]) -> None:
-        """Append all rows, or none where the file system refuses. A number among them takes out what is before it and
-        beyond that step."""
+        """Append all rows, or none if the file system refuses. A number among them takes out earlier rows beyond that
+        step."""
         rows = [row if isinstance(row, int) else {to_utf8(name): row[name] for name in row} for row in rows]
         added = [row for row in rows if not isinstance(row, int)]
         new = [name for name in dict.fromkeys(name for row in added for name in row) if name not in self._columns]
@@ -41,7 +41,7 @@ class CsvFile:
             self._extend(added)
 
     def _look_through(self) -> list[str]:
-        """The columns of a file that is to go on; one that is damaged is kept under another name."""
+        """The columns of a file that is continued; a damaged one is kept under another name."""
         try:
             with open(self.path, newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
@@ -72,7 +72,7 @@ class CsvFile:
             return list(csv.DictReader(file))
 
     def _rewrite(self, columns: list[str], rows: Iterable[Row]) -> None:
-        """Aside and renamed, so that a reader, or a crash, never meets half a file."""
+        """Writes under another name, then renames: no reader and no crash sees half a file."""
         folder, name = os.path.split(self.path)
         aside = os.path.join(folder, f"{HIDDEN_PREFIX}{uuid.uuid4().hex}-{name}")
         try:

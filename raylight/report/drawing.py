@@ -24,7 +24,7 @@ class Drawing:
     """A thread that draws what `render` gives after each `update`, at most five times a second.
 
     Without an update nothing is drawn, so a debugger in a training step has the terminal for itself. In a terminal,
-    sys.stdout and sys.stderr are replaced until `stop`, so that what is printed meanwhile goes above the bars.
+    sys.stdout and sys.stderr are replaced until `stop`, so that output goes above the bars.
     """
 
     def __init__(self, place: str, stream: TextIO, render: Render):
@@ -82,7 +82,7 @@ class Drawing:
 
 
 class TerminalBars:
-    """Bars at the bottom of a terminal; what is printed through `console` goes above them."""
+    """Bars at the bottom of a terminal; output through `console` goes above them."""
 
     def __init__(self, stream: TextIO):
         from rich.console import Console
@@ -118,7 +118,7 @@ class NotebookBars:
         self._handle.update(self._html(page))
 
     def stop(self) -> None:
-        """Nothing to put back: the last drawing stays in the cell."""
+        """Does nothing: the last drawing stays in the cell."""
 
 
 class PrintedAbove:

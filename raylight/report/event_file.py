@@ -33,7 +33,7 @@ FOOTER_BYTES = 4
 
 
 class EventFile:
-    """A new event file in `directory`, which must exist. What is appended goes to the operating system at once."""
+    """A new event file in `directory`, which must exist. Rows go to the operating system at once."""
 
     def __init__(self, directory: str):
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
@@ -43,7 +43,7 @@ class EventFile:
         self.append([lambda: b"\x09" + struct.pack("<d", time.time()) + b"\x1a" + _delimit(b"brain.Event:2")])
 
     def append(self, rows: Sequence[ScalarRow | Event]) -> None:
-        """Append all rows in order, or none where the file system refuses (a reader stops at a torn record)."""
+        """Append all rows in order, or none if the file system refuses (a reader stops at a torn record)."""
         left = memoryview(_frame(rows))
         size = len(left)
         try:
@@ -59,7 +59,7 @@ class EventFile:
 
 
 def encode_restart(step: int, seconds: float) -> bytes:
-    """An `Event` from which on TensorBoard hides what was logged before for this step and later ones."""
+    """An `Event` that makes TensorBoard hide earlier values of this step and later ones."""
     return b"\x09" + struct.pack("<d", seconds) + b"\x10" + _varint(step) + b"\x3a\x02\x08\x01"
 
 

@@ -1,4 +1,4 @@
-"""A run in a few numbers, for whoever watches many: what Prometheus is told, of all ranks together."""
+"""A run in a few numbers for Prometheus, over all ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GAUGES = {
     "raylight_data_wait_ratio": "Share of its time in which the worker that waits most waits for batches.",
     "raylight_checkpoint_stall_s": "Seconds for which the last checkpoint held training up.",
     "raylight_world_size": "Workers of the run.",
-    "raylight_restarts": "How often the group of workers was made anew.",
+    "raylight_restarts": "How often the group of workers was formed again.",
 }
 """Name -> description. cluster/grafana.json shows them."""
 
@@ -29,8 +29,7 @@ _EVALUATION = ("val", "test", "sanity", "predict")
 
 
 class Gauges:
-    """A sink that keeps `publish` informed, as long as the workers have something to say; costs the driver nothing to
-    speak of, with a thousand ranks too."""
+    """A sink that publishes the numbers while messages come; its cost is negligible, even with a thousand ranks."""
 
     def __init__(
         self, run: Run, publish: Callable[[dict[str, float]], None], clock: Callable[[], float] = time.monotonic
@@ -59,7 +58,7 @@ class Gauges:
             self._publish(self.read())
 
     def read(self) -> dict[str, float]:
-        """The newest values by name, without those that nothing is known of yet."""
+        """The newest values by name, without unknown ones."""
         run = self._run
         waits = [wait.value for wait in self._waits.values() if wait.value is not None]
         known = {
@@ -80,14 +79,14 @@ class Gauges:
 
 
 class WaitRatio:
-    """The share of a rank's last seconds that went to waiting for batches."""
+    """Share of a rank's last seconds spent waiting for batches."""
 
     def __init__(self) -> None:
         self.value: float | None = None
         self._since: tuple[float, float] | None = None  # time, and seconds waited until then
 
     def add(self, waited_s: float, now: float) -> None:
-        """`waited_s` counts from when the rank began to train; it falls back when the rank begins anew."""
+        """`waited_s` counts from when the rank began to train; it falls back when the rank begins again."""
         if self._since is None or waited_s < self._since[1]:
             self._since = now, waited_s
             return
@@ -99,6 +98,6 @@ class WaitRatio:
 
 
 def find_loss(values: Mapping[str, float]) -> float | None:
-    """The value whose name says that it is the loss of training; of several, the one with the shortest name."""
+    """The training loss, recognised by its name; of several, the one with the shortest name."""
     names = [name for name in values if "loss" in name.lower() and not name.lower().startswith(_EVALUATION)]
     return values[min(names, key=lambda name: (len(name), name))] if names else None

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET)
-"""What a stream says that nobody will ever read again. After others, as for want of space, it is tried again."""
+"""Errors of a stream that nobody will ever read again. After others, such as a full disk, it is tried again."""
 
 
 class LastingStream:
-    """Passes on what is written, and swallows it once the stream is lost; None, as after `>&-`, is lost at once."""
+    """A stream that passes text on, and drops it once it is lost; None, as after `>&-`, is lost from the start."""
 
     def __init__(self, stream: TextIO | None):
         self.stream = stream
@@ -65,7 +65,7 @@ class LastingStream:
 
 
 def _lead_nowhere(stream: Any) -> None:
-    """Else Python would fail to write what it still holds when the process ends, and exit with 120."""
+    """Drops buffered text: Python would fail to write it when the process ends, and exit with 120."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -76,7 +76,7 @@ def _lead_nowhere(stream: Any) -> None:
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """What is printed in the block, by the user's code too, never ends it for want of a reader."""
+    """In this block a print, by the user's code too, never fails for want of a reader."""
     _occupy_descriptors()
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     lasting = {name: LastingStream(stream) for name, stream in before.items() if not isinstance(stream, LastingStream)}
@@ -91,8 +91,8 @@ def lasting_streams() -> Iterator[None]:
 
 
 def _occupy_descriptors() -> None:
-    """Closed ones of 0, 1 and 2 lead nowhere from now on: else the next file that is opened, a checkpoint, would be
-    what a library prints to."""
+    """Opens closed descriptors among 0, 1 and 2 on the null device: otherwise the next file opened, a checkpoint, would
+    take what a library prints."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)

@@ -1,4 +1,4 @@
-"""How far a run is, as all its ranks have told it: batches, samples a second, time left."""
+"""The progress of a run, from messages of all its ranks: batches, samples a second, time left."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from raylight.contract.messages import EpochMetrics, Message, Progress, StageFin
 RATE_WINDOW_S = 10.0
 RATE_STEP_S = 0.2
 MAX_UNMARKED_VALUES = 4
-"""How many logged values are shown where none was logged with `prog_bar=True`."""
+"""How many logged values are shown if none was logged with `prog_bar=True`."""
 
 
 class Rate:
@@ -37,7 +37,7 @@ class Rate:
             self.value = (at_last - at_first) / (last - first)
 
     def begin_again(self) -> None:
-        """Other work came in between, whose time does not count."""
+        """Leaves out the time of other work in between."""
         self._points.clear()
 
 
@@ -59,12 +59,12 @@ class Stage:
 
     @property
     def fraction(self) -> float | None:
-        """None where the length of the data is not known."""
+        """None if the length of the data is unknown."""
         return min(1.0, self.num_done / self.num_batches) if self.num_batches else None
 
 
 class RunProgress:
-    """What the bars show. `stages` holds the loops that are under way, the outer one first."""
+    """The state that bars show. `stages` holds the loops under way, the outer one first."""
 
     def __init__(self, max_epochs: int | None = None, max_steps: int = -1, max_time_s: float | None = None):
         self.max_epochs = max_epochs if max_epochs is not None and max_epochs > 0 else None
@@ -112,7 +112,7 @@ class RunProgress:
                 self._began = (now, self._num_epochs(stage), message.step)
 
     def time_left_s(self, now: float) -> float | None:
-        """For the whole fit, or the evaluation; None while it cannot be told."""
+        """Seconds left of the whole fit or evaluation; None while unknown."""
         train = self.stages.get("train")
         if train is not None:
             return self._training_left_s(train, now)

@@ -18,7 +18,7 @@ MAX_LAYERS = 40
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], last: Sequence[str] | None = None) -> str:
-    """Columns under `header`, `last` below a second rule. Texts are aligned left, what looks like numbers right."""
+    """Columns under `header`, `last` below a second rule. Texts are aligned left, numbers right."""
     every = [header, *rows, *([last] if last is not None else [])]
     widths = [max(len(row[column]) for row in every) for column in range(len(header))]
     right = [all(_looks_numeric(row[column]) for row in every[1:]) for column in range(len(header))]
@@ -70,7 +70,7 @@ def _model_row(
 
 
 def summarize_result(result: Result, seconds: float | None = None, with_tensorboard: bool = True) -> str:
-    """The final values of a fit, where it lies and how to look at it; `seconds` is how long it took."""
+    """The final values of a fit, its path, and how to look at it; `seconds` is its duration."""
     took = f" in {format_seconds(seconds)}" if seconds is not None else ""
     restarts = f", {result.num_restarts} restarts" if result.num_restarts else ""
     lines = [f"{result.status} after {result.num_epochs:,} epochs, {result.num_steps:,} steps{took}{restarts}"]
@@ -91,7 +91,7 @@ def format_values(values: Mapping[str, float]) -> str:
 
 
 def format_results(stage: str, results: Sequence[Mapping[str, float]]) -> str:
-    """What `validate` or `test` measured, a column for each loader."""
+    """The results of `validate` or `test`, a column for each loader."""
     names = list(dict.fromkeys(name for values in results for name in values))
     columns = [stage] if len(results) == 1 else [f"{stage} {index}" for index in range(len(results))]
     cells = {name: [format_value(values[name]) if name in values else "" for values in results] for name in names}

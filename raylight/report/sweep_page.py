@@ -14,7 +14,7 @@ from raylight.report.sweep_table import SweepState, TrialRow, format_number, for
 WIDTH, HEIGHT, MARGIN = 1000, 380, 70
 PLOT_WIDTH, PLOT_HEIGHT = 300, 210
 MAX_TICKS = 4
-# From the best to the worst, also for those who tell red from green badly.
+# From the best to the worst, in colours that the colour-blind can distinguish.
 _COLORS = ((35, 80, 190), (60, 170, 190), (225, 190, 90))
 
 _STYLE = """
@@ -68,8 +68,8 @@ def varied_names(rows: Sequence[TrialRow]) -> list[str]:
 
 
 def make_axis(name: str, values: Sequence[Any]) -> Axis:
-    """Numbers by size, all else in order of names. The scale is logarithmic where numbers span more than a factor of 50
-    and most are small: of a uniform draw the smallest may be tiny too."""
+    """An axis with numbers by size, other values by name. The scale is logarithmic if numbers span more than a factor
+    of 50 and most are small: the smallest of a uniform draw may be tiny too."""
     numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)]
     if len(numbers) < len(values) or not numbers:
         labels = sorted({format_setting(value) for value in values})

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 MAX_ROWS = 16
-"""Of a sweep with more trials those that run are shown, then the best."""
+"""Rows of the table; in a larger sweep, the running trials, then the best."""
 STATES = ("running", "paused", "waiting", "done", "failed")
 _STYLES = {"running": "cyan", "paused": "yellow", "waiting": "dim", "failed": "red"}
 
@@ -35,7 +35,7 @@ class TrialRow:
 
 @dataclass(frozen=True, slots=True)
 class SweepState:
-    """All trials now. `total` also counts those that are still to be made; `left_s` is None where nothing is known."""
+    """All trials now. `total` also counts those to come; `left_s` is None if unknown."""
 
     rows: Sequence[TrialRow]
     total: int
@@ -50,7 +50,7 @@ class SweepState:
         return min(known, key=self.order, default=None)
 
     def order(self, row: TrialRow) -> float:
-        """Smaller is better; what has no value comes last."""
+        """A sort key: smaller is better, trials without a value come last."""
         if not is_known(row.best):
             return math.inf
         assert row.best is not None
@@ -100,7 +100,7 @@ def render(state: SweepState, width: int, ascii_only: bool = False) -> Renderabl
 
 
 def choose_rows(state: SweepState) -> list[TrialRow]:
-    """Those that run, then the best of the others; in the order of the trials where all have room."""
+    """The running trials, then the best of the others; all in their order if there is room."""
     if len(state.rows) <= MAX_ROWS:
         return list(state.rows)
     running = [row for row in state.rows if row.state == "running"]

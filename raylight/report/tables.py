@@ -1,4 +1,4 @@
-"""What `raylight runs`, `show`, `verify` and `doctor` print: rich tables, and metrics as curves of one line."""
+"""Output of `raylight runs`, `show`, `verify` and `doctor`: rich tables, and metrics as curves of one line."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ STATUS_STYLES = {
 
 
 def escape(text: str) -> str:
-    """As a cell shows it, whatever the text is."""
+    """Any text, safe in a cell."""
     return escape_markup(visible(text))
 
 
 def runs_table(summaries: Sequence[Summary]) -> Table:
-    """Trials are named where there are any."""
+    """A line for each version; with a column of trials if there are any."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     has_trials = any(it.trial for it in summaries)
     columns = (
@@ -107,7 +107,7 @@ def _heading(summary: Summary, record: Mapping[str, Any]) -> Table:
 
 
 def _given_arguments(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the user wrote, where that is recorded; else all arguments."""
+    """The arguments as the user wrote them if that is recorded, otherwise all of them."""
     arguments = record.get("arguments") or {}
     given = arguments.get("given")
     return given if isinstance(given, Mapping) else arguments
@@ -148,7 +148,7 @@ def curves_table(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], wi
 
 
 def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
-    """Values in order as blocks of eight heights, each the mean of its share; "!" where none is finite."""
+    """Values in order as blocks of eight heights, each the mean of its share; "!" if none is finite."""
     width = min(width, len(values))
     shares = [values[len(values) * i // width : len(values) * (i + 1) // width] for i in range(width)]
     finite = [[value for value in share if math.isfinite(value)] for share in shares]

@@ -33,15 +33,15 @@ class TensorBoard:
 
     @property
     def path(self) -> str:
-        """Where the event files are written on this machine."""
+        """The directory of the event files on this machine."""
         return self._directory.path
 
     def log_metrics(self, values: Values, step: int, seconds: float | None = None) -> None:
-        """`seconds` since 1970; now, where it is not given."""
+        """`seconds` since 1970; by default now."""
         self._writer.add((dict(values), step, time.time() if seconds is None else seconds))
 
     def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """What the HParams tab shows for this version, beside the newest value of each metric.
+        """Set what the HParams tab shows for this version, beside the newest value of each metric.
 
         TensorBoard takes the first such event of a version alone; calls within a second go into one.
         """
@@ -51,7 +51,7 @@ class TensorBoard:
             self._writer.add(partial(_encode_session_start, self._hyperparameters, time.time()))
 
     def drop_after(self, step: int) -> None:
-        """TensorBoard shows nothing of what was logged so far beyond `step`: an attempt begins that redoes it."""
+        """Hide values logged so far beyond `step` in TensorBoard: an attempt begins that makes those steps again."""
         self._writer.add(partial(encode_restart, step + 1, time.time()))
 
     def flush(self) -> None:
@@ -62,7 +62,7 @@ class TensorBoard:
             self._writer.add(partial(_encode_session_end, succeeded, time.time()))
         try:
             self._writer.close()
-        finally:  # where storage is away, the directory tells where the events are
+        finally:  # the error names the directory if storage is away
             if self._event_file is not None:
                 self._event_file.close()
             self._directory.close()
@@ -113,7 +113,7 @@ def _encode_session_end(succeeded: bool, seconds: float) -> bytes:
 
 def _encode_session(edge: str, data: Any, seconds: float) -> bytes:
     """An `Event` of the HParams plugin; `edge` is "start" or "end". TensorBoard itself then finds out the columns
-    from all versions that it shows, as it does where no experiment is described."""
+    from all versions that it shows, as it does if no experiment is described."""
     from tensorboard.compat.proto.event_pb2 import Event as EventMessage
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 

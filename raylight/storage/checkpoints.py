@@ -176,11 +176,11 @@ def _read_or_warn(version: Storage, name: str, fence: Fence) -> Checkpoint | Non
     except MissingFile:
         return None  # not committed
     except CheckpointCorrupt as error:
-        logger.warning("%s Passed over.", error)
+        logger.warning("%s Skipped.", error)
         return None
     if not fence.allows(checkpoint.manifest.attempt, name):
         logger.warning(
-            "%s was written by attempt %d after attempt %d had taken over. Passed over.",
+            "%s was written by attempt %d after attempt %d had taken over. Skipped.",
             folder.uri, checkpoint.manifest.attempt, fence.attempt,
         )  # fmt: skip
         return None
@@ -248,7 +248,7 @@ def first_whole(checkpoints: Iterable[Checkpoint], digests: bool = True) -> Chec
         problems = verify(checkpoint, digests, must_answer=True)
         if not problems:
             return checkpoint
-        logger.warning("%s is damaged: %s. Passed over for another one.", checkpoint.path, _listed(problems))
+        logger.warning("%s is damaged: %s. Skipped for another one.", checkpoint.path, _listed(problems))
     return None
 
 
@@ -283,7 +283,7 @@ def check_there(checkpoint: Checkpoint) -> None:
     """Raises MissingFile if the checkpoint has been deleted since it was found, as a running run does with those it no
     longer needs. Call it when files are not as they should be."""
     if not checkpoint.storage.exists(MANIFEST_FILE):
-        raise MissingFile(f"{checkpoint.path} was deleted meanwhile, as a run that goes on does. Take another one.")
+        raise MissingFile(f"{checkpoint.path} has been deleted since, as a running run does. Use another one.")
 
 
 def _nothing_committed(folder: Storage) -> CheckpointCorrupt | MissingFile:
@@ -317,7 +317,7 @@ def _delete_folder(version: Storage, name: str, files: Collection[str] = ()) -> 
     stays = version.delete_own(path, lambda file: file in files or OWN_FILE.fullmatch(file) is not None)
     if stays:
         logger.warning(
-            "%s stays on storage, because raylight has not written all that is in it: %s.",
+            "%s stays on storage, because it holds things that raylight has not written: %s.",
             version.uri_of(path), _listed(stays),
         )  # fmt: skip
     return not stays
@@ -351,7 +351,7 @@ def sweep_leftovers(version: Storage, keep: Collection[str] = ()) -> list[str]:
             if _delete_folder(version, name):
                 gone.append(name)
         except StorageError as error:
-            logger.warning("what a dead attempt left stays on storage: %s", error)
+            logger.warning("leftovers of a dead attempt stay on storage: %s", error)
     return gone
 
 

@@ -226,7 +226,7 @@ class Storage:
         if not path:
             return self._root
         if path.startswith("/") or "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
-            raise InvalidArguments(f"{path!r} is no plain path inside {self.uri}.")
+            raise InvalidArguments(f"{path!r} is not a plain path inside {self.uri}.")
         return f"{self._root.rstrip('/')}/{path}"
 
     def _open_sink(self, path: str) -> LocalSink | RemoteSink:

@@ -72,7 +72,7 @@ def _items(holder: Any) -> list[Any]:
 
 
 def _refuse_number(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _finite(text: str) -> float:

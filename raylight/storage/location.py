@@ -44,7 +44,7 @@ def locate(place: str | os.PathLike[str], filesystem: Any, backoff: Backoff) -> 
     text = os.fspath(place)
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise InvalidArguments(
-            f"storage_path={place!r} is no path: give a folder, or a URI such as s3://bucket/folder."
+            f"storage_path={place!r} is not a path: give a folder, or a URI such as s3://bucket/folder."
         )
     if filesystem is not None:
         return _locate_on(filesystem, text, backoff)
@@ -72,7 +72,7 @@ def _scheme(text: str) -> str | None:
     close = difflib.get_close_matches(scheme, SCHEMES, n=1, cutoff=0.5)
     nearest = mask_uri(f" Did you mean {close[0]}://{rest}?") if close else ""
     raise InvalidArguments(
-        f"storage_path={mask_uri(text)!r}: {found[0]} is no kind of storage that raylight knows.{nearest} "
+        f"storage_path={mask_uri(text)!r}: {found[0]} is not a kind of storage that raylight knows.{nearest} "
         f"Known are plain paths and {', '.join(f'{name}://' for name in SCHEMES)}; "
         "for any other give a path and storage_filesystem=, a pyarrow.fs file system."
     )
@@ -167,7 +167,7 @@ def _locate_on(filesystem: Any, path: str, backoff: Backoff) -> Location:
 
     if not isinstance(filesystem, fs.FileSystem):
         raise InvalidArguments(
-            f"storage_filesystem={filesystem!r} is no pyarrow.fs.FileSystem. An fsspec file system becomes one by "
+            f"storage_filesystem={filesystem!r} is not a pyarrow.fs.FileSystem. An fsspec file system becomes one by "
             "pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(it))."
         )
     base = ""

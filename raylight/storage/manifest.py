@@ -108,7 +108,7 @@ class Manifest:
         counts = [self.seed or 0, self.step, self.epoch, self.attempt, self.world_size]
         counts += [file.size for file in self.files]
         if not all(0 <= count < 1 << 63 for count in counts) or not abs(self.time) < LATEST_S:
-            raise CheckpointCorrupt("a number in it is out of all range")
+            raise CheckpointCorrupt("a number in it is out of range")
         for path, number in Counter(file.path for file in self.files).items():
             check_inside(path)
             if number > 1:
@@ -130,7 +130,7 @@ def _warn_of_unknown(content: dict[str, Any]) -> None:
     if unknown and (new := unknown - _warned):
         _warned.update(new)
         logger.warning(
-            "a manifest written by raylight %s has fields that raylight %s does not know, and passes over: %s",
+            "a manifest written by raylight %s has fields that raylight %s does not know and ignores: %s",
             content.get("raylight"), __version__, ", ".join(sorted(new)),
         )  # fmt: skip
 

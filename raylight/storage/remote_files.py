@@ -85,7 +85,7 @@ class RemoteFiles:
         return RemoteSink(self, path)
 
     def make_parent(self, path: str) -> None:
-        """Makes a folder; object stores have none."""
+        """Makes the folder of a file; object stores have none."""
         if not self.appears_when_closed:
             parent = path.rpartition("/")[0]
             self.retry(lambda: self.filesystem().create_dir(parent, recursive=True), "create", parent)

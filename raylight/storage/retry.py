@@ -143,7 +143,7 @@ def note_if_given_up(
         return
     if outage.give_up(min(backoff.longest_s, 2 * took_s) if took_s > SLOW_TRY_S else 0.0) and outage.lasted_s >= TOLD_S:
         logger.warning(
-            "nothing has answered at %s for %.0f s: from now on it is not waited for", where, outage.lasted_s
+            "nothing has answered at %s for %.0f s: raylight no longer waits for it", where, outage.lasted_s
         )
 
 

@@ -41,7 +41,7 @@ class Version:
         try:
             content = parse_object(self.storage.read_bytes(RUN_FILE))
             if wrong := find_wrong_field(content):
-                raise ValueError(f"{wrong!r} is not of its kind")
+                raise ValueError(f"{wrong!r} has the wrong type")
         except MissingFile:
             return {}
         except ValueError as error:

@@ -233,8 +233,8 @@ def test_local_storage_needs_no_pyarrow(tmp_path: Path) -> None:
         ("s3://b/x?endpoint_overide=localhost:1", "did you mean 'endpoint_override'"),
         ("gs:///x", "names no bucket"),
         ("abfs://account.dfs.core.windows.net/x", "write abfs://container@account"),
-        ("", "is no path"),
-        ("a\0b", "is no path"),
+        ("", "is not a path"),
+        ("a\0b", "is not a path"),
     ],
 )
 def test_places_that_are_none(place: str, said: str) -> None:
@@ -243,7 +243,7 @@ def test_places_that_are_none(place: str, said: str) -> None:
 
 
 def test_a_file_system_that_is_none() -> None:
-    with pytest.raises(InvalidArguments, match=r"no pyarrow\.fs\.FileSystem"):
+    with pytest.raises(InvalidArguments, match=r"not a pyarrow\.fs\.FileSystem"):
         Storage("x", filesystem="s3")
 
 
