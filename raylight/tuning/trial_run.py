@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from raylight.arguments import checks
 from raylight.arguments.resolving import resolve
@@ -267,7 +267,7 @@ def has_validation(made: Made, config: Config) -> bool:
     return made.loaders.validate is not None or any(hooks)
 
 
-def _is_training(message: Message) -> bool:
+def _is_training(message: Message) -> TypeGuard[StageStarted | Progress]:
     return isinstance(message, StageStarted | Progress) and message.stage == "train"
 
 
