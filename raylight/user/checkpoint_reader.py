@@ -1,11 +1,21 @@
-"""Where `load_from_checkpoint` finds what reads checkpoints: that needs storage, and lies above what users subclass."""
+"""The seam through which `load_from_checkpoint` reads checkpoints: storage lies above what users subclass."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from raylight.contract.kinds import Value
+
+if TYPE_CHECKING:
+    import torch
 
 M = TypeVar("M")
+CheckpointPath: TypeAlias = Any
+"""A checkpoint's directory, as path or URI; a Checkpoint, raylight's or Ray Tune's; or a Lightning file's path."""
+MapLocation: TypeAlias = "str | torch.device | Callable[..., Any] | dict[str, str] | None"
+"""As for torch.load."""
 
 
 class CheckpointReader(ABC):
@@ -13,11 +23,12 @@ class CheckpointReader(ABC):
 
     @abstractmethod
     def load_module(
-        self, kind: type[M], checkpoint: Any, map_location: Any, strict: bool | None, overrides: dict[str, Any]
-    ) -> M: ...
+        self, kind: type[M], checkpoint: CheckpointPath, map_location: MapLocation, strict: bool | None,
+        overrides: dict[str, Value],
+    ) -> M: ...  # fmt: skip
 
     @abstractmethod
-    def load_data_module(self, kind: type[M], checkpoint: Any, overrides: dict[str, Any]) -> M: ...
+    def load_data_module(self, kind: type[M], checkpoint: CheckpointPath, overrides: dict[str, Value]) -> M: ...
 
 
 _installed: list[CheckpointReader] = []

@@ -1,0 +1,48 @@
+"""The hooks that bring data and move it, which a module and a data module both have."""
+
+from __future__ import annotations
+
+import torch
+
+from raylight.contract.kinds import Batch, Loader
+from raylight.user.transfer import move_to_device
+
+
+class DataHooks:
+    """Each may be overridden. If both do, a data module's loaders and batch hooks take the place of the module's."""
+
+    def prepare_data(self) -> None:
+        """Download or write data, on one worker of each node while the others wait; keep nothing on `self`."""
+
+    def setup(self, stage: str) -> None:
+        """Build what depends on the data, on every worker; `stage` is "fit", "validate", "test" or "predict"."""
+
+    def teardown(self, stage: str) -> None:
+        """Release what `setup` made; the last hook of a run, on every worker. `stage` is as in `setup`."""
+
+    def train_dataloader(self) -> Loader:
+        """Make the training loader, or a list or dict of them; not called if loaders were passed."""
+
+    def val_dataloader(self) -> Loader:
+        """Make the validation loader, or a list or dict of them; not called if loaders were passed."""
+
+    def test_dataloader(self) -> Loader:
+        """Make the test loader, or a list or dict of them; not called if loaders were passed."""
+
+    def predict_dataloader(self) -> Loader:
+        """Make the prediction loader, or a list or dict of them; not called if loaders were passed."""
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Change a batch before it goes to the device, as by augmentation on the CPU; return it."""
+        return batch
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Return the batch with every tensor on `device`; override it for a batch of a class of your own."""
+        return move_to_device(batch, device)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Change a batch on the device, as by augmentation on the GPU; return it."""
+        return batch
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Called on a worker where `exception` was raised; an error in this hook becomes a note to it."""
