@@ -6,9 +6,11 @@ import inspect
 import json
 import os
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
+from raylight.contract.config import Filesystem
 from raylight.contract.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments, MissingFile, StorageError
+from raylight.contract.kinds import Value
 from raylight.contract.layout import CHECKPOINTS, MANIFEST_FILE
 from raylight.storage.checkpoints import (
     Checkpoint,
@@ -25,10 +27,13 @@ from raylight.storage.json_text import parse_object
 from raylight.storage.retention import rank
 from raylight.storage.summaries import monitor_of, read_run_or_status
 from raylight.storage.versions import Version, list_versions
+from raylight.user.checkpoint_reader import CheckpointPath, MapLocation
 
 if TYPE_CHECKING:
+    from raylight.driver.result import Result
     from raylight.worker.checkpoint.kept_hyperparameters import Kept
 
+M = TypeVar("M")
 POINTER_FILE = "raylight.json"
 
 
@@ -86,7 +91,13 @@ class Pointer:
 
 
 def find_resume(
-    ckpt_path: Any, storage: Storage, name: str, previous: Any = None, *, stage: str = "fit", filesystem: Any = None
+    ckpt_path: CheckpointPath | Resume,
+    storage: Storage,
+    name: str,
+    previous: Result | None = None,
+    *,
+    stage: str = "fit",
+    filesystem: Filesystem = None,
 ) -> Resume:
     """What `resume` or `ckpt_path` means: None, "last", "best", a Checkpoint (Ray Tune's too), or the path of one.
 
@@ -129,9 +140,8 @@ def _check_resumable(checkpoint: Checkpoint, stage: str) -> Checkpoint:
     return checkpoint
 
 
-def find_seed(checkpoint: Any) -> int | None:
-    """The seed of the run that made the checkpoint; None where the checkpoint does not say, outside of its version.
-    """
+def find_seed(checkpoint: object) -> int | None:
+    """The seed of the run that made the checkpoint; None where the checkpoint does not say, outside of its version."""
     if not isinstance(checkpoint, Checkpoint):
         return None
     if checkpoint.manifest.seed is not None:
@@ -169,9 +179,9 @@ def _find_newest(storage: Storage, name: str) -> Checkpoint:
     return found
 
 
-def _find_best(storage: Storage, name: str, previous: Any) -> Checkpoint:
+def _find_best(storage: Storage, name: str, previous: Result | None) -> Checkpoint:
     """The best whole checkpoint: of the fit just done where there was one, else of the newest version that has any."""
-    if previous is not None and previous.best_checkpoint is not None:
+    if previous is not None and previous.version is not None and previous.best_checkpoint is not None:
         found = first_whole(rank(previous.checkpoints, *monitor_of(read_run_or_status(previous.version))))
         if found is None:
             raise CheckpointCorrupt(f"'best': none of the checkpoints of {previous.version.path} is whole")
@@ -189,7 +199,9 @@ def _nothing_whole(which: str, storage: Storage, name: str) -> InvalidArguments:
     )
 
 
-def load_module(owner: type, path: Any, map_location: Any, strict: bool | None, overrides: dict[str, Any]) -> Any:
+def load_module(
+    owner: type[M], path: CheckpointPath, map_location: MapLocation, strict: bool | None, overrides: dict[str, Value]
+) -> M:
     """`Module.load_from_checkpoint`."""
     from raylight.worker.checkpoint.kept_hyperparameters import read_hyperparameters
     from raylight.worker.checkpoint.restore import apply_weights, load_any
@@ -197,7 +209,7 @@ def load_module(owner: type, path: Any, map_location: Any, strict: bool | None, 
     saved = _to_saved(path)
     state = load_any(saved, map_location)
     kept = read_hyperparameters(state.module, owner)
-    module = owner(**_accepted(owner, kept, overrides))
+    module: Value = owner(**_accepted(owner, kept, overrides))
     hparams = {**kept.values, **overrides}
     progress = {"epoch": saved.epoch, "global_step": saved.step} if isinstance(saved, Checkpoint) else {}
     checkpoint = {
@@ -209,7 +221,7 @@ def load_module(owner: type, path: Any, map_location: Any, strict: bool | None, 
     return module
 
 
-def load_data_module(owner: type, path: Any, overrides: dict[str, Any]) -> Any:
+def load_data_module(owner: type[M], path: CheckpointPath, overrides: dict[str, Value]) -> M:
     """`DataModule.load_from_checkpoint`."""
     from raylight.worker.checkpoint.kept_hyperparameters import DATA_MODULE_KEY, read_hyperparameters
     from raylight.worker.checkpoint.restore import load_any
@@ -218,7 +230,7 @@ def load_data_module(owner: type, path: Any, overrides: dict[str, Any]) -> Any:
     return owner(**_accepted(owner, kept, overrides))
 
 
-def _to_saved(path: Any) -> Any:
+def _to_saved(path: CheckpointPath) -> CheckpointPath:
     """A Lightning file stays a path; all else becomes a Checkpoint."""
     if hasattr(path, "as_directory"):
         return find_of_tune(path)
@@ -228,13 +240,13 @@ def _to_saved(path: Any) -> Any:
     return text if _is_lightning_file(text) else find_by_path(text)
 
 
-def find_of_tune(checkpoint: Any) -> Checkpoint:
+def find_of_tune(checkpoint: CheckpointPath) -> Checkpoint:
     """What a checkpoint of Ray Tune leads to: that of its trial, or one that it was made from."""
     is_local = getattr(checkpoint.filesystem, "type_name", "") == "local"
     return find_by_path(checkpoint.path, None if is_local else checkpoint.filesystem)
 
 
-def find_by_path(path: str, filesystem: Any = None) -> Checkpoint:
+def find_by_path(path: str, filesystem: Filesystem = None) -> Checkpoint:
     """The checkpoint in a folder, or behind one of Ray Tune's, which holds a pointer alone."""
     try:
         return find_checkpoint(path, filesystem)
@@ -249,7 +261,7 @@ def _is_lightning_file(path: str) -> bool:
     return path.endswith(".ckpt") and os.path.isfile(path)
 
 
-def _accepted(owner: type, kept: Kept, overrides: dict[str, Any]) -> dict[str, Any]:
+def _accepted(owner: type, kept: Kept, overrides: dict[str, Value]) -> dict[str, Value]:
     """Those hyperparameters that `__init__` takes, and an error where it needs more."""
     parameters = inspect.signature(owner).parameters
     hparams = kept.arguments(overrides, parameters)

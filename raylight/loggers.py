@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from raylight.contract.config import FilePath
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.kinds import Value
 from raylight.report.csv_file import CsvFile
 from raylight.report.tensorboard import TensorBoard
 from raylight.storage.local_directory import LocalDirectory
@@ -45,25 +47,25 @@ class Logger:
         return None
 
     @property
-    def experiment(self) -> Any:
+    def experiment(self) -> Value:
         """The object behind this logger."""
         return self
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, Value], step: int | None = None) -> None:
         """`step` counts optimizer steps. `metrics` has the epoch too, under "epoch"."""
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
-    def log_graph(self, model: Any, input_array: Any = None) -> None: ...
+    def log_hyperparams(self, params: Value, *args: Value, **kwargs: Value) -> None: ...
+    def log_graph(self, model: Value, input_array: Value = None) -> None: ...
     def save(self) -> None: ...
     def finalize(self, status: str) -> None: ...
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None: ...
+    def after_save_checkpoint(self, checkpoint_callback: Value) -> None: ...
 
 
 class FileLogger(Logger):
     """A logger that writes files: to `<save_dir>/<name>/version_N` (a path or URI), or, where `save_dir` is left out,
     beside the other files of the run's version. `prefix` goes before the name of every metric."""
 
-    def __init__(self, save_dir: Any, name: str | None, version: int | str | None, prefix: str):
+    def __init__(self, save_dir: FilePath | None, name: str | None, version: int | str | None, prefix: str):
         if save_dir is None and (name != DEFAULT_NAME or version is not None):
             raise InvalidArguments(
                 f"{type(self).__name__}: name and version need save_dir. Without it values go to the version of the "
@@ -108,7 +110,7 @@ class FileLogger(Logger):
             self._version = claim_version(root, name).number
         return root.child(name, self._version if isinstance(self._version, str) else f"version_{self._version}")
 
-    def _prepare(self, metrics: Mapping[str, Any], step: int | None) -> tuple[dict[str, float], int]:
+    def _prepare(self, metrics: Mapping[str, Value], step: int | None) -> tuple[dict[str, float], int]:
         """Plain numbers under prefixed names; without a step, the one after the last."""
         self._last_step = self._last_step + 1 if step is None else int(step)
         values = {}
@@ -121,7 +123,7 @@ class FileLogger(Logger):
                 ) from error
         return values, self._last_step
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Value]:
         """A copy, as in another process, is not attached: the driver alone writes."""
         return {name: None if name in self._live else value for name, value in vars(self).items()}
 
@@ -140,14 +142,14 @@ class TensorBoardLogger(FileLogger):
 
     def __init__(
         self,
-        save_dir: Any = None,
+        save_dir: FilePath | None = None,
         name: str | None = DEFAULT_NAME,
         version: int | str | None = None,
         log_graph: bool = False,
         default_hp_metric: bool = True,
         prefix: str = "",
         sub_dir: str | None = None,
-        **options: Any,
+        **options: Value,
     ):
         mistakes = [_unknown_option(option) for option in options if option not in SUMMARY_WRITER_OPTIONS]
         if log_graph:
@@ -158,10 +160,10 @@ class TensorBoardLogger(FileLogger):
         self._sub_dir = sub_dir
         self._options = options
         self._writer: TensorBoard | None = None
-        self._experiment: Any = None
+        self._experiment: Value = None
 
     @property
-    def experiment(self) -> Any:
+    def experiment(self) -> Value:
         """torch's SummaryWriter on the same directory, for images, histograms and text."""
         if self._experiment is None:
             from torch.utils.tensorboard import SummaryWriter
@@ -176,13 +178,13 @@ class TensorBoardLogger(FileLogger):
             self._files = self._files.child(self._sub_dir)
         self._writer = TensorBoard(self._files)
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None, seconds: float | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, Value], step: int | None = None, seconds: float | None = None) -> None:
         """`seconds` since 1970 is when the values were measured; now, where it is not given."""
         values, step = self._prepare(metrics, step)
         self._attached().log_metrics(values, step, seconds)
 
     def log_hyperparams(
-        self, params: Any, metrics: Mapping[str, Any] | None = None, step: int | None = None, **_: Any
+        self, params: Value, metrics: Mapping[str, Value] | None = None, step: int | None = None, **_: object
     ) -> None:
         self._attached().log_hyperparameters(_to_mapping(params))
         if metrics:
@@ -217,7 +219,7 @@ class CSVLogger(FileLogger):
 
     def __init__(
         self,
-        save_dir: Any = None,
+        save_dir: FilePath | None = None,
         name: str | None = DEFAULT_NAME,
         version: int | str | None = None,
         prefix: str = "",
@@ -235,11 +237,11 @@ class CSVLogger(FileLogger):
         self._file = None
         self._writer = RowWriter("metrics.csv", self._append, self._directory.copy, CSV_INTERVAL_S)
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, Value], step: int | None = None) -> None:
         values, step = self._prepare(metrics, step)
         self._attached().add({**values, "step": step})
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, params: Value, *args: Value, **kwargs: Value) -> None:
         assert self._files is not None
         text = json.dumps(dict(_to_mapping(params)), indent=2, default=str)
         self._files.write("hparams.yaml", [text.encode()])
@@ -271,7 +273,7 @@ class CSVLogger(FileLogger):
         self._file.append(rows)
 
 
-def make_loggers(setting: Any, files: Storage, version_path: str) -> list[Any]:
+def make_loggers(setting: Value, files: Storage, version_path: str) -> list[Value]:
     """The loggers of a run whose version lies at `version_path`, from the trainer's argument `logger`.
 
     True means TensorBoard, False none; a logger or a list of them is taken as it is.
@@ -285,7 +287,7 @@ def make_loggers(setting: Any, files: Storage, version_path: str) -> list[Any]:
     return given
 
 
-def _to_mapping(params: Any) -> Mapping[str, Any]:
+def _to_mapping(params: Value) -> Mapping[str, Value]:
     return params if isinstance(params, Mapping) else vars(params)
 
 

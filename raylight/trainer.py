@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Never, Unpack
+from typing import TYPE_CHECKING, Literal, Never, Unpack
 
 import torch
 
@@ -18,17 +19,18 @@ from raylight.arguments.signatures import KeywordDoc, find_given, passes_on_keyw
 from raylight.arguments.trainer_arguments import (
     EvaluationArguments,
     NumWorkers,
-    Path,
     Precision,
     TakesMetrics,
     TrainerArguments,
 )
-from raylight.contract.config import DDP, Checkpointing, Config
+from raylight.contract.config import DDP, Checkpointing, Config, FilePath, Filesystem
 from raylight.contract.durations import Duration
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.kinds import Loader, Output, Value
 from raylight.contract.task import Loaders
 from raylight.contract.user_error import beside
 from raylight.user.callback import Callback
+from raylight.user.checkpoint_reader import CheckpointPath
 from raylight.user.data_module import DataModule
 from raylight.user.module import Module
 from raylight.user.run_view import Record, WorkersRecord, facts_of
@@ -37,9 +39,8 @@ from raylight.user.trainer_names import TrainerNames
 
 if TYPE_CHECKING:
     from raylight.driver.result import Result
+    from raylight.driver.run import Run
     from raylight.execution import Claimed, Execution, Kept
-
-NAMES = {"fit": "train_dataloaders", "validate": "dataloaders", "test": "dataloaders", "predict": "dataloaders"}
 
 
 class Trainer(TrainerNames):
@@ -47,8 +48,8 @@ class Trainer(TrainerNames):
     worker one of the same class.
 
     Raises InvalidArguments with all mistakes at once, and NotEnoughResources if more was asked for than there is. None
-    stands for an argument's default, except in `check_val_every_n_epoch`. What each argument means is said below its
-    field in raylight.contract.config.Config; `help(raylight.Trainer)` shows it here.
+    stands for an argument's default, except in `check_val_every_n_epoch`. Each argument is documented below its field
+    in raylight.contract.config.Config; `help(raylight.Trainer)` shows that here.
     """
 
     _stays = TrainerNames._stays | {"arguments", "result", "_claimed", "_kept"}
@@ -73,15 +74,16 @@ class Trainer(TrainerNames):
         deterministic: bool | Literal["warn"] | None = False, benchmark: bool | None = None,
         sync_batchnorm: bool = False, detect_anomaly: bool = False, inference_mode: bool = True,
         seed: int | None = None, use_distributed_sampler: bool = True,
-        storage_path: Path | None = None, default_root_dir: Path | None = None, storage_filesystem: Any = None,
-        name: str = "default", checkpoint: bool | Checkpointing | Mapping[str, Any] | None = None,
+        storage_path: FilePath | None = None, default_root_dir: FilePath | None = None,
+        storage_filesystem: Filesystem = None,
+        name: str = "default", checkpoint: bool | Checkpointing | Mapping[str, Value] | None = None,
         enable_checkpointing: bool | None = None,
         logger: bool | TakesMetrics | Sequence[TakesMetrics] | None = True, log_every_n_steps: int | None = 50,
         enable_progress_bar: bool | None = True, enable_model_summary: bool | None = True,
         profiler: str | None = None,
         max_restarts: int = 3, hang_timeout_s: float | None = None, replacement_timeout_s: float = 60.0,
         num_standby: int | None = None,
-        callbacks: Callback | Sequence[Callback] | None = None, plugins: Any = None,
+        callbacks: Callback | Sequence[Callback] | None = None, plugins: Value = None,
         **unknown: Never,  # for a type checker there is none; here they become one error with all other mistakes
     ) -> None:  # fmt: skip
         arguments = find_given(Trainer, locals()) | unknown
@@ -96,16 +98,16 @@ class Trainer(TrainerNames):
     def fit(
         self,
         model: Module,
-        train_dataloaders: Any = None,
-        val_dataloaders: Any = None,
+        train_dataloaders: Loader | DataModule = None,
+        val_dataloaders: Loader = None,
         datamodule: DataModule | None = None,
-        ckpt_path: Any = None,
+        ckpt_path: CheckpointPath = None,
         weights_only: bool | None = None,
     ) -> Result:
         """Trains `model` and returns a Result; afterwards `model` holds the trained weights, on the CPU.
 
         `ckpt_path`: None starts a new version; "last" continues the newest version of this run where it stopped, or
-        starts one where there is none; "best" or a checkpoint's path continue from there in a new version.
+        starts one if there is none; "best" or a checkpoint's path continue from there in a new version.
         `weights_only` changes nothing, here and below: no checkpoint is read in a way that could execute code.
         """
         if isinstance(train_dataloaders, DataModule):
@@ -117,8 +119,8 @@ class Trainer(TrainerNames):
     def validate(
         self,
         model: Module | None = None,
-        dataloaders: Any = None,
-        ckpt_path: Any = None,
+        dataloaders: Loader | DataModule = None,
+        ckpt_path: CheckpointPath = None,
         verbose: bool = True,
         datamodule: DataModule | None = None,
         weights_only: bool | None = None,
@@ -129,8 +131,8 @@ class Trainer(TrainerNames):
     def test(
         self,
         model: Module | None = None,
-        dataloaders: Any = None,
-        ckpt_path: Any = None,
+        dataloaders: Loader | DataModule = None,
+        ckpt_path: CheckpointPath = None,
         verbose: bool = True,
         datamodule: DataModule | None = None,
         weights_only: bool | None = None,
@@ -141,102 +143,47 @@ class Trainer(TrainerNames):
     def predict(
         self,
         model: Module | None = None,
-        dataloaders: Any = None,
+        dataloaders: Loader | DataModule = None,
         datamodule: DataModule | None = None,
         return_predictions: bool | None = None,
-        ckpt_path: Any = None,
+        ckpt_path: CheckpointPath = None,
         weights_only: bool | None = None,
-    ) -> list[Any]:
-        """What predict_step returned for each batch, on the CPU, in dataset order; a list of such lists where there
-        are several loaders. With `return_predictions=False` it is an empty list, and no more than one batch is held."""
+    ) -> list[Output]:
+        """The return values of predict_step, one for each batch, on the CPU, in dataset order; a list of such lists if
+        there are several loaders. With `return_predictions=False` the list is empty, and at most one batch is held."""
         returns = return_predictions is not False
         return self._evaluate("predict", model, dataloaders, datamodule, ckpt_path, returns_predictions=returns)
 
     def _evaluate(
-        self, stage: str, model: Any, dataloaders: Any, datamodule: Any, ckpt_path: Any, verbose: bool = True,
-        returns_predictions: bool = True,
-    ) -> list[Any]:  # fmt: skip
+        self, stage: str, model: Module | None, dataloaders: Loader | DataModule, datamodule: DataModule | None,
+        ckpt_path: CheckpointPath, verbose: bool = True, returns_predictions: bool = True,
+    ) -> list[Value]:  # fmt: skip
         if isinstance(ckpt_path, DataModule):
             raise InvalidArguments(f"{stage}: ckpt_path is a data module; Lightning's order is dataloaders, ckpt_path, "
                                    f"verbose, datamodule: pass datamodule=...")  # fmt: skip
-        loaders = self._evaluation_loaders(stage, dataloaders, datamodule)
-        found: list[Any] = self._execute(stage, model, loaders, ckpt_path, verbose, returns_predictions)
-        return found
-
-    def _evaluation_loaders(self, stage: str, dataloaders: Any, datamodule: Any) -> Loaders:
         if isinstance(dataloaders, DataModule):
             dataloaders, datamodule = None, dataloaders
         loaders = Loaders(data_module=datamodule)
         setattr(loaders, stage, dataloaders)
-        return loaders
-
-    # ---- before the first run
-
-    @property
-    def loggers(self) -> list[Any]:  # type: ignore[override]
-        """The loggers; asked before a fit, they and the version's directory are made at once."""
-        self._claim()
-        return self._view.loggers
-
-    @property
-    def log_dir(self) -> str | None:  # type: ignore[override]
-        """The version directory, as path or URI; asked before a fit, it is claimed at once. None where nothing is
-        written."""
-        self._claim()
-        return self._view.log_dir
-
-    def _claim(self) -> None:
-        if self._fn is None and self._claimed is None and not self.config.fast_dev_run:
-            from raylight.execution import claim
-
-            claimed = self._claimed = claim(self.config)
-            self._view = Record(
-                callbacks=self.callbacks, loggers=claimed.loggers, log_dir=claimed.version.path,
-                accumulate_grad_batches=self.config.accumulate_grad_batches,
-            )  # fmt: skip
-
-    @property
-    def checkpoint_callback(self) -> Any:
-        """The ModelCheckpoint among the callbacks; one is made if none was passed. Has best_model_path and
-        last_model_path after a fit."""
-        from raylight.callbacks import ModelCheckpoint
-
-        found = super().checkpoint_callback
-        if found is None and self.config.checkpoint is not None:
-            found = ModelCheckpoint()
-            self._fill(found)
+        found: list[Value] = self._execute(stage, model, loaders, ckpt_path, verbose, returns_predictions)
         return found
-
-    def save_checkpoint(self, filepath: Any, weights_only: bool = False, storage_options: Any = None) -> None:
-        """In a hook as `TrainerNames.save_checkpoint`; after a fit copies its last checkpoint to `filepath`, a
-        directory that must not exist."""
-        from raylight.loading import copy_checkpoint
-
-        if self.state.status is TrainerStatus.RUNNING:
-            super().save_checkpoint(filepath, weights_only, storage_options)
-            return
-        if self.result is None or self.result.last_checkpoint is None:
-            raise InvalidArguments("save_checkpoint: there is no checkpoint yet; call fit first, with checkpoint=True")
-        copy_checkpoint(self.result.last_checkpoint, os.fspath(filepath), weights_only)
 
     # ---- one run
 
     def _execute(
-        self, stage: str, model: Any, loaders: Loaders, ckpt_path: Any, verbose: bool = True,
+        self, stage: str, model: Module | None, loaders: Loaders, ckpt_path: CheckpointPath, verbose: bool = True,
         returns_predictions: bool = True,
-    ) -> Any:  # fmt: skip
+    ) -> Value:  # fmt: skip
         from raylight.execution import Execution
 
-        given_model = model
-        model = model if model is not None else self.lightning_module
-        mistakes = [] if model is not None else [f"{stage} needs a model: pass one, or call fit first"]
-        if model is not None:
-            mistakes += checks.check_run(stage, model, loaders, self.config, self.callbacks)
-        if mistakes:
-            raise InvalidArguments(mistakes)
-        if ckpt_path is None and given_model is None and self.result is not None and self.result.best_checkpoint:
+        if model is None and ckpt_path is None and self.result is not None and self.result.best_checkpoint:
             ckpt_path = "best"
-        execution = Execution(self, stage, model, loaders, self.result, self._claimed, returns_predictions)
+        module = model if model is not None else self.lightning_module
+        if module is None:
+            raise InvalidArguments(f"{stage} needs a model: pass one, or call fit first")
+        if mistakes := checks.check_run(stage, module, loaders, self.config, self.callbacks):
+            raise InvalidArguments(mistakes)
+        execution = Execution(self, stage, module, loaders, self.result, self._claimed, returns_predictions)
         self._claimed = None
         try:
             returned = execution.run(ckpt_path, verbose)
@@ -248,18 +195,27 @@ class Trainer(TrainerNames):
         return returned
 
     def _remember(self, execution: Execution) -> None:
-        """Keeps what a run leaves behind for the caller to read."""
-        driver, before, given = execution.driver, self._view, execution.loaders
-        if driver is None:
+        """Keeps what a run leaves for the caller to read."""
+        if execution.driver is None:
             return
         if execution.stage == "fit":
             self.result, self._kept = execution.result or self.result, execution.kept
+        facts = self._collect_facts(execution, execution.driver)
+        self.follow(Record(**facts) if execution.group.is_local else WorkersRecord(**facts), execution.stage)
+        for callback in self.callbacks:
+            self._fill(callback)
+
+    def _collect_facts(self, execution: Execution, driver: Run) -> dict[str, Value]:
+        """The end of a run by the names of `Record`: live objects if it was in this process, else what workers sent."""
+        before, given = self._view, execution.loaders
         step, epoch = (driver.step, driver.epoch) if execution.stage == "fit" else execution.trained
-        facts = facts_of(before) if execution.group.is_local else execution.facts | {
-            "train_dataloader": given.train, "val_dataloaders": given.validate, "test_dataloaders": given.test,
+        found = facts_of(before) if execution.group.is_local else execution.facts | {
+            "train_dataloader": given.train,
+            "val_dataloaders": given.validate,
+            "test_dataloaders": given.test,
             "predict_dataloaders": given.predict,
         }  # fmt: skip
-        facts |= {
+        return found | {
             "module": execution.module,
             "datamodule": given.data_module,
             "callbacks": execution.callbacks,
@@ -272,27 +228,71 @@ class Trainer(TrainerNames):
             "global_step": step,
             "current_epoch": epoch,
         }
-        record = Record(**facts) if execution.group.is_local else WorkersRecord(**facts)
-        self.follow(record, execution.stage)
-        for callback in self.callbacks:
-            self._fill(callback)
 
-    def _fill(self, callback: Any) -> None:
-        """A checkpoint callback is told what was kept."""
+    def _fill(self, callback: Value) -> None:
+        """Gives a checkpoint callback the checkpoints that were kept."""
         if self._kept is not None and hasattr(callback, "take_kept"):
             callback.take_kept(self._kept.checkpoints, self._kept.best, self._kept.last)
+
+    # ---- names that can be read before a run, too
+
+    @property
+    def loggers(self) -> list[Value]:  # type: ignore[override]
+        """The loggers; reading them before a fit makes them and the version's directory at once."""
+        self._claim()
+        return self._view.loggers
+
+    @property
+    def log_dir(self) -> str | None:  # type: ignore[override]
+        """The version directory, as path or URI; reading it before a fit claims it at once. None if nothing is
+        written."""
+        self._claim()
+        return self._view.log_dir
+
+    def _claim(self) -> None:
+        """Claims the version that the next run will use, unless there was a run already."""
+        if self._fn is None and self._claimed is None and not self.config.fast_dev_run:
+            from raylight.execution import claim
+
+            claimed = self._claimed = claim(self.config)
+            self._view = Record(
+                callbacks=self.callbacks, loggers=claimed.loggers, log_dir=claimed.version.path,
+                accumulate_grad_batches=self.config.accumulate_grad_batches,
+            )  # fmt: skip
+
+    @property
+    def checkpoint_callback(self) -> Value:
+        """The ModelCheckpoint among the callbacks; one is made if none was passed. Has best_model_path and
+        last_model_path after a fit."""
+        from raylight.callbacks import ModelCheckpoint
+
+        found = super().checkpoint_callback
+        if found is None and self.config.checkpoint is not None:
+            found = ModelCheckpoint()
+            self._fill(found)
+        return found
+
+    def save_checkpoint(self, filepath: FilePath, weights_only: bool = False, storage_options: object = None) -> None:
+        """In a hook, writes the present state to one file, as `TrainerNames.save_checkpoint` says. After a fit, copies
+        its last checkpoint to `filepath`, a directory that must not exist."""
+        from raylight.loading import copy_checkpoint
+
+        if self.state.status is TrainerStatus.RUNNING:
+            super().save_checkpoint(filepath, weights_only, storage_options)
+            return
+        if self.result is None or self.result.last_checkpoint is None:
+            raise InvalidArguments("save_checkpoint: there is no checkpoint yet; call fit first, with checkpoint=True")
+        copy_checkpoint(self.result.last_checkpoint, os.fspath(filepath), weights_only)
 
 
 # Not written into the class, because editors read the plain docstring there.
 setattr(Trainer, "__doc__", KeywordDoc(Trainer.__doc__, Trainer, Config, EvaluationArguments))  # noqa: B010
 
 
-def find_available(arguments: dict[str, Any]) -> Available:
-    """What this machine has; a Ray that the user connected or named is asked only where workers go there."""
+def find_available(arguments: Mapping[str, Value]) -> Available:
+    """The GPUs of this machine, and the resources of the Ray cluster that is connected or named, if there is one."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     address = os.environ.get("RAY_ADDRESS")
-    import sys
-
     if "ray" in sys.modules or address:
         from raylight.launch.ray_actors import describe_cluster
 
@@ -305,18 +305,18 @@ def find_available(arguments: dict[str, Any]) -> Available:
 @passes_on_keywords_of(Trainer)
 def fit(
     module: Module,
-    train_dataloaders: Any = None,
-    val_dataloaders: Any = None,
+    train_dataloaders: Loader = None,
+    val_dataloaders: Loader = None,
     *,
     datamodule: DataModule | None = None,
-    resume: Any = None,
+    resume: CheckpointPath = None,
     **trainer_arguments: Unpack[TrainerArguments],
 ) -> Result:
     """Trains `module` and returns a Result.
 
     `resume`: None starts a new version; "last" continues where the newest version of this run stopped, "best" and a
     checkpoint's path from there. The other arguments are the Trainer's. After it, `module` holds the trained weights,
-    on the CPU, whatever the number of workers. Raises InvalidArguments before anything starts, WorkerFailed where a
+    on the CPU, whatever the number of workers. Raises InvalidArguments before anything starts, WorkerFailed if a
     worker could not go on.
     """
     return Trainer(**trainer_arguments).fit(module, train_dataloaders, val_dataloaders, datamodule, resume)
@@ -324,8 +324,8 @@ def fit(
 
 @passes_on_keywords_of(Trainer)
 def validate(
-    module: Module, dataloaders: Any = None, *, datamodule: DataModule | None = None, checkpoint: Any = None,
-    **trainer_arguments: Unpack[EvaluationArguments],
+    module: Module, dataloaders: Loader = None, *, datamodule: DataModule | None = None,
+    checkpoint: CheckpointPath = None, **trainer_arguments: Unpack[EvaluationArguments],
 ) -> list[dict[str, float]]:  # fmt: skip
     """Metrics of validation_step over `dataloaders`: a list with one dict for each loader. The weights are those of
     `module`, or of `checkpoint`: "best", "last" or a path. The other arguments are the Trainer's."""
@@ -334,8 +334,8 @@ def validate(
 
 @passes_on_keywords_of(Trainer)
 def test(
-    module: Module, dataloaders: Any = None, *, datamodule: DataModule | None = None, checkpoint: Any = None,
-    **trainer_arguments: Unpack[EvaluationArguments],
+    module: Module, dataloaders: Loader = None, *, datamodule: DataModule | None = None,
+    checkpoint: CheckpointPath = None, **trainer_arguments: Unpack[EvaluationArguments],
 ) -> list[dict[str, float]]:  # fmt: skip
     """As `validate`, with test_step and the test loaders."""
     return Trainer(**trainer_arguments).test(module, dataloaders, checkpoint, datamodule=datamodule)
@@ -343,9 +343,10 @@ def test(
 
 @passes_on_keywords_of(Trainer)
 def predict(
-    module: Module, dataloaders: Any = None, *, datamodule: DataModule | None = None, checkpoint: Any = None,
-    return_predictions: bool = True, **trainer_arguments: Unpack[EvaluationArguments],
-) -> list[Any]:  # fmt: skip
+    module: Module, dataloaders: Loader = None, *, datamodule: DataModule | None = None,
+    checkpoint: CheckpointPath = None, return_predictions: bool = True,
+    **trainer_arguments: Unpack[EvaluationArguments],
+) -> list[Output]:  # fmt: skip
     """Outputs of predict_step in dataset order, each sample once, whatever the number of workers.
 
     With `return_predictions=False` none are kept, for a predict_step or callback that writes them itself. `checkpoint`

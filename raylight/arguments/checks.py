@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +15,11 @@ from raylight.arguments.pickling import check_picklable
 from raylight.arguments.resolving import check_checkpointing, find_callback_mistakes
 from raylight.contract.config import Config
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.kinds import Loader, Output
 from raylight.contract.task import Loaders
 from raylight.user.callback import Callback
+from raylight.user.data_module import DataModule
+from raylight.user.module import Module
 
 # Which methods of Module, DataModule and Callback are hooks, as against what they offer to be called.
 _HOOK = re.compile(
@@ -33,10 +35,8 @@ _LOADER_HOOKS = {
 }
 
 
-def check_run(stage: str, module: Any, loaders: Loaders, config: Config, callbacks: list[Any]) -> list[str]:
+def check_run(stage: str, module: object, loaders: Loaders, config: Config, callbacks: Sequence[object]) -> list[str]:
     """What is wrong with what `fit`, `validate`, `test` or `predict` (`stage`) was given; empty: nothing."""
-    from raylight.user.module import Module
-
     mistakes = find_callback_mistakes(callbacks)
     for callback in callbacks:
         if isinstance(callback, Callback):
@@ -59,7 +59,7 @@ def check_run(stage: str, module: Any, loaders: Loaders, config: Config, callbac
     return mistakes
 
 
-def is_overridden(obj: Any, name: str, base: type) -> bool:
+def is_overridden(obj: object, name: str, base: type) -> bool:
     """Whether `obj`, or a class between it and `base`, defines `name` itself."""
     mine = getattr(type(obj), name, None)
     return name in vars(obj) or (mine is not None and mine is not getattr(base, name, None))
@@ -68,7 +68,7 @@ def is_overridden(obj: Any, name: str, base: type) -> bool:
 # ---- the module
 
 
-def _say_no_module(module: Any) -> str:
+def _say_no_module(module: object) -> str:
     name = module.__qualname__ if isinstance(module, type) else type(module).__qualname__
     if isinstance(module, type):
         return f"model is the class {name}: pass an instance, {name}(...)"
@@ -100,10 +100,8 @@ def _find_manual_mistakes(config: Config) -> list[str]:
     return mistakes
 
 
-def _find_missing_hooks(stage: str, module: Any, loaders: Loaders, config: Config) -> dict[str, str]:
+def _find_missing_hooks(stage: str, module: Module, loaders: Loaders, config: Config) -> dict[str, str]:
     """The hooks that `stage` cannot do without, each with what to say about it."""
-    from raylight.user.module import Module
-
     def has(hook: str) -> bool:
         return is_overridden(module, hook, Module)
 
@@ -130,15 +128,13 @@ def _find_missing_hooks(stage: str, module: Any, loaders: Loaders, config: Confi
     return missing
 
 
-def _say_similar(module: Any, hook: str) -> str:
-    from raylight.user.module import Module
-
+def _say_similar(module: Module, hook: str) -> str:
     names = [name for name, _ in _own_functions(type(module), Module) if not hasattr(Module, name)]
     near = difflib.get_close_matches(hook, names, n=1, cutoff=0.7)
     return f"; there is {near[0]}: is that the one?" if near else ""
 
 
-def find_misspelt_hooks(obj: Any, base: type) -> dict[str, str]:
+def find_misspelt_hooks(obj: object, base: type) -> dict[str, str]:
     """The hooks of `base` (Module, DataModule, Callback) that a method of the user's classes misses by a letter or two,
     each with what to say about it.
 
@@ -194,10 +190,7 @@ def count_edits(a: str, b: str) -> int:
 # ---- the data
 
 
-def _find_data_mistakes(stage: str, module: Any, loaders: Loaders) -> list[str]:
-    from raylight.user.data_module import DataModule
-    from raylight.user.module import Module
-
+def _find_data_mistakes(stage: str, module: object, loaders: Loaders) -> list[str]:
     mistakes: list[str] = []
     data_module = loaders.data_module
     if data_module is not None:
@@ -225,7 +218,7 @@ def _find_data_mistakes(stage: str, module: Any, loaders: Loaders) -> list[str]:
     return mistakes
 
 
-def _say_no_data_module(data_module: Any) -> str:
+def _say_no_data_module(data_module: object) -> str:
     name = data_module.__qualname__ if isinstance(data_module, type) else type(data_module).__qualname__
     if isinstance(data_module, type):
         return f"datamodule is the class {name}: pass an instance, {name}(...)"
@@ -234,7 +227,7 @@ def _say_no_data_module(data_module: Any) -> str:
     return f"datamodule is {name}: a raylight.DataModule is needed; loaders are passed as train_dataloaders=..."
 
 
-def _each_loader(path: str, loader: Any) -> Iterator[tuple[str, Any]]:
+def _each_loader(path: str, loader: Loader) -> Iterator[tuple[str, Loader]]:
     if isinstance(loader, (list, tuple, Mapping)) and len(loader):
         items = loader.items() if isinstance(loader, Mapping) else enumerate(loader)
         for key, item in items:
@@ -243,7 +236,7 @@ def _each_loader(path: str, loader: Any) -> Iterator[tuple[str, Any]]:
         yield path, loader
 
 
-def _find_loader_mistakes(path: str, loader: Any) -> list[str]:
+def _find_loader_mistakes(path: str, loader: Loader) -> list[str]:
     name = type(loader).__qualname__
     if isinstance(loader, type):
         return [f"{path} is the class {loader.__qualname__}: pass an instance"]
@@ -265,7 +258,7 @@ def _find_loader_mistakes(path: str, loader: Any) -> list[str]:
     return [f"{path} is empty: its {'sampler gives' if num_samples else 'dataset has'} no samples"]
 
 
-def _length(value: Any) -> int | None:
+def _length(value: Loader) -> int | None:
     try:
         return len(value)
     except (TypeError, NotImplementedError):  # nothing that counts
@@ -275,7 +268,7 @@ def _length(value: Any) -> int | None:
 # ---- while training
 
 
-def check_loss(loss: Any, step: str = "training_step") -> Tensor:
+def check_loss(loss: Output, step: str = "training_step") -> Tensor:
     """The loss, if it can be trained on: a floating-point tensor of one element with a gradient. Costs no device sync.
 
     Raises InvalidArguments.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import cloudpickle
 import numpy as np
 import torch
 
+from raylight.contract.kinds import Value
 from raylight.contract.reducers import hooks_of, reduce_special, state_of, type_of
 from raylight.contract.task import Loaders
 
@@ -23,7 +23,7 @@ _QUICK_BYTES = 64 << 20
 
 
 def check_picklable(
-    module: Any, loaders: Loaders, callbacks: list[Any], others: Mapping[str, Any] | None = None
+    module: object, loaders: Loaders, callbacks: Sequence[object], others: Mapping[str, object] | None = None
 ) -> list[str]:
     """What cannot be sent to a worker, by its path, as in "module.reader.handle: cannot pickle '_io.TextIOWrapper'".
 
@@ -31,7 +31,7 @@ def check_picklable(
     more than the first 64 MB are tried: after that come the items of a long list, and sending it tries them all.
     """
     names = {"train": "train_dataloaders", "validate": "val_dataloaders", "data_module": "datamodule"}
-    roots = {"module": module}
+    roots: dict[str, object] = {"module": module}
     for item in fields(loaders):
         loader = getattr(loaders, item.name)
         if loader is not None:
@@ -40,7 +40,7 @@ def check_picklable(
     return find_unpicklable(roots | dict(others or {}), _QUICK_BYTES)
 
 
-def find_unpicklable(roots: Mapping[str, Any], max_bytes: float = float("inf")) -> list[str]:
+def find_unpicklable(roots: Mapping[str, object], max_bytes: float = float("inf")) -> list[str]:
     """The same for any objects by name; `max_bytes` of each are tried."""
     search = _Search(max_bytes)
     for path, root in roots.items():
@@ -53,7 +53,7 @@ class _Search:
         self.max_bytes = max_bytes
         self.found: list[str] = []
 
-    def look(self, path: str, root: Any) -> None:
+    def look(self, path: str, root: object) -> None:
         if self._why_not(root) is None:
             return
         count = len(self.found)
@@ -61,7 +61,7 @@ class _Search:
         if len(self.found) == count:  # parts that only fail together, in a circle
             self._add(path, root)
 
-    def _narrow(self, path: str, value: Any, seen: set[int]) -> None:
+    def _narrow(self, path: str, value: object, seen: set[int]) -> None:
         """Adds the deepest parts of `value`, which cannot be pickled, that cannot be pickled themselves; each once,
         however many hold it."""
         seen.add(id(value))
@@ -76,7 +76,7 @@ class _Search:
         if not is_explained:
             self._add(path, value)
 
-    def _add(self, path: str, value: Any) -> None:
+    def _add(self, path: str, value: object) -> None:
         kind = type(value)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         reason = self._why_not(value) or ""
@@ -86,7 +86,7 @@ class _Search:
             "__getstate__"
         )
 
-    def _why_not(self, value: Any) -> str | None:
+    def _why_not(self, value: object) -> str | None:
         """Why `value` cannot be pickled; None: it can."""
         try:
             _Trial(_Nowhere(self.max_bytes), protocol=5, buffer_callback=lambda _: None).dump(value)
@@ -99,7 +99,7 @@ class _Search:
         return None
 
 
-def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _parts(path: str, value: object) -> Iterator[tuple[str, object]]:
     """What is pickled along with `value`, with the expression that a user would write for it."""
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -124,7 +124,7 @@ def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from _attributes(path, value)
 
 
-def _captured(path: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def _captured(path: str, function: types.FunctionType) -> Iterator[tuple[str, object]]:
     """The variables that a function takes with it: those of the function around it, defaults, and globals."""
     label = f"{path} (function {function.__qualname__}): variable "
     for name, value in inspect.getclosurevars(function).nonlocals.items():
@@ -136,7 +136,7 @@ def _captured(path: str, function: types.FunctionType) -> Iterator[tuple[str, An
         yield f"{path} (function {function.__qualname__}): default", value
 
 
-def _attributes(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _attributes(path: str, value: object) -> Iterator[tuple[str, object]]:
     try:
         state = state_of(value)
     except Exception:
@@ -162,7 +162,7 @@ class _Nowhere:
     def __init__(self, max_bytes: float):
         self.left = max_bytes
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes) -> int:
         self.left -= len(data)
         if self.left < 0:
             raise _EnoughError
@@ -172,7 +172,7 @@ class _Nowhere:
 class _Trial(cloudpickle.CloudPickler):
     """Pickles all but the bytes of tensors and arrays."""
 
-    def reducer_override(self, obj: Any) -> Any:
+    def reducer_override(self, obj: Value) -> Value:
         kind = type(obj)
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             return bytes, (), (vars(obj) or None, hooks_of(obj))

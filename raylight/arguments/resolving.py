@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
-from typing import Any
 
-from raylight.arguments.rules import CHECKPOINTING_RULES, DDP_RULES, RULES, Refused, Rule, say_nearest
+from raylight.arguments.rules import CHECKPOINTING_RULES, DDP_RULES, RULES, say_nearest
 from raylight.arguments.scale import Available, Scale, resolve_scale
+from raylight.arguments.value_kinds import Refused, Rule
 from raylight.contract.config import DDP, Checkpointing, Config, to_plain
 from raylight.contract.errors import InvalidArguments, NotEnoughResources
+from raylight.contract.kinds import Value
 from raylight.contract.plain_numbers import with_python_numbers
 from raylight.user.callback import Callback
 
@@ -66,7 +67,7 @@ INSTEAD = {
 }
 
 
-def resolve(arguments: dict[str, Any], available: Available) -> Config:
+def resolve(arguments: dict[str, Value], available: Available) -> Config:
     """Checks the trainer's arguments against each other and against what there is, and fills in defaults.
 
     None stands for the default, but for `check_val_every_n_epoch`. `num_workers` stays "auto", and `use_gpu` None,
@@ -98,7 +99,7 @@ def resolve(arguments: dict[str, Any], available: Available) -> Config:
     return _limit_batches(config)
 
 
-def check_checkpointing(given: Checkpointing | Mapping[str, Any], label: str, mistakes: list[str]) -> Checkpointing:
+def check_checkpointing(given: Checkpointing | Mapping[str, Value], label: str, mistakes: list[str]) -> Checkpointing:
     """What the fields say, each in its one spelling; fields that are wrong keep their default."""
     if isinstance(given, Checkpointing):
         given = {item.name: getattr(given, item.name) for item in fields(given)}
@@ -108,7 +109,7 @@ def check_checkpointing(given: Checkpointing | Mapping[str, Any], label: str, mi
     return checked
 
 
-def find_callback_mistakes(callbacks: list[Any]) -> list[str]:
+def find_callback_mistakes(callbacks: Iterable[object]) -> list[str]:
     """Those that are no Callback."""
     mistakes = []
     for index, callback in enumerate(callbacks):
@@ -126,9 +127,9 @@ def find_callback_mistakes(callbacks: list[Any]) -> list[str]:
     return mistakes
 
 
-def _check_each(arguments: dict[str, Any], mistakes: list[str]) -> dict[str, Any]:
+def _check_each(arguments: dict[str, Value], mistakes: list[str]) -> dict[str, Value]:
     """Those arguments that are known and of the right type, each in its one spelling."""
-    given: dict[str, Any] = {}
+    given: dict[str, Value] = {}
     for name, value in arguments.items():
         if name in ELSEWHERE:
             mistakes.append(f"{name} is not an argument of the trainer: {ELSEWHERE[name]}")
@@ -145,7 +146,7 @@ def _check_each(arguments: dict[str, Any], mistakes: list[str]) -> dict[str, Any
 
 
 def _check_value(
-    name: str, value: Any, rule: Rule, given: dict[str, Any], mistakes: list[str], label: str = ""
+    name: str, value: object, rule: Rule, given: dict[str, Value], mistakes: list[str], label: str = ""
 ) -> None:
     try:
         given[name] = rule.parse(with_python_numbers(value))
@@ -155,9 +156,11 @@ def _check_value(
         mistakes.append(f"{label}{name} must be {rule.allowed}; {shown} was given{advice}")
 
 
-def _check_fields(given: Mapping[str, Any], rules: dict[str, Rule], label: str, mistakes: list[str]) -> dict[str, Any]:
+def _check_fields(
+    given: Mapping[str, Value], rules: dict[str, Rule], label: str, mistakes: list[str]
+) -> dict[str, Value]:
     """The fields of a nested setting, such as those of Checkpointing."""
-    checked: dict[str, Any] = {}
+    checked: dict[str, Value] = {}
     for name, value in given.items():
         if name not in rules:
             nearest = say_nearest(str(name), rules) or f"; there are {', '.join(rules)}"
@@ -167,18 +170,18 @@ def _check_fields(given: Mapping[str, Any], rules: dict[str, Rule], label: str, 
     return checked
 
 
-def _show(value: Any, name: str) -> str:
+def _show(value: object, name: str) -> str:
     text = repr(to_plain(value, name)) if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _check_strategy(given: dict[str, Any], mistakes: list[str]) -> DDP:
+def _check_strategy(given: dict[str, Value], mistakes: list[str]) -> DDP:
     strategy = given.get("strategy", DDP())
     values = {item.name: getattr(strategy, item.name) for item in fields(DDP)}
     return replace(strategy, **_check_fields(values, DDP_RULES, "strategy", mistakes))
 
 
-def _check_storage(given: dict[str, Any], mistakes: list[str]) -> str:
+def _check_storage(given: dict[str, Value], mistakes: list[str]) -> str:
     paths = {name: given[name] for name in ("storage_path", "default_root_dir") if name in given}
     if len(set(paths.values())) > 1:
         texts = " and ".join(f"{name}={_show(path, '')}" for name, path in paths.items())
@@ -195,7 +198,7 @@ def _check_storage(given: dict[str, Any], mistakes: list[str]) -> str:
     return path if _URI.match(path) else os.path.abspath(os.path.expanduser(path))
 
 
-def _check_checkpoint(given: dict[str, Any], mistakes: list[str]) -> Checkpointing | None:
+def _check_checkpoint(given: dict[str, Value], mistakes: list[str]) -> Checkpointing | None:
     """When checkpoints are made: one of `checkpoint` and ModelCheckpoint says so, `enable_checkpointing` if at all."""
     settings: dict[str, Checkpointing] = {}
     if isinstance(given.get("checkpoint"), (Checkpointing, Mapping)):
@@ -223,7 +226,7 @@ def _fill_lengths(config: Config) -> Config:
     return replace(config, max_epochs=-1 if is_limited else 1000)
 
 
-def _find_conflicts(given: dict[str, Any], config: Config, scale: Scale) -> list[str]:
+def _find_conflicts(given: dict[str, Value], config: Config, scale: Scale) -> list[str]:
     """What is right by itself and cannot work together."""
     mistakes = []
     on_cpu = config.use_gpu is False
@@ -253,7 +256,7 @@ def _find_conflicts(given: dict[str, Any], config: Config, scale: Scale) -> list
     return mistakes + _find_validation_conflicts(given, config)
 
 
-def _find_validation_conflicts(given: dict[str, Any], config: Config) -> list[str]:
+def _find_validation_conflicts(given: dict[str, Value], config: Config) -> list[str]:
     if config.fast_dev_run:
         return []
     if config.check_val_every_n_epoch is None and isinstance(config.val_check_interval, float):

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, ValuesView
+from dataclasses import replace
 from datetime import timedelta
 from numbers import Integral, Real
-from typing import Any
 
+from raylight.arguments.value_kinds import (
+    FLAG,
+    TEXT,
+    Refused,
+    Rule,
+    choice,
+    either,
+    number,
+    optional,
+    read_text,
+    to_float,
+    whole,
+)
 from raylight.contract.config import DDP, RUN_NAMES, Checkpointing, is_collection, is_run_name
 from raylight.contract.durations import FORMS, read_duration
+from raylight.contract.kinds import Value
 from raylight.contract.seeding import MAX_SEED
 
 
-class Refused(Exception):
-    """A value that a rule does not allow; the text, where there is one, is advice."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """`allowed` ends the sentence "it must be ..."; `parse` returns the value in its one spelling or raises Refused."""
-
-    allowed: str
-    parse: Callable[[Any], Any]
-
-
-def as_list(value: Any) -> list[Any]:
+def as_list(value: object) -> list[Value]:
     """`callbacks`, `logger` or `plugins` as a list: of nothing (None), of one, or of several."""
     if value is None:
         return []
@@ -39,103 +40,13 @@ def say_nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-# ---- kinds of values
-
-
-def _to_int(value: Any) -> int:
-    if isinstance(value, float) and value.is_integer():
-        raise Refused(f"write {int(value)}")
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise Refused
-    return int(value)
-
-
-def _to_float(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or value != value:
-        raise Refused
-    return float(value)
-
-
-def whole(least: int, note: str = "", most: int | None = None) -> Rule:
-    def parse(value: Any) -> int:
-        number = _to_int(value)
-        if number < least or (most is not None and number > most):
-            raise Refused
-        return number
-
-    limit = f"from {least} to {most}" if most is not None else f"of at least {least}"
-    return Rule(f"a whole number {limit}{note}", parse)
-
-
-def number(allowed: str, is_allowed: Callable[[float], bool]) -> Rule:
-    def parse(value: Any) -> float:
-        parsed = _to_float(value)
-        if not is_allowed(parsed):
-            raise Refused
-        return parsed
-
-    return Rule(allowed, parse)
-
-
-def choice(spellings: Iterable[Any] | Mapping[Any, Any]) -> Rule:
-    """One of the given, strings in any case; of a mapping, one of its keys, which stands for its value."""
-    known = dict(spellings) if isinstance(spellings, Mapping) else {value: value for value in spellings}
-    texts = {text.lower(): text for text in known if isinstance(text, str)}
-
-    def parse(value: Any) -> Any:
-        if isinstance(value, str):
-            if value.lower() in texts:
-                return known[texts[value.lower()]]
-            near = difflib.get_close_matches(value.lower(), texts, n=1)
-            raise Refused(f"did you mean {texts[near[0]]!r}?" if near else "")
-        for spelling, meaning in known.items():
-            # By type too: True is no 1.
-            if type(spelling) is type(value) and spelling == value:
-                return meaning
-        raise Refused
-
-    return Rule("one of " + ", ".join(repr(value) for value in known), parse)
-
-
-def either(*rules: Rule) -> Rule:
-    def parse(value: Any) -> Any:
-        advice = ""
-        for rule in rules:
-            try:
-                return rule.parse(value)
-            except Refused as refused:
-                advice = str(refused) or advice
-        raise Refused(advice)
-
-    return Rule(" or ".join(rule.allowed for rule in rules), parse)
-
-
-def optional(rule: Rule) -> Rule:
-    return Rule(f"{rule.allowed}, or None", lambda value: None if value is None else rule.parse(value))
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise Refused
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise Refused
-    return value
-
-
-FLAG = Rule("True or False", _flag)
-TEXT = Rule("a string that is not empty", _text)
-
 # ---- values of single arguments
 
 
-def _limit(value: Any) -> int | float:
+def _limit(value: object) -> int | float:
     if isinstance(value, Integral):
         return whole(0).parse(value)
-    parsed = _to_float(value)
+    parsed = to_float(value)
     if 0 <= parsed <= 1:
         return parsed
     if parsed > 1 and parsed.is_integer():
@@ -143,7 +54,7 @@ def _limit(value: Any) -> int | float:
     raise Refused
 
 
-def _validation_interval(value: Any) -> int | float | timedelta:
+def _validation_interval(value: object) -> int | float | timedelta:
     if not isinstance(value, Real):
         return _duration(value)
     parsed = _limit(value)
@@ -152,7 +63,7 @@ def _validation_interval(value: Any) -> int | float | timedelta:
     return parsed
 
 
-def _num_workers(value: Any) -> int | tuple[int, int] | str:
+def _num_workers(value: object) -> int | tuple[int, int] | str:
     if value == "auto":
         return "auto"
     if is_collection(value):
@@ -165,7 +76,7 @@ def _num_workers(value: Any) -> int | tuple[int, int] | str:
     return whole(0).parse(value)
 
 
-def _devices(value: Any, name: str, least: int) -> int | str:
+def _devices(value: object, name: str, least: int) -> int | str:
     """Lightning's ways to say how many: a number, all of them, or single ones by index."""
     if isinstance(value, str) and "," in value:
         value = [int(part) for part in value.split(",") if part.strip().isdigit()]
@@ -183,20 +94,20 @@ def _devices(value: Any, name: str, least: int) -> int | str:
     return whole(least).parse(value)
 
 
-def _resources(value: Any) -> dict[str, float]:
+def _resources(value: object) -> dict[str, float]:
     if not isinstance(value, Mapping):
         raise Refused
     parsed = {}
     for name, amount in value.items():
         if not isinstance(name, str) or (name not in ("CPU", "GPU") and name.upper() in ("CPU", "GPU")):
             raise Refused(f"Ray writes {str(name).upper()!r}")
-        parsed[name] = _to_float(amount)
+        parsed[name] = to_float(amount)
         if parsed[name] < 0:
             raise Refused(f"{name} is negative")
     return parsed
 
 
-def _strategy(value: Any) -> DDP:
+def _strategy(value: object) -> DDP:
     if isinstance(value, DDP):
         return value
     if not isinstance(value, str):
@@ -212,7 +123,7 @@ def _strategy(value: Any) -> DDP:
     return replace(DDP(), find_unused_parameters=unused)
 
 
-def _duration(value: Any) -> timedelta:
+def _duration(value: object) -> timedelta:
     try:
         duration = read_duration(value)
     except ValueError as error:
@@ -222,36 +133,37 @@ def _duration(value: Any) -> timedelta:
     return duration
 
 
-def _fast_dev_run(value: Any) -> int:
+def _fast_dev_run(value: object) -> int:
     return int(value) if isinstance(value, bool) else whole(0).parse(value)
 
 
-def _path(value: Any) -> str:
+def _path(value: object) -> str:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or isinstance(os.fspath(value), bytes):
         raise Refused
     return str(os.fspath(value))
 
 
-def _run_name(value: Any) -> str:
-    if not is_run_name(_text(value)):
+def _run_name(value: object) -> str:
+    name = read_text(value)
+    if not is_run_name(name):
         raise Refused
-    return value
+    return name
 
 
-def _filesystem(value: Any) -> Any:
+def _filesystem(value: object) -> Value:
     if not hasattr(value, "open_output_stream"):
         wrap = "wrap it: pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))"
         raise Refused(wrap if hasattr(value, "protocol") else "")
     return value
 
 
-def _checkpoint(value: Any) -> Any:
+def _checkpoint(value: object) -> Value:
     if not isinstance(value, (bool, Checkpointing, Mapping)):
         raise Refused
     return value
 
 
-def _logger(value: Any) -> bool | list[Any]:
+def _logger(value: object) -> bool | list[Value]:
     if isinstance(value, bool):
         return value
     loggers = as_list(value)
@@ -260,20 +172,20 @@ def _logger(value: Any) -> bool | list[Any]:
     return loggers or False
 
 
-def _gradient_clip_val(value: Any) -> float | None:
-    parsed = _to_float(value)
+def _gradient_clip_val(value: object) -> float | None:
+    parsed = to_float(value)
     if parsed < 0:
         raise Refused
     return parsed or None
 
 
-def _accumulate_grad_batches(value: Any) -> int:
+def _accumulate_grad_batches(value: object) -> int:
     if isinstance(value, Mapping):
         raise Refused("to change it while training: callbacks=[GradientAccumulationScheduler(scheduling={...})]")
     return whole(1).parse(value)
 
 
-def _plugins(value: Any) -> tuple[Any, ...]:
+def _plugins(value: object) -> tuple[Value, ...]:
     plugins = tuple(as_list(value))
     for plugin in plugins:
         if hasattr(plugin, "unscale") and hasattr(plugin, "forward_context"):
@@ -291,19 +203,19 @@ def _plugins(value: Any) -> tuple[Any, ...]:
     return plugins
 
 
-def _callbacks(value: Any) -> list[Any]:
+def _callbacks(value: object) -> list[Value]:
     if _is_read_once(value):
         raise Refused(_MAKE_LIST)
     return as_list(value)
 
 
-def _is_read_once(value: Any) -> bool:
+def _is_read_once(value: object) -> bool:
     return isinstance(value, (Iterator, ValuesView))
 
 
 _DEVICES = 'a whole number of at least {least}, -1 or "auto" for all there are'
 _LIMIT = Rule("a whole number of batches of at least 0, or a share from 0.0 to 1.0", _limit)
-_PRECISIONS = {
+_PRECISIONS: dict[str | int, str] = {
     "32-true": "32-true", "16-mixed": "16-mixed", "bf16-mixed": "bf16-mixed", "16-true": "16-true",
     "bf16-true": "bf16-true", "64-true": "64-true", 16: "16-mixed", 32: "32-true", 64: "64-true", "bf16": "bf16-mixed",
     "16": "16-mixed", "32": "32-true", "64": "64-true",

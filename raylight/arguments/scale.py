@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
+
+from raylight.contract.kinds import Value
+
+Count: TypeAlias = Any
+"""A number of workers: "auto", a number, or (min, max)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,7 @@ class Scale:
     shortage: str | None = None
 
 
-def resolve_scale(given: dict[str, Any], available: Available, mistakes: list[str]) -> Scale:
+def resolve_scale(given: dict[str, Value], available: Available, mistakes: list[str]) -> Scale:
     """`given`: those of num_workers, use_gpu, resources_per_worker, devices, gpus, num_nodes and accelerator that the
     user passed, each of the right type. Appends what contradicts itself to `mistakes`."""
     use_gpu, reason = _find_use_gpu(given, mistakes)
@@ -54,7 +59,7 @@ def resolve_scale(given: dict[str, Any], available: Available, mistakes: list[st
     return scale
 
 
-def _find_use_gpu(given: dict[str, Any], mistakes: list[str]) -> tuple[bool | None, str]:
+def _find_use_gpu(given: dict[str, Value], mistakes: list[str]) -> tuple[bool | None, str]:
     """Whether workers have GPUs (None: nothing was said), and which argument says so."""
     says: dict[str, bool] = {}
     if "use_gpu" in given:
@@ -74,7 +79,7 @@ def _find_use_gpu(given: dict[str, Any], mistakes: list[str]) -> tuple[bool | No
     return next(((says_gpu, text) for text, says_gpu in says.items()), (None, ""))
 
 
-def _find_count(given: dict[str, Any], available: Available, mistakes: list[str]) -> tuple[str, Any]:
+def _find_count(given: dict[str, Value], available: Available, mistakes: list[str]) -> tuple[str, Count]:
     """Which argument says how many workers, and how many in all: "auto", a number, or (min, max)."""
     sources = [name for name in ("num_workers", "devices", "gpus") if given.get(name, "auto") != "auto"]
     sources = [name for name in sources if not (name == "gpus" and given["gpus"] == 0)]
@@ -100,7 +105,7 @@ def _find_count(given: dict[str, Any], available: Available, mistakes: list[str]
     return source, count * num_nodes
 
 
-def _runs_here(source: str, count: Any, use_gpu: bool | None, available: Available) -> bool:
+def _runs_here(source: str, count: Count, use_gpu: bool | None, available: Available) -> bool:
     """Whether the work is done in this process: for num_workers=0, and for a single device, as in Lightning, unless
     its GPU is one of a cluster."""
     if source == "num_workers":
@@ -140,7 +145,7 @@ def _scale_here(asked: str, use_gpu: bool | None, resources: dict[str, float], a
 
 
 def _scale_out(
-    source: str, count: Any, use_gpu: bool | None, resources: dict[str, float], available: Available
+    source: str, count: Count, use_gpu: bool | None, resources: dict[str, float], available: Available
 ) -> Scale:
     if use_gpu is None and available.gpus is not None:
         use_gpu = available.gpus > 0
@@ -150,7 +155,7 @@ def _scale_out(
     return Scale(count, use_gpu, needs)
 
 
-def _find_shortage(source: str, given: dict[str, Any], scale: Scale, available: Available) -> str | None:
+def _find_shortage(source: str, given: dict[str, Value], scale: Scale, available: Available) -> str | None:
     if available.autoscales:
         return None
     least = scale.num_workers[0] if isinstance(scale.num_workers, tuple) else int(scale.num_workers)

@@ -10,16 +10,18 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, TypeVar
 
+from raylight.contract.kinds import Value
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @cache
-def list_keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def list_keywords(function: Callable[..., object]) -> dict[str, inspect.Parameter]:
     """The keyword-only parameters of `function` by name, in the order of its signature."""
     return {name: it for name, it in inspect.signature(function).parameters.items() if it.kind is it.KEYWORD_ONLY}
 
 
-def find_given(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def find_given(function: Callable[..., object], values: Mapping[str, Value]) -> dict[str, Value]:
     """Those of `values`, the variables of a call of `function`, that are keywords of it and not at their default."""
     return {
         name: values[name] for name, keyword in list_keywords(function).items()
@@ -27,12 +29,12 @@ def find_given(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[
     }  # fmt: skip
 
 
-def _is_same(value: Any, default: Any) -> bool:
+def _is_same(value: object, default: object) -> bool:
     """By type too: 1 is a number of batches, 1.0 a share of them."""
     return value is default or (type(value) is type(default) and value == default)
 
 
-def passes_on_keywords_of(target: Callable[..., Any]) -> Callable[[Function], Function]:
+def passes_on_keywords_of(target: Callable[..., object]) -> Callable[[Function], Function]:
     """For a function that hands its **keywords to `target`: its signature lists them by name, type and default."""
 
     def decorate(function: Function) -> Function:
@@ -50,7 +52,7 @@ class KeywordDoc:
     """A docstring with a function's keywords below it, as help and LightningCLI show them: read from the source of the
     classes that have them as documented fields, when somebody asks for it."""
 
-    def __init__(self, text: str | None, function: Callable[..., Any], *owners: type):
+    def __init__(self, text: str | None, function: Callable[..., object], *owners: type):
         self.text, self.function, self.owners = inspect.cleandoc(text or ""), function, owners
 
     def __get__(self, instance: object, owner: type) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Literal, Protocol, TypedDict
 
-from raylight.contract.config import DDP, Checkpointing
+from raylight.contract.config import DDP, Checkpointing, FilePath, Filesystem
 from raylight.contract.durations import Duration
+from raylight.contract.kinds import Value
 from raylight.user.callback import Callback
 
 
@@ -15,11 +15,10 @@ class TakesMetrics(Protocol):
     """One of raylight.loggers, Lightning's or your own: it has log_metrics(metrics, step)."""
 
     @property
-    def log_metrics(self) -> Callable[..., Any]: ...
+    def log_metrics(self) -> Callable[..., object]: ...
 
 
 NumWorkers = int | tuple[int, int] | Literal["auto"]
-Path = str | os.PathLike[str]
 Precision = Literal[
     64, 32, 16, "64", "32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"
 ]
@@ -73,10 +72,10 @@ class EvaluationArguments(TypedDict, total=False):
     seed: int | None
     use_distributed_sampler: bool
     # storage
-    storage_path: Path | None
-    default_root_dir: Path | None
+    storage_path: FilePath | None
+    default_root_dir: FilePath | None
     """Lightning's name for `storage_path`."""
-    storage_filesystem: Any
+    storage_filesystem: Filesystem
     name: str
     enable_checkpointing: bool | None
     """False: no checkpoints are made, as with checkpoint=False."""
@@ -94,10 +93,10 @@ class EvaluationArguments(TypedDict, total=False):
     # extension
     callbacks: Callback | Sequence[Callback] | None
     """A raylight.Callback or several, called in this order."""
-    plugins: Any
+    plugins: Value
 
 
 class TrainerArguments(EvaluationArguments, total=False):
     """All of them. Functions that only evaluate have a `checkpoint` of their own, the one that is evaluated."""
 
-    checkpoint: bool | Checkpointing | Mapping[str, Any] | None
+    checkpoint: bool | Checkpointing | Mapping[str, Value] | None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_swa_multi_avg_fn
+
+from raylight.contract.kinds import Value
 
 AverageOne = Callable[[Tensor, Tensor, Tensor | int], Tensor]
 AverageMany = Callable[[list[Tensor], list[Tensor], Tensor | int], None]
@@ -64,13 +65,13 @@ class AveragedWeights:
             tensor.copy_(self.kept[name])
             self.kept[name].copy_(before)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Value]:
         """ "average" or, while they have changed places, "current" holds what the module does not."""
         if self.num_averaged == 0:
             return {"num_averaged": 0}
         return {"num_averaged": self.num_averaged, "current" if self.is_swapped else "average": dict(self.kept)}
 
-    def load_state_dict(self, state: dict[str, Any], module: nn.Module) -> None:
+    def load_state_dict(self, state: dict[str, Value], module: nn.Module) -> None:
         """Put back what `state_dict` returned. `module` has its state already: with "current", that is the average."""
         self.reset()
         self.num_averaged = state["num_averaged"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from raylight.callbacks.log_step import is_log_step
+from raylight.contract.kinds import Batch, Output
 from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
@@ -40,31 +41,43 @@ class DeviceStatsMonitor(Callback):
         self._logged = {}
         self._processor_time = _read_processor_time()  # the first value is that of the time since now
 
-    def on_train_batch_start(self, trainer: TrainerNames, module: Module, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: TrainerNames, module: Module, batch: Batch, batch_idx: int) -> None:
         self._log(trainer, "on_train_batch_start", trainer.global_step + 1)
 
     def on_train_batch_end(
-        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: TrainerNames, module: Module, outputs: Output, batch: Batch, batch_idx: int
     ) -> None:
         self._log(trainer, "on_train_batch_end", trainer.global_step)
 
     def on_validation_batch_start(
-        self, trainer: TrainerNames, module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: TrainerNames, module: Module, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._log(trainer, "on_validation_batch_start", batch_idx + 1)
 
     def on_validation_batch_end(
-        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: TrainerNames,
+        module: Module,
+        outputs: Output,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._log(trainer, "on_validation_batch_end", batch_idx + 1)
 
     def on_test_batch_start(
-        self, trainer: TrainerNames, module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: TrainerNames, module: Module, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._log(trainer, "on_test_batch_start", batch_idx + 1)
 
     def on_test_batch_end(
-        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: TrainerNames,
+        module: Module,
+        outputs: Output,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._log(trainer, "on_test_batch_end", batch_idx + 1)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from raylight.callbacks.mistake_list import Mistakes, sort_by_nearness
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.kinds import Value
 from raylight.contract.plain_numbers import to_python
 from raylight.user.callback import Callback
 
@@ -90,7 +91,7 @@ class EarlyStopping(Callback):
     def state_key(self) -> str:
         return f"{type(self).__qualname__}(monitor={self.monitor!r}, mode={self.mode!r})"
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Value]:
         return {
             "wait_count": self.wait_count,
             "stopped_epoch": self.stopped_epoch,
@@ -99,7 +100,7 @@ class EarlyStopping(Callback):
             "stopping_reason_message": self.stopping_reason_message,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Value]) -> None:
         self.wait_count = state_dict["wait_count"]
         self.stopped_epoch = state_dict["stopped_epoch"]
         self.best_score = torch.as_tensor(state_dict["best_score"]).cpu()
@@ -182,7 +183,7 @@ class EarlyStopping(Callback):
             f"{self.monitor} did not improve in the last {self.wait_count} checks; the best was {self.best_score:.4g}."
         )
 
-    def _is_better(self, value: Any, than: Any) -> bool:
+    def _is_better(self, value: torch.Tensor | float, than: torch.Tensor | float) -> bool:
         return bool(value < than) if self.mode == "min" else bool(value > than)
 
     @staticmethod

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from raylight.callbacks.mistake_list import Mistakes
 from raylight.contract.errors import CheckpointMismatch, InvalidArguments
+from raylight.contract.kinds import Value
 from raylight.contract.plain_numbers import to_python
 from raylight.user.callback import Callback
 
@@ -31,7 +32,7 @@ class BaseFinetuning(Callback):
     """
 
     def __init__(self) -> None:
-        self._saved: dict[str, Any] | None = None
+        self._saved: dict[str, Value] | None = None
         self._latest_epoch = -1  # whose start was seen; it starts again when a lost worker has been replaced in it
 
     def freeze_before_training(self, module: Module) -> None:
@@ -63,16 +64,16 @@ class BaseFinetuning(Callback):
             if len(optimizer.param_groups) != num_groups:
                 extend_schedulers(trainer, optimizer)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Value]:
         return {"latest_epoch": self._latest_epoch}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Value]) -> None:
         self._latest_epoch = state_dict["latest_epoch"]
 
-    def on_save_checkpoint(self, trainer: TrainerNames, module: Module, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: TrainerNames, module: Module, checkpoint: dict[str, Value]) -> None:
         checkpoint[f"{self.state_key}.groups"] = describe_groups(trainer, module)
 
-    def on_load_checkpoint(self, trainer: TrainerNames, module: Module, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: TrainerNames, module: Module, checkpoint: dict[str, Value]) -> None:
         saved = checkpoint.get(f"{self.state_key}.groups") if trainer.fitting else None
         if saved is None:
             return
@@ -199,10 +200,10 @@ class BackboneFinetuning(BaseFinetuning):
         self.previous_backbone_lr = None
         super().setup(trainer, module, stage)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Value]:
         return super().state_dict() | {"previous_backbone_lr": self.previous_backbone_lr}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Value]) -> None:
         super().load_state_dict(state_dict)
         self.previous_backbone_lr = state_dict["previous_backbone_lr"]
 
@@ -232,7 +233,7 @@ class BackboneFinetuning(BaseFinetuning):
             module.trainer.notice(f"BackboneFinetuning: in epoch {epoch} {rates}.")
 
 
-def describe_groups(trainer: TrainerNames, module: Module) -> dict[str, Any]:
+def describe_groups(trainer: TrainerNames, module: Module) -> dict[str, Value]:
     """Which parameters are in which group of which optimizer, and what is frozen, by name."""
     name_of = {id(parameter): name for name, parameter in module.named_parameters()}
     return {
@@ -245,7 +246,7 @@ def describe_groups(trainer: TrainerNames, module: Module) -> dict[str, Any]:
     }
 
 
-def restore_groups(trainer: TrainerNames, module: Module, saved: dict[str, Any]) -> None:
+def restore_groups(trainer: TrainerNames, module: Module, saved: dict[str, Value]) -> None:
     """Freezes what was frozen and adds the groups that were added since `configure_optimizers`; what is in them is
     loaded later, with the optimizer's state."""
     parameters = dict(module.named_parameters())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raylight.callbacks.log_step import find_log_step
 from raylight.callbacks.mistake_list import Mistakes
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.kinds import Batch, Value
 from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class LearningRateMonitor(Callback):
             for name in names:
                 self.lrs.setdefault(name, [])
 
-    def on_train_batch_start(self, trainer: TrainerNames, module: Module, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: TrainerNames, module: Module, batch: Batch, batch_idx: int) -> None:
         done = trainer.global_step
         # with accumulation several batches belong to one step, with several optimizers several steps to one batch
         if self._last_step is not None and done > self._last_step:
@@ -82,7 +83,7 @@ class LearningRateMonitor(Callback):
         if values and trainer.logger:
             trainer.logger.log_metrics(values, step=step)
 
-    def _read(self, optimizer: Optimizer, group: dict[str, Any], name: str) -> dict[str, float]:
+    def _read(self, optimizer: Optimizer, group: dict[str, Value], name: str) -> dict[str, float]:
         values = {name: float(group["lr"])}
         self.lrs.setdefault(name, []).append(values[name])
         if self.log_momentum:

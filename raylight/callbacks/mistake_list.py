@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any
+from typing import TypeGuard
 
 from raylight.contract.durations import read_duration
 from raylight.contract.errors import InvalidArguments
@@ -26,7 +26,7 @@ class Mistakes:
         if not right:
             self.add(text)
 
-    def require_choice(self, name: str, value: Any, allowed: Iterable[Any]) -> None:
+    def require_choice(self, name: str, value: object, allowed: Iterable[object]) -> None:
         """`value` must be one of `allowed`; a misspelt string is told the nearest right one."""
         choices = list(allowed)
         if value in choices:
@@ -35,15 +35,15 @@ class Mistakes:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         self.add(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.{hint}")
 
-    def require_count(self, name: str, value: Any, least: int) -> None:
+    def require_count(self, name: str, value: object, least: int) -> None:
         if not is_int(value) or value < least:
             self.add(f"{name}={value!r} must be an int of at least {least}.")
 
-    def require_number(self, name: str, value: Any) -> None:
+    def require_number(self, name: str, value: object) -> None:
         if not is_number(value):
             self.add(f"{name}={value!r} must be a number.")
 
-    def read_duration(self, name: str, value: Any) -> timedelta | None:
+    def read_duration(self, name: str, value: object) -> timedelta | None:
         """None where `value` is None, or no duration."""
         try:
             return None if value is None else read_duration(value)
@@ -56,12 +56,12 @@ class Mistakes:
             raise InvalidArguments(self.found)
 
 
-def is_int(value: Any) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     value = to_python(value)
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     value = to_python(value)
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

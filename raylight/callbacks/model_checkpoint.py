@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from raylight.callbacks.mistake_list import Mistakes, is_int
-from raylight.contract.config import Checkpointing
+from raylight.contract.config import Checkpointing, FilePath
 from raylight.contract.durations import Duration
 from raylight.contract.plain_numbers import to_python
 from raylight.storage.retention import rank_measured
@@ -47,7 +47,7 @@ class ModelCheckpoint(Callback):
 
     def __init__(
         self,
-        dirpath: Any = None,
+        dirpath: FilePath | None = None,
         filename: str | None = None,
         monitor: str | None = None,
         verbose: bool = False,

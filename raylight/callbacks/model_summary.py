@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from raylight.callbacks.mistake_list import Mistakes
+from raylight.contract.kinds import Batch, Output
 from raylight.contract.plain_numbers import to_python
 from raylight.user.callback import Callback
 
@@ -37,7 +39,7 @@ class ModelSummary(Callback):
     keyword arguments), which is sent through `forward` once.
     """
 
-    def __init__(self, max_depth: int = 1, **summarize_kwargs: Any):
+    def __init__(self, max_depth: int = 1, **summarize_kwargs: object):
         mistakes = Mistakes("ModelSummary")
         mistakes.require_count("max_depth", max_depth, -1)
         mistakes.raise_any()
@@ -126,8 +128,8 @@ def _measure_sizes(module: nn.Module, layers: dict[str, nn.Module]) -> dict[str,
         return {}
     sizes: dict[str, tuple[str, str]] = {}
 
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+    def note(name: str) -> Callable[[nn.Module, Batch, Output], None]:
+        def hook(_: nn.Module, inputs: Batch, output: Output) -> None:
             sizes[name] = (_shape(inputs), _shape(output))
 
         return hook
@@ -150,14 +152,14 @@ def _measure_sizes(module: nn.Module, layers: dict[str, nn.Module]) -> dict[str,
     return sizes
 
 
-def _shape(value: Any) -> str:
+def _shape(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return str(list(value.shape))
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return next((shape for shape in map(_shape, items) if shape), "")
 
 
-def _move(value: Any, device: torch.device) -> Any:
+def _move(value: Batch, device: torch.device) -> Batch:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, dict):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raylight.callbacks.mistake_list import Mistakes
 from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
-    from raylight.contract.config import Config
+    from raylight.contract.config import Config, FilePath
     from raylight.user.module import Module
     from raylight.user.trainer_names import TrainerNames
 
@@ -21,7 +21,7 @@ class OnExceptionCheckpoint(Callback):
     others of its version; the run says so where `dirpath` is given.
     """
 
-    def __init__(self, dirpath: Any = None, filename: str = "on_exception"):
+    def __init__(self, dirpath: FilePath | None = None, filename: str = "on_exception"):
         mistakes = Mistakes("OnExceptionCheckpoint")
         mistakes.require(bool(filename), "filename must not be empty.")
         mistakes.raise_any()

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from raylight.callbacks.mistake_list import Mistakes
+from raylight.contract.kinds import Batch, Output
 from raylight.user.callback import Callback
 from raylight.user.transfer import move_to_device
 
 if TYPE_CHECKING:
     from raylight.user.module import Module
     from raylight.user.trainer_names import TrainerNames
+
+
+Sample: TypeAlias = Any
+"""An index into the loader's dataset, as its sampler yields them."""
 
 
 class BasePredictionWriter(Callback):
@@ -30,17 +35,17 @@ class BasePredictionWriter(Callback):
         mistakes.require_choice("write_interval", write_interval, ("batch", "epoch", "batch_and_epoch"))
         mistakes.raise_any()
         self.write_interval = write_interval
-        self._orders: list[Any] = []  # each loader's samples, or batches of them, in the order of one process
-        self._predictions: list[list[Any]] = []
-        self._indices: list[list[list[Any] | None]] = []
+        self._orders: list[Sample] = []  # each loader's samples, or batches of them, in the order of one process
+        self._predictions: list[list[Output]] = []
+        self._indices: list[list[list[Sample] | None]] = []
 
     def write_on_batch_end(
         self,
         trainer: TrainerNames,
         module: Module,
-        prediction: Any,
-        batch_indices: Sequence[Any] | None,
-        batch: Any,
+        prediction: Output,
+        batch_indices: Sequence[Sample] | None,
+        batch: Batch,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
@@ -48,7 +53,7 @@ class BasePredictionWriter(Callback):
         raise NotImplementedError(f"{type(self).__name__} must override write_on_batch_end to write each batch")
 
     def write_on_epoch_end(
-        self, trainer: TrainerNames, module: Module, predictions: Sequence[Any], batch_indices: Sequence[Any]
+        self, trainer: TrainerNames, module: Module, predictions: Sequence[Output], batch_indices: Sequence[Sample]
     ) -> None:
         """Write this worker's predictions, on the CPU: a list with one for each batch, or a list of such lists where
         there are several loaders. `batch_indices` is always a list of lists, one for each loader."""
@@ -59,7 +64,13 @@ class BasePredictionWriter(Callback):
         self._indices = [[] for _ in trainer.num_predict_batches]
 
     def on_predict_batch_end(
-        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: TrainerNames,
+        module: Module,
+        outputs: Output,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         indices = trainer.find_samples(dataloader_idx, batch_idx)
         if self.write_interval != "epoch":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raylight.callbacks.mistake_list import Mistakes
+from raylight.contract.kinds import Value
 from raylight.contract.plain_numbers import to_python
 from raylight.user.callback import Callback
 
@@ -41,7 +42,7 @@ class ProgressBar(Callback):
     def disable(self) -> None:
         self._enabled = False
 
-    def print(self, *args: Any, **options: Any) -> None:
+    def print(self, *args: object, **options: Value) -> None:
         """Print above the bar: what a worker prints reaches the console that draws it."""
         print(*args, **options)
 
@@ -66,8 +67,8 @@ class RichProgressBar(ProgressBar):
         self,
         refresh_rate: int = 1,
         leave: bool = False,
-        theme: Any = None,
-        console_kwargs: dict[str, Any] | None = None,
+        theme: object = None,
+        console_kwargs: dict[str, Value] | None = None,
     ):
         super().__init__(refresh_rate)
         self.leave = leave

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,14 @@ from torch.optim.swa_utils import SWALR
 
 from raylight.callbacks.averaged_weights import AveragedWeights, AverageOne
 from raylight.callbacks.mistake_list import Mistakes, is_int, is_number
+from raylight.contract.kinds import Value
 from raylight.contract.plain_numbers import to_python
 from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
     from raylight.contract.config import Config
     from raylight.user.module import Module
+    from raylight.user.module_hooks import Stepping
     from raylight.user.trainer_names import TrainerNames
 
 
@@ -76,7 +78,7 @@ class StochasticWeightAveraging(Callback):
     def _begin(self) -> None:
         self.average.reset()
         self._scheduler: SWALR | None = None
-        self._scheduler_state: dict[str, Any] | None = None
+        self._scheduler_state: dict[str, Value] | None = None
         self._latest_update_epoch = -1
 
     def first_epoch(self, max_epochs: float) -> int:
@@ -161,14 +163,14 @@ class StochasticWeightAveraging(Callback):
 
     # ---- state
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Value]:
         return {
             "latest_update_epoch": self._latest_update_epoch,
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
             **self.average.state_dict(),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Value]) -> None:
         assert self._module is not None, "a state is loaded after setup"
         self._latest_update_epoch = state_dict["latest_update_epoch"]
         self._scheduler_state = state_dict["scheduler"]
@@ -193,16 +195,16 @@ class StochasticWeightAveraging(Callback):
 class RestingScheduler:
     """Stands for a scheduler that no longer steps; its state goes on being saved and loaded."""
 
-    def __init__(self, scheduler: Any, optimizer: Optimizer):
+    def __init__(self, scheduler: Stepping, optimizer: Optimizer):
         self.scheduler = scheduler
         self.optimizer = optimizer
 
-    def step(self, *_: Any, **__: Any) -> None: ...
+    def step(self, *_: object, **__: object) -> None: ...
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Value]:
         return self.scheduler.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Value]) -> None:
         self.scheduler.load_state_dict(state)
 
     def get_last_lr(self) -> list[float]:

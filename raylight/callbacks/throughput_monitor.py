@@ -6,12 +6,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from raylight.callbacks.log_step import is_log_step
 from raylight.callbacks.mistake_list import Mistakes
+from raylight.contract.kinds import Batch, Output
 from raylight.contract.plain_numbers import to_python
 from raylight.user.callback import Callback
 
@@ -78,8 +79,8 @@ class ThroughputMonitor(Callback):
 
     def __init__(
         self,
-        batch_size_fn: Callable[[Any], int],
-        length_fn: Callable[[Any], int] | None = None,
+        batch_size_fn: Callable[[Batch], int],
+        length_fn: Callable[[Batch], int] | None = None,
         *,
         window_size: int = 100,
         separator: str = "/",
@@ -114,7 +115,7 @@ class ThroughputMonitor(Callback):
         self._start("train")
 
     def on_train_batch_end(
-        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: TrainerNames, module: Module, outputs: Output, batch: Batch, batch_idx: int
     ) -> None:
         self._count("train", module, batch)
         step = trainer.global_step
@@ -128,7 +129,13 @@ class ThroughputMonitor(Callback):
         self._start("validate")
 
     def on_validation_batch_end(
-        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: TrainerNames,
+        module: Module,
+        outputs: Output,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._count("validate", module, batch)
 
@@ -143,7 +150,13 @@ class ThroughputMonitor(Callback):
         self._start("test")
 
     def on_test_batch_end(
-        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: TrainerNames,
+        module: Module,
+        outputs: Output,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._count("test", module, batch)
 
@@ -154,7 +167,13 @@ class ThroughputMonitor(Callback):
         self._start("predict")
 
     def on_predict_batch_end(
-        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: TrainerNames,
+        module: Module,
+        outputs: Output,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._count("predict", module, batch)
 
@@ -166,7 +185,7 @@ class ThroughputMonitor(Callback):
         self._counts[stage].take_reading(self.window_size)
 
     @torch.no_grad()  # the functions may touch tensors that ask for gradients
-    def _count(self, stage: str, module: Module, batch: Any) -> None:
+    def _count(self, stage: str, module: Module, batch: Batch) -> None:
         counts = self._counts[stage]
         counts.batches += 1
         counts.samples += self.batch_size_fn(batch)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raylight.callbacks.mistake_list import Mistakes
 from raylight.contract.durations import Duration
+from raylight.contract.kinds import Batch, Output, Value
 from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from raylight.user.module import Module
     from raylight.user.trainer_names import TrainerNames
 
@@ -68,13 +71,13 @@ class Timer(Callback):
         """Seconds left of `duration`; None without one."""
         return None if self._duration_s is None else self._duration_s - self.time_elapsed(stage)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Value]:
         return {
             "time_elapsed": {stage: self.time_elapsed(stage) for stage in STAGES},
             "agreed_s": self._agreed_s,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Value]) -> None:
         self._offset_s = state_dict["time_elapsed"]["train"]
         self._agreed_s = state_dict["agreed_s"]
         if "train" in self._started:
@@ -114,13 +117,13 @@ class Timer(Callback):
     def on_predict_end(self, trainer: TrainerNames, module: Module) -> None:
         self._ended["predict"] = time.monotonic()
 
-    def on_before_zero_grad(self, trainer: TrainerNames, module: Module, optimizer: Any) -> None:
+    def on_before_zero_grad(self, trainer: TrainerNames, module: Module, optimizer: Optimizer) -> None:
         # every rank begins every step, while one that has no samples in an epoch's last batch does not come to its end
         if trainer.world_size > 1:
             self._check_in_step(trainer)
 
     def on_train_batch_end(
-        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: TrainerNames, module: Module, outputs: Output, batch: Batch, batch_idx: int
     ) -> None:
         if trainer.world_size == 1:
             self._check_in_step(trainer)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from raylight.callbacks.averaged_weights import AveragedWeights, AverageMany, AverageOne, unique_state
 from raylight.callbacks.mistake_list import Mistakes, is_number
+from raylight.contract.kinds import Batch, Output, Value
 from raylight.contract.plain_numbers import to_python
 from raylight.user.callback import Callback
 from raylight.worker.group.collectives import broadcast_tensors
@@ -67,7 +68,7 @@ class WeightAveraging(Callback):
             self.average.swap(module)
 
     def on_train_batch_end(
-        self, trainer: TrainerNames, module: Module, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: TrainerNames, module: Module, outputs: Output, batch: Batch, batch_idx: int
     ) -> None:
         self._update_after_step(trainer, module)
 
@@ -111,20 +112,20 @@ class WeightAveraging(Callback):
 
     # ---- checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Value]:
         return {
             "latest_update_step": self._latest_update_step,
             "latest_update_epoch": self._latest_update_epoch,
             **self.average.state_dict(),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Value]) -> None:
         assert self._module is not None, "a state is loaded after setup"
         self._latest_update_step = state_dict["latest_update_step"]
         self._latest_update_epoch = state_dict["latest_update_epoch"]
         self.average.load_state_dict(state_dict, self._module)
 
-    def on_save_checkpoint(self, trainer: TrainerNames, module: Module, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: TrainerNames, module: Module, checkpoint: dict[str, Value]) -> None:
         """Exchange what is stored where: nothing is copied here, and the snapshot copies both alike."""
         state = checkpoint["callbacks"].get(self.state_key, {})
         if "average" not in state:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence, Set
@@ -10,9 +11,14 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import timedelta
 from enum import Enum
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
+from raylight.contract.kinds import Value
 from raylight.contract.plain_text import has_control
+
+FilePath = str | os.PathLike[str]
+Filesystem: TypeAlias = Any
+"""A pyarrow.fs.FileSystem, or None for the one that a path or URI names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +150,7 @@ class Config:
     # storage
     storage_path: str = "runs"
     """Where runs are stored: a path, or a URI that pyarrow.fs reads (s3://, gs://, hdfs://)."""
-    storage_filesystem: Any = None
+    storage_filesystem: Filesystem = None
     """A pyarrow.fs.FileSystem that `storage_path` lies on."""
     name: str = "default"
     """The run: everything lies under <storage_path>/<name>/version_N/."""
@@ -152,7 +158,7 @@ class Config:
     """When checkpoints are made and which are kept: a raylight.Checkpointing(...) or a dict of its fields. True: one
     after each epoch; False: none."""
     # report
-    logger: Any = True
+    logger: Value = True
     """True: TensorBoard; False: none; or one or several of raylight.loggers, Lightning's or your own."""
     log_every_n_steps: int = 50
     """Optimizer steps between rows of step values; 0: no step values are logged, epoch values still are."""
@@ -173,10 +179,10 @@ class Config:
     num_standby: int | None = None
     """Workers on each node that wait, with torch imported, to replace one that is lost; 0: none. None: one a node."""
     # extension
-    plugins: tuple[Any, ...] = ()
+    plugins: tuple[Value, ...] = ()
     """A precision of your own."""
     # no argument
-    given: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Value] = field(default_factory=dict)
     """What the user wrote, as plain values without secrets, for run.json."""
 
 
@@ -193,7 +199,7 @@ def is_run_name(name: str) -> bool:
     return bool(fits) and not re.fullmatch(r"version_\d+", name)
 
 
-def describe(config: Config) -> dict[str, Any]:
+def describe(config: Config) -> dict[str, Value]:
     """Every argument as resolved, and under "given" as the user wrote it: JSON values only, secrets masked."""
     return {item.name: to_plain(getattr(config, item.name), item.name) for item in fields(config)}
 
@@ -205,7 +211,7 @@ _URI_USER = re.compile(r"(?<=://)[^/@\s]+@")
 _URI_OPTION = re.compile(r"([?&])([^=&\s]+)=([^&\s]*)")
 
 
-def to_plain(value: Any, name: str = "") -> Any:
+def to_plain(value: object, name: str = "") -> Value:
     """`value` as JSON values, for a person to read: objects become the name of their class. Strings under a name that
     looks like a secret's, and the secrets in URIs, become "***"."""
     if isinstance(value, str) and not isinstance(value, Enum):
@@ -234,11 +240,13 @@ def to_plain(value: Any, name: str = "") -> Any:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def is_collection(value: Any) -> bool:
+def is_collection(value: object) -> TypeGuard[Sequence[Value] | Set[Value]]:
     """Whether `value` is several things, as a list is, that can be gone through more than once: no text and no bytes,
     nor a tensor or an array."""
     return isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes, bytearray, memoryview, range))
-def _item(container: Any, key: Any) -> Any:
+
+
+def _item(container: Mapping[Value, Value] | Sequence[Value], key: Value) -> Value:
     """A container may compute what it holds: a configuration has values that are yet to be given."""
     try:
         return container[key]

@@ -13,17 +13,24 @@ import pickle
 import sys
 import types
 from collections import ChainMap
+from collections.abc import Callable
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import cloudpickle
 
-_adopted: dict[str, Any] | None = None
+from raylight.contract.kinds import Value
+
+Content = tuple[Callable[..., object], tuple[object, ...]]
+"""A function that a process runs, and its arguments."""
+
+_adopted: dict[str, object] | None = None
 """None: `__main__` is the caller's own."""
 
 
-def note(found: dict[str, Any], obj: Any) -> None:
+def note(found: dict[str, object], obj: object) -> None:
     """Adds `obj` to `found`, by its name, if it is a class or function of `__main__`."""
     if not isinstance(obj, (type, types.FunctionType)) or obj.__module__ != "__main__":
         return
@@ -32,7 +39,7 @@ def note(found: dict[str, Any], obj: Any) -> None:
         found[name] = obj
 
 
-def adopt(found: dict[str, Any]) -> None:
+def adopt(found: dict[str, object]) -> None:
     """Makes them known in `__main__` in place of those of the run before; what Python put there itself stays."""
     global _adopted
     known = vars(sys.modules["__main__"])
@@ -60,20 +67,20 @@ def make_context(context: BaseContext | None) -> BaseContext | None:
 class _ProcessByValue:
     """Stands in for a context's class of processes."""
 
-    def __init__(self, kind: Any):
+    def __init__(self, kind: Callable[..., BaseProcess]):
         self.kind = kind
 
-    def __call__(self, *, target: Any, args: tuple[Any, ...] = ()) -> Any:
+    def __call__(self, *, target: Callable[..., object], args: tuple[object, ...] = ()) -> BaseProcess:
         return self.kind(target=_run, args=(_ByValue((target, args)),))
 
 
 class _ByValue:
     """Arrives in a process that is being started as the content itself."""
 
-    def __init__(self, content: Any):
+    def __init__(self, content: Content):
         self.content = content
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         file = io.BytesIO()
         pickler = _Pickler(file)
         pickler.dump((self.content, pickler.of_main))
@@ -87,19 +94,19 @@ class _Pickler(cloudpickle.Pickler):
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file)
-        self.of_main: dict[str, Any] = {}
+        self.of_main: dict[str, object] = {}
 
-    def reducer_override(self, obj: Any) -> Any:
+    def reducer_override(self, obj: object) -> Value:
         note(self.of_main, obj)
         return super().reducer_override(obj)
 
 
-def _load(data: bytes) -> Any:
+def _load(data: bytes) -> Content:
     content, found = pickle.loads(data)
     adopt(found)
     return content
 
 
-def _run(content: tuple[Any, tuple[Any, ...]]) -> None:
+def _run(content: Content) -> None:
     target, args = content
     target(*args)

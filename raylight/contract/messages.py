@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from raylight.contract.kinds import Value
 from raylight.contract.user_error import unpack
 
 Values = dict[str, float]
@@ -51,7 +52,7 @@ class Progress:
     num_samples: int
     values: Values = field(default_factory=dict)
     data_wait_s: float = 0.0
-    share: dict[str, Any] = field(default_factory=dict)
+    share: dict[str, Value] = field(default_factory=dict)
 
 
 # A thousand ranks send tens of thousands of these a second; a tuple is unpickled in a third of a dataclass's time.
@@ -149,7 +150,7 @@ class Notice:
 class Hyperparameters:
     """What `save_hyperparameters` collected, for run.json and TensorBoard; sent by rank 0."""
 
-    values: dict[str, Any]
+    values: dict[str, Value]
 
 
 RECOVERY = "recovery"
@@ -210,11 +211,11 @@ class Paused:
 class Trained:
     """What the caller's own objects become after a fit on workers, as far as it can be sent."""
 
-    weights: dict[str, Any]
+    weights: dict[str, Value]
     """The state dict, on the CPU."""
     objects: bytes
     """Attributes of module, callbacks, data module and trainer, as worker/returned.py packs them."""
-    facts: dict[str, Any]
+    facts: dict[str, Value]
     """What the trainer is asked for after the run, by the names of `Record`."""
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
+
+from raylight.contract.kinds import Value
+
+T = TypeVar("T")
 
 _PYTHONS_OWN = (int, float, bool, str, type(None))
 
 
-def to_python(value: Any) -> Any:
+def to_python(value: T) -> T:
     """The Python value in a 0-d array or tensor or in a numpy scalar; anything else as it is."""
     if type(value) in _PYTHONS_OWN or isinstance(value, type):
         return value
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
-        return value.item()
+        return value.item()  # type: ignore[attr-defined]
     return value
 
 
-def with_python_numbers(value: Any) -> Any:
+def with_python_numbers(value: Value) -> Value:
     """As `to_python`, in plain lists, tuples and dicts too."""
     if type(value) in (list, tuple):
         return type(value)(with_python_numbers(item) for item in value)

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from raylight.contract.kinds import Value
+
 Settings = dict[str, Any]
 """Plain values by name, and the warning filters."""
 
 
 class _Setting(NamedTuple):
-    read: Callable[[], Any]
-    write: Callable[[Any], Any]
+    read: Callable[[], object]
+    write: Callable[[Value], object]
 
 
 def read_settings() -> Settings:
@@ -42,14 +44,14 @@ def apply_settings(settings: Settings) -> list[str]:
 _UNKNOWN = object()
 
 
-def _read(setting: _Setting) -> Any:
+def _read(setting: _Setting) -> object:
     try:
         return setting.read()
     except (AttributeError, RuntimeError):  # torch refuses where its old and new names for a setting were mixed
         return _UNKNOWN
 
 
-def _attribute(owner: Callable[[], Any], name: str) -> _Setting:
+def _attribute(owner: Callable[[], object], name: str) -> _Setting:
     return _Setting(lambda: getattr(owner(), name), lambda value: setattr(owner(), name, value))
 
 
@@ -87,12 +89,12 @@ def _sdp(name: str) -> _Setting:
     return _Setting(lambda: getattr(cuda, f"{name}_sdp_enabled")(), lambda on: getattr(cuda, f"enable_{name}_sdp")(on))
 
 
-def _write_safe_globals(kinds: list[Any]) -> None:
+def _write_safe_globals(kinds: list[Value]) -> None:
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(kinds)
 
 
-def _read_printing() -> dict[str, Any]:
+def _read_printing() -> dict[str, object]:
     return dict(vars(torch._tensor_str.PRINT_OPTS))
 
 
@@ -102,7 +104,7 @@ _NO_LEVEL = (logging.NOTSET, False, True)
 _levels_before: dict[str, tuple[int, bool, bool]] = {}
 
 
-def _write_filters(filters: list[Any]) -> None:
+def _write_filters(filters: list[tuple[object, ...]]) -> None:
     warnings.resetwarnings()
     warnings.filters.extend(filters)  # type: ignore[attr-defined]
 

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
+from raylight.contract.kinds import Value
+
 Reduced = tuple[Any, ...]
 """What `__reduce__` returns: how to make the object, its state, and how to put the state in."""
+Hooks = tuple[Any, Any]
+"""torch's two dicts of hooks on the gradient of one tensor."""
 
 
-def reduce_special(obj: Any) -> Reduced | None:
+def reduce_special(obj: object) -> Reduced | None:
     """How to pickle `obj`; None: pickle knows itself."""
     if isinstance(obj, nn.Module):
         if isinstance(obj, torch.jit.ScriptModule):
@@ -35,26 +39,26 @@ def is_parametrized(module: nn.Module) -> bool:
     return "parametrizations" in vars(module).get("_modules", ()) and parametrize.is_parametrized(module)
 
 
-def state_of(obj: Any) -> Any:
+def state_of(obj: object) -> Value:
     """What pickle takes of `obj`, which may be less than its `__dict__`."""
     if isinstance(obj, nn.Module) and is_parametrized(obj):
         return super(type(obj), obj).__getstate__()
     return obj.__getstate__()
 
 
-def type_of(obj: Any) -> type:
+def type_of(obj: Value) -> type:
     """The class that the user knows."""
     is_changed = isinstance(obj, nn.Module) and is_parametrized(obj)
     return parametrize.type_before_parametrizations(obj) if is_changed else type(obj)
 
 
-def hooks_of(tensor: Tensor) -> tuple[Any, Any] | None:
+def hooks_of(tensor: Tensor) -> Hooks | None:
     """The hooks on a tensor's gradient, which torch's own pickling leaves out; None: there are none."""
     hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
     return hooks if any(hooks) else None
 
 
-def put_hooks(tensor: Tensor, hooks: tuple[Any, Any]) -> None:
+def put_hooks(tensor: Tensor, hooks: Hooks) -> None:
     if hooks[0]:
         tensor._backward_hooks = hooks[0]
     if hooks[1]:
@@ -70,7 +74,7 @@ def _make_parametrized(kind: type[nn.Module], names: list[str]) -> nn.Module:
     return module
 
 
-def _set_module_state(module: nn.Module, state: Any) -> None:
+def _set_module_state(module: nn.Module, state: Value) -> None:
     module.__setstate__(state)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.kinds import Value
 from raylight.contract.rank_zero import rank_zero_info
 
 MAX_SEED = 2**32 - 1  # numpy's limit
@@ -31,7 +32,7 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     accepted and changes nothing: loader workers are always seeded. Raises InvalidArguments.
     """
     global _last_seed
-    given: Any = os.environ.get(_SEED_VARIABLE, 0) if seed is None else seed
+    given: int | str = os.environ.get(_SEED_VARIABLE, 0) if seed is None else seed
     source = _SEED_VARIABLE if seed is None else "seed"
     try:
         seed = int(given)
@@ -106,14 +107,14 @@ def isolate_rng() -> Iterator[None]:
         set_rng_state(state)
 
 
-def _to_plain(value: Any) -> Any:
+def _to_plain(value: Value) -> Value:
     if isinstance(value, dict):
         return {key: _to_plain(item) for key, item in value.items()}
     # int64: torch stores uint32, but cannot copy or compare it on every device.
     return torch.from_numpy(value.astype(np.int64)) if isinstance(value, np.ndarray) else value
 
 
-def _to_numpy(value: Any) -> Any:
+def _to_numpy(value: Value) -> Value:
     if isinstance(value, dict):
         return {key: _to_numpy(item) for key, item in value.items()}
     return value.cpu().numpy().astype(np.uint32) if isinstance(value, torch.Tensor) else value

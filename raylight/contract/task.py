@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias
+
+from raylight.contract.kinds import Loader
 
 if TYPE_CHECKING:
     from raylight.contract.config import Config
     from raylight.contract.messages import SavedFile
+    from raylight.contract.process_settings import Settings
     from raylight.contract.seeding import RNGState
 
 Chunk = bytes | bytearray | memoryview
+
+
+UserObject: TypeAlias = Any
+"""An object of a class that the user may subclass: contract lies below those classes."""
 
 
 class Files(Protocol):
@@ -60,11 +67,11 @@ class Place:
 class Loaders:
     """What the caller passed; None where the module or the data module has the loader as a hook."""
 
-    train: Any = None
-    validate: Any = None
-    test: Any = None
-    predict: Any = None
-    data_module: Any = None
+    train: Loader = None
+    validate: Loader = None
+    test: Loader = None
+    predict: Loader = None
+    data_module: UserObject = None
 
 
 EpochValues = dict[str, Any]
@@ -94,11 +101,11 @@ class Task:
     """One `fit`, `validate`, `test` or `predict` of one attempt; the same object for every rank."""
 
     stage: str
-    module: Any
+    module: UserObject
     loaders: Loaders
     config: Config
-    callbacks: list[Any]
-    trainer: Any
+    callbacks: list[UserObject]
+    trainer: UserObject
     """What hooks get; in this process the caller's own object."""
     version_path: str
     """What a person would open: the version directory as path or URI."""
@@ -121,7 +128,7 @@ class Task:
     """Options of optimizers and schedulers that differ from the checkpoint's are the ones that count."""
     returns_predictions: bool = True
     """The caller wants what `predict_step` returned; else no more than one batch of it is held."""
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     """What the caller's process has set globally, as process_settings.read_settings gives it."""
     rng: RNGState | None = None
     """The random numbers of the caller's process; None if it is this one."""

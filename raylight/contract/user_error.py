@@ -10,12 +10,17 @@ import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import cloudpickle
 
 import raylight
 from raylight.contract.errors import WorkerFailed
+from raylight.contract.kinds import Value
+
+T = TypeVar("T")
+Sent = tuple[str, Any]
+"""How a value is sent, and its data: ("value", bytes), ("text", str), ("exception", its parts)."""
 
 PACKAGE = os.path.dirname(os.path.abspath(raylight.__file__)) + os.sep
 LINKS = ("__cause__", "__context__")
@@ -87,7 +92,7 @@ def say(error: BaseException) -> str:
 def _combine(failed: type[WorkerFailed], users: type[BaseException]) -> type[BaseException]:
     """Named as the user's class, which is what a traceback then shows."""
 
-    def fill(namespace: dict[str, Any]) -> None:
+    def fill(namespace: dict[str, Value]) -> None:
         namespace.update(dict.fromkeys(FACTS))  # else properties of these names would be in the way
         namespace.update(
             __module__=users.__module__, __qualname__=users.__qualname__, __doc__=users.__doc__,
@@ -97,11 +102,12 @@ def _combine(failed: type[WorkerFailed], users: type[BaseException]) -> type[Bas
     return types.new_class(users.__name__, (failed, users), {}, fill)
 
 
-def _say_text(error: Any) -> str:
-    return error._text
+def _say_text(error: Value) -> str:
+    text: str = error._text
+    return text
 
 
-def _reduce(error: Any) -> tuple[Any, ...]:
+def _reduce(error: Value) -> tuple[object, ...]:
     kind = next(base for base in type(error).__mro__ if base.__module__ == WorkerFailed.__module__)
     facts = {name: getattr(error, name) for name in FACTS if name != "cause"}
     notes = [note for note in getattr(error, "__notes__", []) if isinstance(note, str)]
@@ -109,7 +115,7 @@ def _reduce(error: Any) -> tuple[Any, ...]:
 
 
 def _rebuild(
-    kind: type[WorkerFailed], text: str, facts: dict[str, Any], packed: bytes, notes: list[str]
+    kind: type[WorkerFailed], text: str, facts: dict[str, Value], packed: bytes, notes: list[str]
 ) -> WorkerFailed:
     failed, cause = kind(text, **facts), unpack(packed)
     error = with_users_class(failed, cause) if cause is not None else failed
@@ -117,7 +123,7 @@ def _rebuild(
     return error
 
 
-def _make(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
+def _make(kind: type[BaseException], args: tuple[Value, ...], attributes: dict[str, Value]) -> BaseException:
     """Without `__init__`, which may want other arguments than those that the exception was left with."""
     pythons = [base for base in kind.__mro__ if base.__module__ == "builtins"]
     error: BaseException = pythons[0].__new__(kind, *args)
@@ -138,8 +144,8 @@ def _described(owner: type) -> Iterator[str]:
             yield name
 
 
-def _members(error: BaseException) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _members(error: BaseException) -> dict[str, Value]:
+    found: dict[str, Value] = {}
     for owner in type(error).__mro__:
         for name in _described(owner):
             try:
@@ -166,7 +172,7 @@ def _without_own_frames(trace: types.TracebackType | None) -> types.TracebackTyp
 # ---- from one process to another
 
 
-def _take_apart(error: BaseException, above: frozenset[int]) -> dict[str, Any]:
+def _take_apart(error: BaseException, above: frozenset[int]) -> dict[str, Value]:
     above |= {id(error)}
     kinds = [kind for kind in type(error).__mro__ if issubclass(kind, BaseException) and kind is not BaseException]
     attributes = {name: _send(value, above) for name, value in {**_members(error), **vars(error)}.items()}
@@ -184,7 +190,7 @@ def _take_apart(error: BaseException, above: frozenset[int]) -> dict[str, Any]:
     }
 
 
-def _put_together(parts: dict[str, Any]) -> BaseException | None:
+def _put_together(parts: dict[str, Value]) -> BaseException | None:
     args = tuple(_receive(sent, f"<{sent[0]} that cannot be loaded here>") for sent in parts["args"])
     missing = object()
     received = {name: _receive(sent, missing) for name, sent in parts["attributes"].items()}
@@ -199,7 +205,7 @@ def _put_together(parts: dict[str, Any]) -> BaseException | None:
     return error
 
 
-def _send(value: Any, above: frozenset[int]) -> tuple[str, Any] | None:
+def _send(value: Value, above: frozenset[int]) -> Sent | None:
     """None where it cannot be sent. Exceptions within are taken apart too, as those of a group."""
     if isinstance(value, BaseException):
         return ("exception", _take_apart(value, above)) if id(value) not in above else None
@@ -210,7 +216,7 @@ def _send(value: Any, above: frozenset[int]) -> tuple[str, Any] | None:
     return ("value", dumped) if dumped is not None else None
 
 
-def _receive(sent: tuple[str, Any], default: Any) -> Any:
+def _receive(sent: Sent, default: object) -> Value:
     kind, data = sent
     if kind == "exception":
         return _put_together(data) or default
@@ -223,7 +229,7 @@ def _receive(sent: tuple[str, Any], default: Any) -> Any:
     return loaded[0] if loaded is not None else default
 
 
-def _attempt(action: Callable[..., Any], *arguments: Any) -> Any:
+def _attempt(action: Callable[..., T], *arguments: object) -> T | None:
     """None where it fails: user code takes part in pickling, and may fail in any way."""
     try:
         return action(*arguments)
@@ -231,17 +237,17 @@ def _attempt(action: Callable[..., Any], *arguments: Any) -> Any:
         return None
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     return _attempt(repr, value) or f"<{type(value).__qualname__}>"
 
 
-def _dump(value: Any) -> bytes:
+def _dump(value: object) -> bytes:
     file = io.BytesIO()
     _Sender(file).dump(value)
     return file.getvalue()
 
 
-def _load(data: bytes) -> Any:
+def _load(data: bytes) -> Value:
     return _Receiver(io.BytesIO(data)).load()
 
 
@@ -249,16 +255,16 @@ class _Sender(cloudpickle.Pickler):
     """Sends classes of a script or notebook by name and by value. Loaded by value where they are known, their methods
     and attributes would be overwritten by the worker's copies."""
 
-    def persistent_id(self, value: Any) -> Any:
+    def persistent_id(self, value: object) -> tuple[str, str, bytes | None] | None:
         if not isinstance(value, type) or (value.__module__ != "__main__" and value.__module__ in sys.modules):
             return None
         return value.__module__, value.__qualname__, _attempt(cloudpickle.dumps, value)
 
 
 class _Receiver(pickle.Unpickler):
-    def persistent_load(self, identity: Any) -> Any:
+    def persistent_load(self, identity: Value) -> Value:
         module, name, dumped = identity
-        found: Any = sys.modules.get(module)
+        found: object = sys.modules.get(module)
         for part in name.split("."):
             found = getattr(found, part, None)
         return found if isinstance(found, type) else cloudpickle.loads(dumped)

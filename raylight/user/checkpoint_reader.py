@@ -23,9 +23,13 @@ class CheckpointReader(ABC):
 
     @abstractmethod
     def load_module(
-        self, kind: type[M], checkpoint: CheckpointPath, map_location: MapLocation, strict: bool | None,
+        self,
+        kind: type[M],
+        checkpoint: CheckpointPath,
+        map_location: MapLocation,
+        strict: bool | None,
         overrides: dict[str, Value],
-    ) -> M: ...  # fmt: skip
+    ) -> M: ...
 
     @abstractmethod
     def load_data_module(self, kind: type[M], checkpoint: CheckpointPath, overrides: dict[str, Value]) -> M: ...

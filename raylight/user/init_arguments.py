@@ -10,15 +10,16 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.kinds import Value
 
 Argument = tuple[str, Any, tuple[str, ...]]
 """The name of an argument, what it was, and the names of the values in it."""
 
 
-def collect_arguments(owner: Any, frame: FrameType | None) -> dict[str, Any]:
+def collect_arguments(owner: object, frame: FrameType | None) -> dict[str, Value]:
     """Those of all `__init__`s of `owner` that are running, the outermost class' last. One that was called from a
     method of its own, or has a decorator, is found too."""
-    found: dict[str, Any] = {}
+    found: dict[str, Value] = {}
     while frame is not None:
         if frame.f_code.co_name == "__init__":
             values = inspect.getargvalues(frame)
@@ -30,20 +31,21 @@ def collect_arguments(owner: Any, frame: FrameType | None) -> dict[str, Any]:
 
 
 def choose_hyperparameters(
-    chosen: tuple[Any, ...], arguments: dict[str, Any]
-) -> tuple[dict[str, Any], Argument | None]:
+    chosen: tuple[object, ...], arguments: dict[str, Value]
+) -> tuple[dict[str, Value], Argument | None]:
     """All arguments, those whose names are `chosen`, or the items of one object. Of an object, what it is: an argument
     that is rebuilt as a whole, or None where it is none."""
     objects = [one for one in chosen if not isinstance(one, str)]
     if not chosen:
         return arguments, None
     if not objects:
-        if unknown := [name for name in chosen if name not in arguments]:
+        names = [str(name) for name in chosen]
+        if unknown := [name for name in names if name not in arguments]:
             raise InvalidArguments(
-                f"save_hyperparameters({', '.join(map(repr, chosen))}): __init__ has no argument "
+                f"save_hyperparameters({', '.join(map(repr, names))}): __init__ has no argument "
                 f"{', '.join(map(repr, unknown))}; it has {list(arguments)}"
             )
-        return {name: arguments[name] for name in chosen}, None
+        return {name: arguments[name] for name in names}, None
     items = _items(objects[0]) if len(chosen) == 1 else None
     if items is None:
         kinds = ", ".join(type(one).__name__ for one in chosen)
@@ -55,7 +57,7 @@ def choose_hyperparameters(
     return items, None if name is None else (name, objects[0], tuple(items))
 
 
-def _items(value: Any) -> dict[str, Any] | None:
+def _items(value: object) -> dict[str, Value] | None:
     if isinstance(value, Mapping):
         return {key: value[key] for key in value if not _is_unset(value, key)}
     if isinstance(value, Namespace | SimpleNamespace):
@@ -65,13 +67,13 @@ def _items(value: Any) -> dict[str, Any] | None:
     return None
 
 
-def _is_unset(mapping: Any, key: str) -> bool:
+def _is_unset(mapping: object, key: str) -> bool:
     """OmegaConf's "???", which raises where it is read."""
     get_node = getattr(mapping, "_get_node", None)
     return get_node is not None and getattr(get_node(key), "_is_missing", bool)()
 
 
-def _find_name(value: Any, arguments: dict[str, Any]) -> str | None:
+def _find_name(value: object, arguments: dict[str, Value]) -> str | None:
     for name, argument in arguments.items():
         if argument is value:
             return name

@@ -9,7 +9,8 @@ from raylight.user.states import RunningStage
 
 if TYPE_CHECKING:
     from raylight.contract.config import Config
-    from raylight.user.run_view import Loader, RunView
+    from raylight.contract.kinds import Loader
+    from raylight.user.run_view import RunView
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raylight.contract.kinds import Batch, Output, Value
-from raylight.user.callback import Callback
 from raylight.user.data_hooks import DataHooks
 
-Callbacks: TypeAlias = Callback | Sequence[Callback] | None
+Callbacks: TypeAlias = Any
+"""A Callback, a sequence of them, or None; their class lies above this one."""
 OptimizerSetup: TypeAlias = Any
 """The forms that `configure_optimizers` may return."""
 Stepping: TypeAlias = Any

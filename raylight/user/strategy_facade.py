@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from raylight.user.run_view import RunView
+    from raylight.contract.config import FilePath
+    from raylight.contract.kinds import Value
+    from raylight.user.checkpoint_reader import MapLocation
+    from raylight.user.run_view import RunView, SchedulerEntry
 
 
 class FileIO:
     """`strategy.checkpoint_io`: single files, written by torch and read without running code from them."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Value], path: FilePath, storage_options: object = None) -> None:
         """Writes to a temporary name first, so that `path` is whole or not there."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -26,10 +31,12 @@ class FileIO:
         torch.save(checkpoint, aside)
         aside.replace(target)
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: FilePath, map_location: MapLocation = None, weights_only: bool | None = True
+    ) -> dict[str, Value]:
         return dict(torch.load(path, map_location=map_location, weights_only=weights_only is not False))
 
-    def remove_checkpoint(self, path: Any) -> None:
+    def remove_checkpoint(self, path: FilePath) -> None:
         Path(path).unlink(missing_ok=True)
 
 
@@ -51,7 +58,7 @@ class StrategyFacade:
         return self._view.optimizers
 
     @property
-    def lr_scheduler_configs(self) -> Any:
+    def lr_scheduler_configs(self) -> Sequence[SchedulerEntry]:
         return self._view.lr_scheduler_configs
 
     @property
@@ -86,15 +93,15 @@ class StrategyFacade:
         """Returns once every rank has called it."""
         self._view.barrier()
 
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
+    def broadcast(self, obj: Value, src: int = 0) -> Value:
         """The object of rank `src`, on every rank."""
         return self._view.broadcast(obj, src)
 
-    def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:
+    def all_gather(self, tensor: Value, group: object = None, sync_grads: bool = False) -> Value:
         """The tensors of all ranks, stacked along a new first dimension; one rank adds none."""
         return self._view.all_gather(tensor, group, sync_grads)
 
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: str = "mean") -> Tensor:
+    def reduce(self, tensor: Value, group: object = None, reduce_op: str = "mean") -> Tensor:
         """The mean over all ranks, or with "sum" the sum."""
         return self._view.reduce(tensor, group, reduce_op)
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import difflib
 import pickle
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Self
 
 import cloudpickle
 import torch
 
+from raylight.contract.kinds import Value
 from raylight.user.accelerators import Accelerator, accelerator_of
+from raylight.user.forwarding import Fact, Setting
 from raylight.user.loop_facades import EvaluationLoopFacade, FitLoopFacade
 from raylight.user.overriding import overrides
 from raylight.user.run_view import Record, RunView
@@ -27,10 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from raylight.contract.config import Config
+    from raylight.contract.config import Config, FilePath
     from raylight.user.run_view import Loader, SchedulerEntry
-
-T = TypeVar("T")
 
 INSTEAD = {
     "init_module": "build large modules in configure_model(self); it runs on every worker",
@@ -42,58 +41,6 @@ INSTEAD = {
 """Public names of Lightning's Trainer that are not here, and what to use."""
 
 
-class Fact(Generic[T]):
-    """A name whose value the run owns: read from the trainer's view, never kept. Its documentation is RunView's."""
-
-    def __init__(self, name: str = "", change: Callable[[RunView, T], None] | None = None):
-        self._name, self._change = name, change
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._public = name
-        self._name = self._name or name
-        self.__doc__ = getattr(RunView, self._name).__doc__
-
-    @overload
-    def __get__(self, trainer: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, trainer: TrainerNames, owner: type) -> T: ...
-    def __get__(self, trainer: TrainerNames | None, owner: type) -> T | Self:
-        if trainer is None:
-            return self
-        found: T = getattr(trainer._view, self._name)
-        return found
-
-    def __set__(self, trainer: TrainerNames, value: T) -> None:
-        if self._change is None:
-            raise AttributeError(f"trainer.{self._public} can be read and not set")
-        self._change(trainer._view, value)
-
-
-class Setting(Generic[T]):
-    """A name whose value is an argument of the trainer; documented at the field of `Config`."""
-
-    def __init__(self, field: str = ""):
-        self._field = field
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._public = name
-        self._field = self._field or name
-        self.__doc__ = f"The argument {self._field!r}, as resolved."
-
-    @overload
-    def __get__(self, trainer: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, trainer: TrainerNames, owner: type) -> T: ...
-    def __get__(self, trainer: TrainerNames | None, owner: type) -> T | Self:
-        if trainer is None:
-            return self
-        found: T = getattr(trainer.config, self._field)
-        return found
-
-    def __set__(self, trainer: TrainerNames, value: T) -> None:
-        raise AttributeError(f"trainer.{self._public} is an argument and cannot be changed: Trainer({self._field}=...)")
-
-
 class TrainerNames:
     """What hooks and callbacks receive as `trainer`; `raylight.Trainer` adds fit, validate, test and predict."""
 
@@ -102,7 +49,7 @@ class TrainerNames:
     _view: RunView
     _fn: TrainerFn | None
 
-    def __init__(self, config: Config, callbacks: list[Any] | None = None):
+    def __init__(self, config: Config, callbacks: list[Value] | None = None):
         self.config = config
         self._view = Record(callbacks=callbacks or [], accumulate_grad_batches=config.accumulate_grad_batches)
         self._fn = None
@@ -111,7 +58,7 @@ class TrainerNames:
         """Reads from this run from here on; `fn` is "fit", "validate", "test" or "predict"."""
         self._view, self._fn = view, TrainerFn(fn)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Value]:
         """What a worker gets: the arguments, and what a subclass has added, as far as it can be sent."""
         config = replace(self.config, logger=bool(self.config.logger), storage_filesystem=None)
         own = {name: value for name, value in vars(self).items() if name not in self._stays and _can_be_sent(value)}
@@ -130,11 +77,11 @@ class TrainerNames:
     device: Fact[torch.device] = Fact()
     attempt: Fact[int] = Fact()
     seed: Fact[int | None] = Fact()
-    lightning_module: Fact[Any] = Fact("module")
-    model: Fact[Any] = Fact("module")
-    datamodule: Fact[Any] = Fact()
-    callbacks: Fact[list[Any]] = Fact()
-    loggers: Fact[list[Any]] = Fact()
+    lightning_module: Fact[Value] = Fact("module")
+    model: Fact[Value] = Fact("module")
+    datamodule: Fact[Value] = Fact()
+    callbacks: Fact[list[Value]] = Fact()
+    loggers: Fact[list[Value]] = Fact()
     log_dir: Fact[str | None] = Fact()
     ckpt_path: Fact[str | None] = Fact()
     current_epoch: Fact[int] = Fact()
@@ -145,9 +92,9 @@ class TrainerNames:
     should_stop: Fact[bool] = Fact(change=lambda view, value: view.request_stop(bool(value)))
     optimizers: Fact[list[Optimizer]] = Fact(change=lambda view, value: view.replace_optimizers(list(value)))
     lr_scheduler_configs: Fact[list[SchedulerEntry]] = Fact()
-    stepping_optimizers: Fact[list[Any]] = Fact()
+    stepping_optimizers: Fact[list[Value]] = Fact()
     accumulate_grad_batches: Fact[int] = Fact(change=lambda view, value: view.set_accumulate_grad_batches(value))
-    scaler: Fact[Any] = Fact()
+    scaler: Fact[Value] = Fact()
     train_dataloader: Fact[Loader] = Fact()
     val_dataloaders: Fact[Loader] = Fact()
     test_dataloaders: Fact[Loader] = Fact()
@@ -249,7 +196,7 @@ class TrainerNames:
         return [count if limit == -1 else min(count, limit) for count in self.num_val_batches]
 
     @property
-    def logger(self) -> Any:
+    def logger(self) -> Value:
         """The first of the loggers; None if there is none."""
         return next(iter(self.loggers), None)
 
@@ -304,31 +251,31 @@ class TrainerNames:
         return EvaluationLoopFacade(self._view, RunningStage.PREDICTING)
 
     @property
-    def early_stopping_callbacks(self) -> list[Any]:
+    def early_stopping_callbacks(self) -> list[Value]:
         """All EarlyStopping among the callbacks."""
         return self._find_callbacks("EarlyStopping")
 
     @property
-    def early_stopping_callback(self) -> Any:
+    def early_stopping_callback(self) -> Value:
         """The first EarlyStopping among the callbacks, or None."""
         return next(iter(self.early_stopping_callbacks), None)
 
     @property
-    def checkpoint_callbacks(self) -> list[Any]:
+    def checkpoint_callbacks(self) -> list[Value]:
         """All ModelCheckpoint among the callbacks."""
         return self._find_callbacks("Checkpoint")
 
     @property
-    def checkpoint_callback(self) -> Any:
+    def checkpoint_callback(self) -> Value:
         """The first ModelCheckpoint among the callbacks, or None."""
         return next(iter(self.checkpoint_callbacks), None)
 
     @property
-    def progress_bar_callback(self) -> Any:
+    def progress_bar_callback(self) -> Value:
         """The progress bar among the callbacks, or None."""
         return next(iter(self._find_callbacks("ProgressBar")), None)
 
-    def _find_callbacks(self, kind: str) -> list[Any]:
+    def _find_callbacks(self, kind: str) -> list[Value]:
         return [c for c in self.callbacks if any(k.__name__.endswith(kind) for k in type(c).__mro__)]
 
     # ---- what hooks may do
@@ -337,7 +284,7 @@ class TrainerNames:
         """Shows the person a sentence, once, on the driver's console; `level` is "info" or "warning"."""
         self._view.add_notice(text, level)
 
-    def print(self, *args: Any, **kwargs: Any) -> None:
+    def print(self, *args: object, **kwargs: Value) -> None:
         """Prints on rank 0 alone."""
         if self.is_global_zero:
             print(*args, **kwargs)
@@ -346,7 +293,7 @@ class TrainerNames:
         """Saves at the end of this step. Call it on every rank at the same step."""
         self._view.request_checkpoint()
 
-    def save_checkpoint(self, filepath: Any, weights_only: bool = False, storage_options: Any = None) -> None:
+    def save_checkpoint(self, filepath: FilePath, weights_only: bool = False, storage_options: object = None) -> None:
         """Writes the present state to one file that `torch.load(path)["state_dict"]` opens.
 
         Call it on every rank at the same step; rank 0 writes. With `weights_only` optimizers, schedulers and callbacks
@@ -354,7 +301,7 @@ class TrainerNames:
         """
         self._view.save_checkpoint(filepath, weights_only)
 
-    def find_samples(self, dataloader_idx: int, batch_idx: int) -> list[Any] | None:
+    def find_samples(self, dataloader_idx: int, batch_idx: int) -> list[Value] | None:
         """The samples of a batch of the evaluation that is on, as indices into the loader's dataset; None where the
         data has no indices."""
         return self._view.find_samples(dataloader_idx, batch_idx)
@@ -374,15 +321,15 @@ class TrainerNames:
         """Returns once every rank has called it."""
         self._view.barrier()
 
-    def broadcast(self, value: Any, src: int = 0) -> Any:
+    def broadcast(self, value: Value, src: int = 0) -> Value:
         """The value of rank `src`, on every rank."""
         return self._view.broadcast(value, src)
 
-    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+    def all_gather(self, data: Value, group: object = None, sync_grads: bool = False) -> Value:
         """Tensors of all ranks, stacked along a new first dimension; one rank adds none."""
         return self._view.all_gather(data, group, sync_grads)
 
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: str = "mean") -> Tensor:
+    def reduce(self, tensor: Value, group: object = None, reduce_op: str = "mean") -> Tensor:
         """The mean over all ranks, or with "sum" the sum."""
         return self._view.reduce(tensor, group, reduce_op)
 
@@ -390,7 +337,7 @@ class TrainerNames:
 
     if not TYPE_CHECKING:  # a type checker tells of unknown names itself
 
-        def __getattr__(self, name: str) -> Any:
+        def __getattr__(self, name: str) -> Value:
             if name.startswith("_") or name == "config":
                 raise AttributeError(name)
             if hasattr(type(self), name):  # a property that failed: call it again, for its own error
@@ -401,7 +348,7 @@ class TrainerNames:
             raise AttributeError(f"the trainer has no attribute {name!r}" + (f"; {hint}" if hint else ""))
 
 
-def _can_be_sent(value: Any) -> bool:
+def _can_be_sent(value: object) -> bool:
     try:
         cloudpickle.dumps(value)
     except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError, RuntimeError):

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raylight.contract.kinds import Batch
 
-def move_to_device(batch: Any, device: torch.device | str) -> Any:
+
+def move_to_device(batch: Batch, device: torch.device | str) -> Batch:
     """The batch with every tensor on `device`; containers keep their type.
 
     Goes into tuples, lists, dicts, named tuples and dataclasses, and calls `to(device)` of other objects that have it.
@@ -21,18 +23,18 @@ def move_to_device(batch: Any, device: torch.device | str) -> Any:
     # From a GPU a copy must be waited for, or the CPU reads what is not there yet.
     non_blocking = device.type == "cuda"
 
-    def move(leaf: Any) -> Any:
+    def move(leaf: Batch) -> Batch:
         return leaf.to(device, non_blocking=non_blocking) if isinstance(leaf, Tensor) else leaf.to(device)
 
     return _change_leaves(batch, "to", move)
 
 
-def pin(batch: Any) -> Any:
+def pin(batch: Batch) -> Batch:
     """The batch in page-locked memory, from where a GPU fetches it while the CPU goes on."""
     return _change_leaves(batch, "pin_memory", lambda leaf: leaf.pin_memory())
 
 
-def batch_size_of(batch: Any) -> int | None:
+def batch_size_of(batch: Batch) -> int | None:
     """How many samples a batch holds: the first dimension of the first tensor in it; None where it has no tensor."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else 1
@@ -53,12 +55,12 @@ def batch_size_of(batch: Any) -> int | None:
     return None
 
 
-def size_guess(batch: Any) -> Callable[[], int | None]:
+def size_guess(batch: Batch) -> Callable[[], int | None]:
     """`batch_size_of`, to be asked only if somebody wants to know."""
     return lambda: batch_size_of(batch)
 
 
-def _change_leaves(batch: Any, method: str, change: Callable[[Any], Any]) -> Any:
+def _change_leaves(batch: Batch, method: str, change: Callable[[Any], Any]) -> Batch:
     """`batch` with `change(leaf)` for each tensor and each object that has `method`."""
     if isinstance(batch, Tensor):
         return change(batch)
@@ -75,14 +77,14 @@ def _change_leaves(batch: Any, method: str, change: Callable[[Any], Any]) -> Any
         changed = {key: _change_leaves(item, method, change) for key, item in batch.items()}
         return changed if type(batch) is dict else _refill(batch, changed)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        clone: Any = copy.copy(batch)
+        clone: Batch = copy.copy(batch)
         for field in dataclasses.fields(batch):
             object.__setattr__(clone, field.name, _change_leaves(getattr(batch, field.name), method, change))
         return clone
     return batch
 
 
-def _refill(container: Any, items: Any) -> Any:
+def _refill(container: Batch, items: Batch) -> Batch:
     """A container of the same class and attributes: a defaultdict keeps its factory."""
     if isinstance(container, Mapping) and not isinstance(container, dict):
         return type(container)(items)  # type: ignore[call-arg]
