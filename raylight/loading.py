@@ -39,22 +39,22 @@ POINTER_FILE = "raylight.json"
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Where a run goes on. `version` is set where it becomes the next attempt of that version."""
+    """The point from which a run continues. `version` is set if the run becomes the next attempt of that version."""
 
     checkpoint: Checkpoint | None = None
     version: Version | None = None
     seed: int | None = None
     notice: str = ""
     takes_new_hyperparameters: bool = False
-    """Whether optimizers and schedulers get what is configured now where that is not what the checkpoint was saved
-    with; otherwise they go on with theirs, as in Lightning."""
+    """Whether the present options of optimizers and schedulers replace the checkpoint's if they differ; otherwise the
+    checkpoint's stay, as in Lightning."""
     lightning_file: str | None = None
-    """Where the weights to evaluate come from instead."""
+    """The file with the weights to evaluate, instead of a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pointer:
-    """Where a trial's checkpoint lies. In a checkpoint of Ray Tune this is all there is: nothing is copied."""
+    """The location of a trial's checkpoint: all that a checkpoint of Ray Tune holds, so that nothing is copied."""
 
     trial_id: str
     version: int
@@ -80,8 +80,11 @@ class Pointer:
         return cls(**content)
 
     def find(self, folder: Storage) -> Checkpoint:
-        """What it points to; `folder` is where it lies, `<run>/sweep_N/<trial>/<checkpoint>` if raylight made it: a run
-        that was moved, or is reached through a file system of the caller's, is found by that."""
+        """The checkpoint that it points to.
+
+        `folder` holds the pointer, `<run>/sweep_N/<trial>/<checkpoint>` if raylight made it: it leads to a run that was
+        moved, or that is reached through a file system of the caller's.
+        """
         run = folder.parent().parent().parent()
         beside = run.child(f"version_{self.version}", CHECKPOINTS, self.checkpoint)
         try:
@@ -99,9 +102,9 @@ def find_resume(
     stage: str = "fit",
     filesystem: Filesystem = None,
 ) -> Resume:
-    """What `resume` or `ckpt_path` means: None, "last", "best", a Checkpoint (Ray Tune's too), or the path of one.
+    """The point that `resume` or `ckpt_path` means: None, "last", "best", a Checkpoint (Ray Tune's too) or its path.
 
-    A path, or a URI of the same scheme, is one of `filesystem` where that is given. For a fit the checkpoint holds all
+    A path, or a URI of the same scheme, is one of `filesystem` if that is given. For a fit the checkpoint holds all
     that training needs; to evaluate, the weights are enough, and may be a Lightning file's.
     """
     if ckpt_path is None:
@@ -125,7 +128,7 @@ def find_resume(
         return Resume(_check_resumable(checkpoint, stage))
     if stage == "fit":
         raise InvalidArguments(
-            f"{path} is a file of Lightning: what its loop and optimizers hold cannot be gone on from here. Begin with "
+            f"{path} is a file of Lightning: the state of its loop and optimizers cannot be continued here. Begin with "
             f"its weights: model = Net.load_from_checkpoint({path!r})"
         )
     return Resume(lightning_file=os.path.abspath(path))
@@ -141,7 +144,7 @@ def _check_resumable(checkpoint: Checkpoint, stage: str) -> Checkpoint:
 
 
 def find_seed(checkpoint: object) -> int | None:
-    """The seed of the run that made the checkpoint; None where the checkpoint does not say, outside of its version."""
+    """The seed of the run that made the checkpoint; None if neither the checkpoint nor its version says."""
     if not isinstance(checkpoint, Checkpoint):
         return None
     if checkpoint.manifest.seed is not None:
@@ -166,9 +169,11 @@ def _find_last(storage: Storage, name: str) -> Resume:
     if damaged := [folder.uri for version in versions for folder in committed_folders(version.storage)]:
         raise CheckpointCorrupt(
             f"resume='last': none of the checkpoints of run {name!r} is whole: {', '.join(damaged[-3:])}. "
-            "raylight verify says what is wrong; to start anew, leave resume out."
+            "raylight verify says what is wrong; to begin a new version, leave resume out."
         )
-    return Resume(notice=f"resume='last': run {name!r} in {storage.uri} has no checkpoint yet, so that it starts anew")
+    return Resume(
+        notice=f"resume='last': run {name!r} in {storage.uri} has no checkpoint yet, and starts from the beginning"
+    )
 
 
 def _find_newest(storage: Storage, name: str) -> Checkpoint:
@@ -180,7 +185,7 @@ def _find_newest(storage: Storage, name: str) -> Checkpoint:
 
 
 def _find_best(storage: Storage, name: str, previous: Result | None) -> Checkpoint:
-    """The best whole checkpoint: of the fit just done where there was one, else of the newest version that has any."""
+    """The best whole checkpoint: of the fit just done if there was one, else of the newest version that has any."""
     if previous is not None and previous.version is not None and previous.best_checkpoint is not None:
         found = first_whole(rank(previous.checkpoints, *monitor_of(read_run_or_status(previous.version))))
         if found is None:
@@ -241,13 +246,13 @@ def _to_saved(path: CheckpointPath) -> CheckpointPath:
 
 
 def find_of_tune(checkpoint: CheckpointPath) -> Checkpoint:
-    """What a checkpoint of Ray Tune leads to: that of its trial, or one that it was made from."""
+    """The checkpoint that one of Ray Tune points to, or that it was made from."""
     is_local = getattr(checkpoint.filesystem, "type_name", "") == "local"
     return find_by_path(checkpoint.path, None if is_local else checkpoint.filesystem)
 
 
 def find_by_path(path: str, filesystem: Filesystem = None) -> Checkpoint:
-    """The checkpoint in a folder, or behind one of Ray Tune's, which holds a pointer alone."""
+    """The checkpoint in a folder, or the one that Ray Tune's folder points to."""
     try:
         return find_checkpoint(path, filesystem)
     except (CheckpointCorrupt, MissingFile):
@@ -262,7 +267,7 @@ def _is_lightning_file(path: str) -> bool:
 
 
 def _accepted(owner: type, kept: Kept, overrides: dict[str, Value]) -> dict[str, Value]:
-    """Those hyperparameters that `__init__` takes, and an error where it needs more."""
+    """The hyperparameters that `__init__` takes. Raises CheckpointMismatch if it needs more."""
     parameters = inspect.signature(owner).parameters
     hparams = kept.arguments(overrides, parameters)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

@@ -24,7 +24,7 @@ SUMMARY_WRITER_OPTIONS = ("comment", "purge_step", "max_queue", "flush_secs", "f
 
 
 class Logger:
-    """What values and hyperparameters are sent to.
+    """A receiver of values and hyperparameters.
 
     To be one, an object needs `log_metrics(metrics, step)` and no base class; of the other methods, those that it has
     are called: `log_hyperparams(params)`, `save()` and `finalize(status)`, "success" or "failed".
@@ -48,7 +48,7 @@ class Logger:
 
     @property
     def experiment(self) -> Value:
-        """The object behind this logger."""
+        """The object that this logger writes with."""
         return self
 
     def log_metrics(self, metrics: Mapping[str, Value], step: int | None = None) -> None:
@@ -62,7 +62,7 @@ class Logger:
 
 
 class FileLogger(Logger):
-    """A logger that writes files: to `<save_dir>/<name>/version_N` (a path or URI), or, where `save_dir` is left out,
+    """A logger that writes files: to `<save_dir>/<name>/version_N` (a path or URI), or, if `save_dir` is left out,
     beside the other files of the run's version. `prefix` goes before the name of every metric."""
 
     def __init__(self, save_dir: FilePath | None, name: str | None, version: int | str | None, prefix: str):
@@ -83,7 +83,7 @@ class FileLogger(Logger):
 
     @property
     def version(self) -> int | str | None:
-        """None until the run begins, where it was not given."""
+        """None until the run begins, unless it was given."""
         return self._version
 
     @property
@@ -96,7 +96,7 @@ class FileLogger(Logger):
         return self._files.uri if self._files is not None else None
 
     def attach(self, files: Storage) -> None:
-        """A run begins whose version has these files. Raises StorageError where `save_dir` cannot be written to."""
+        """Prepares for a run whose version has these files. Raises StorageError if `save_dir` cannot be written to."""
         self._files = files if self._save_dir is None else self._claim(self._save_dir)
 
     def _claim(self, save_dir: str) -> Storage:
@@ -179,7 +179,7 @@ class TensorBoardLogger(FileLogger):
         self._writer = TensorBoard(self._files)
 
     def log_metrics(self, metrics: Mapping[str, Value], step: int | None = None, seconds: float | None = None) -> None:
-        """`seconds` since 1970 is when the values were measured; now, where it is not given."""
+        """`seconds` since 1970 is when the values were measured; now, if it is not given."""
         values, step = self._prepare(metrics, step)
         self._attached().log_metrics(values, step, seconds)
 
@@ -258,7 +258,7 @@ class CSVLogger(FileLogger):
         if writer is not None and self._directory is not None:
             try:
                 writer.close()
-            finally:  # where storage is away, the directory tells where the rows are
+            finally:  # if storage is away, the directory says in which local file the rows are
                 self._directory.close()
 
     def _attached(self) -> RowWriter[dict[str, float] | int]:

@@ -106,7 +106,7 @@ class Trainer(TrainerNames):
     ) -> Result:
         """Trains `model` and returns a Result; afterwards `model` holds the trained weights, on the CPU.
 
-        `ckpt_path`: None starts a new version; "last" continues the newest version of this run where it stopped, or
+        `ckpt_path`: None starts a new version; "last" continues the newest version of this run, or
         starts one if there is none; "best" or a checkpoint's path continue from there in a new version.
         `weights_only` changes nothing, here and below: no checkpoint is read in a way that could execute code.
         """
@@ -207,9 +207,9 @@ class Trainer(TrainerNames):
 
     def _collect_facts(self, execution: Execution, driver: Run) -> dict[str, Value]:
         """The end of a run by the names of `Record`: live objects if it was in this process, else what workers sent."""
-        before, given = self._view, execution.loaders
+        view, given = self._view, execution.loaders
         step, epoch = (driver.step, driver.epoch) if execution.stage == "fit" else execution.trained
-        found = facts_of(before) if execution.group.is_local else execution.facts | {
+        found = facts_of(view) if execution.group.is_local else execution.facts | {
             "train_dataloader": given.train,
             "val_dataloaders": given.validate,
             "test_dataloaders": given.test,
@@ -222,7 +222,7 @@ class Trainer(TrainerNames):
             "loggers": driver.loggers,
             "stage": None,
             "status": TrainerStatus.INTERRUPTED if execution.was_interrupted else TrainerStatus.FINISHED,
-            "log_dir": driver.version.path if driver.version is not None else before.log_dir,
+            "log_dir": driver.version.path if driver.version is not None else view.log_dir,
             "callback_metrics": {name: torch.tensor(value) for name, value in driver.callback_metrics.items()},
             "logged_metrics": {name: torch.tensor(value) for name, value in driver.logged_metrics.items()},
             "global_step": step,

@@ -1,4 +1,4 @@
-"""Checks of module, loaders and callbacks, made before anything starts, and the texts of those that come later."""
+"""Checks of module, loaders and callbacks, made before anything starts, and the texts of the checks made later."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LOADER_HOOKS = {
 
 
 def check_run(stage: str, module: object, loaders: Loaders, config: Config, callbacks: Sequence[object]) -> list[str]:
-    """What is wrong with what `fit`, `validate`, `test` or `predict` (`stage`) was given; empty: nothing."""
+    """The mistakes in the arguments of `fit`, `validate`, `test` or `predict` (`stage`), one sentence each."""
     mistakes = find_callback_mistakes(callbacks)
     for callback in callbacks:
         if isinstance(callback, Callback):
@@ -85,7 +85,7 @@ def _say_no_module(module: object) -> str:
 
 
 def _find_manual_mistakes(config: Config) -> list[str]:
-    """What the loop cannot do where training_step steps the optimizers."""
+    """Arguments that have no effect if training_step steps the optimizers."""
     manual, mistakes = "the module optimizes manually (automatic_optimization = False)", []
     if config.gradient_clip_val:
         mistakes.append(
@@ -101,7 +101,7 @@ def _find_manual_mistakes(config: Config) -> list[str]:
 
 
 def _find_missing_hooks(stage: str, module: Module, loaders: Loaders, config: Config) -> dict[str, str]:
-    """The hooks that `stage` cannot do without, each with what to say about it."""
+    """The missing hooks that `stage` needs, each with the sentence to show."""
     def has(hook: str) -> bool:
         return is_overridden(module, hook, Module)
 
@@ -136,7 +136,7 @@ def _say_similar(module: Module, hook: str) -> str:
 
 def find_misspelt_hooks(obj: object, base: type) -> dict[str, str]:
     """The hooks of `base` (Module, DataModule, Callback) that a method of the user's classes misses by a letter or two,
-    each with what to say about it.
+    each with the sentence to show.
 
     A method that the user's own code calls, or that stands beside the hook it resembles, is theirs and not a mistake.
     """

@@ -1,4 +1,4 @@
-"""Which part of a module, loader or callback cannot be pickled, and so cannot be sent to a worker."""
+"""Finds the part of a module, loader or callback that cannot be pickled, and so cannot be sent to a worker."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _QUICK_BYTES = 64 << 20
 def check_picklable(
     module: object, loaders: Loaders, callbacks: Sequence[object], others: Mapping[str, object] | None = None
 ) -> list[str]:
-    """What cannot be sent to a worker, by its path, as in "module.reader.handle: cannot pickle '_io.TextIOWrapper'".
+    """The objects that cannot be sent to a worker, by path: "module.reader.handle: cannot pickle '_io.TextIOWrapper'".
 
     Costs a walk over all objects, but copies no tensor and no array. `others` are arguments by name. Of each object no
     more than the first 64 MB are tried: after that come the items of a long list, and sending it tries them all.
@@ -100,7 +100,7 @@ class _Search:
 
 
 def _parts(path: str, value: object) -> Iterator[tuple[str, object]]:
-    """What is pickled along with `value`, with the expression that a user would write for it."""
+    """The objects that are pickled along with `value`, each with the expression that a user would write for it."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield f"{path}[{key!r}]", item

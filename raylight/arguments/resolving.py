@@ -1,4 +1,4 @@
-"""The trainer's arguments: from what a user wrote to a Config, with every mistake told at once."""
+"""Resolves the trainer's arguments into a Config, and reports every mistake at once."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ INSTEAD = {
 def resolve(arguments: dict[str, Value], available: Available) -> Config:
     """Checks the trainer's arguments against each other and against what there is, and fills in defaults.
 
-    None stands for the default, but for `check_val_every_n_epoch`. `num_workers` stays "auto", and `use_gpu` None,
-    only where they depend on a Ray cluster that nobody has connected to yet; resolve again once one has. Raises
-    InvalidArguments with every mistake, or NotEnoughResources where that alone is wrong.
+    None stands for the default, except in `check_val_every_n_epoch`. `num_workers` stays "auto", and `use_gpu` None,
+    only if they depend on a Ray cluster that is not connected yet; resolve again once it is. Raises InvalidArguments
+    with every mistake, or NotEnoughResources if that alone is wrong.
     """
     mistakes: list[str] = []
     given = _check_each(arguments, mistakes)
@@ -100,7 +100,7 @@ def resolve(arguments: dict[str, Value], available: Available) -> Config:
 
 
 def check_checkpointing(given: Checkpointing | Mapping[str, Value], label: str, mistakes: list[str]) -> Checkpointing:
-    """What the fields say, each in its one spelling; fields that are wrong keep their default."""
+    """Parses the fields; invalid ones keep their default and are added to `mistakes`."""
     if isinstance(given, Checkpointing):
         given = {item.name: getattr(given, item.name) for item in fields(given)}
     checked = Checkpointing(**_check_fields(given, CHECKPOINTING_RULES, label, mistakes))
@@ -110,25 +110,25 @@ def check_checkpointing(given: Checkpointing | Mapping[str, Value], label: str, 
 
 
 def find_callback_mistakes(callbacks: Iterable[object]) -> list[str]:
-    """Those that are no Callback."""
+    """One sentence for each object that is not a Callback."""
     mistakes = []
     for index, callback in enumerate(callbacks):
         if isinstance(callback, Callback):
             continue
         name = getattr(callback, "__qualname__", type(callback).__qualname__)
-        where = f"callbacks[{index}] is {name}"
+        found = f"callbacks[{index}] is {name}"
         kind = callback if isinstance(callback, type) else type(callback)
         if isinstance(callback, type) and issubclass(callback, Callback):
-            mistakes.append(f"{where}, a class: pass an instance, {name}(...)")
+            mistakes.append(f"{found}, a class: pass an instance, {name}(...)")
         elif any(base.__module__.startswith(("pytorch_lightning.", "lightning.")) for base in kind.__mro__):
-            mistakes.append(f"{where}, a callback of Lightning: import it, or its parent, from raylight.callbacks")
+            mistakes.append(f"{found}, a callback of Lightning: import it, or its parent, from raylight.callbacks")
         else:
-            mistakes.append(f"{where}, and a raylight.Callback is needed: make it a subclass")
+            mistakes.append(f"{found}, and a raylight.Callback is needed: make it a subclass")
     return mistakes
 
 
 def _check_each(arguments: dict[str, Value], mistakes: list[str]) -> dict[str, Value]:
-    """Those arguments that are known and of the right type, each in its one spelling."""
+    """The valid arguments, parsed; the others are added to `mistakes`."""
     given: dict[str, Value] = {}
     for name, value in arguments.items():
         if name in ELSEWHERE:
@@ -185,7 +185,7 @@ def _check_storage(given: dict[str, Value], mistakes: list[str]) -> str:
     paths = {name: given[name] for name in ("storage_path", "default_root_dir") if name in given}
     if len(set(paths.values())) > 1:
         texts = " and ".join(f"{name}={_show(path, '')}" for name, path in paths.items())
-        mistakes.append(f"{texts} both say where the run is stored: pass storage_path alone")
+        mistakes.append(f"{texts} both set the storage of the run: pass storage_path alone")
     path = next(iter(paths.values()), Config().storage_path)
     if "storage_filesystem" in given:
         if _URI.match(path):
@@ -219,7 +219,7 @@ def _check_checkpoint(given: dict[str, Value], mistakes: list[str]) -> Checkpoin
 
 
 def _fill_lengths(config: Config) -> Config:
-    """The epochs where none were given: Lightning's 1000, but without limit where something else ends the run."""
+    """Fills in `max_epochs` if it was not given: 1000 as in Lightning, or no limit if something else ends the run."""
     if config.max_epochs is not None:
         return config
     is_limited = config.max_steps != -1 or config.max_time_s is not None
@@ -227,7 +227,7 @@ def _fill_lengths(config: Config) -> Config:
 
 
 def _find_conflicts(given: dict[str, Value], config: Config, scale: Scale) -> list[str]:
-    """What is right by itself and cannot work together."""
+    """Arguments that are valid alone and cannot be combined."""
     mistakes = []
     on_cpu = config.use_gpu is False
     for least, most in (("min_epochs", "max_epochs"), ("min_steps", "max_steps")):
@@ -274,7 +274,7 @@ def _find_validation_conflicts(given: dict[str, Value], config: Config) -> list[
 
 
 def _limit_batches(config: Config) -> Config:
-    """What overfit_batches and fast_dev_run stand for, as in Lightning."""
+    """Applies overfit_batches and fast_dev_run to the other arguments, as in Lightning."""
     if config.overfit_batches:
         limit = config.overfit_batches
         config = replace(config, limit_train_batches=limit, limit_val_batches=limit)

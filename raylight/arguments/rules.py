@@ -1,4 +1,4 @@
-"""What each argument of the trainer may be: how it is read, and in words what is allowed."""
+"""The rule of each argument of the trainer: how to parse it, and a description of the allowed values."""
 
 from __future__ import annotations
 
@@ -192,11 +192,11 @@ def _plugins(value: object) -> tuple[Value, ...]:
             continue
         kinds = {kind.__name__ for kind in type(plugin).__mro__}
         if "Precision" in kinds:
-            raise Refused("Lightning's precision is said by precision=...")
+            raise Refused("set Lightning's precision by precision=...")
         if "ClusterEnvironment" in kinds:
             raise Refused("Ray knows the nodes: leave it out")
         if "CheckpointIO" in kinds:
-            raise Refused("where checkpoints go is said by storage_path=... and storage_filesystem=...")
+            raise Refused("set the place of checkpoints by storage_path=... and storage_filesystem=...")
         raise Refused
     if len(plugins) > 1:
         raise Refused("one precision is enough")

@@ -1,4 +1,4 @@
-"""How many workers run where: every spelling of it, turned into one number, and held against what there is."""
+"""The number and place of workers: resolves every spelling of it, and compares it with the available resources."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Count: TypeAlias = Any
 
 @dataclass(frozen=True, slots=True)
 class Available:
-    """What arguments are held against."""
+    """The available resources."""
 
     num_gpus_here: int = 0
     """GPUs of this machine."""
@@ -34,8 +34,8 @@ class Available:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """`num_workers` is "auto", and `use_gpu` None, only where that depends on a cluster that nobody has connected to
-    yet; `shortage` says what is missing where more was asked for than there is."""
+    """`num_workers` is "auto", and `use_gpu` None, only if that depends on a cluster that is not connected yet;
+    `shortage` says what is missing if more was asked for than there is."""
 
     num_workers: int | tuple[int, int] | str
     use_gpu: bool | None
@@ -162,7 +162,7 @@ def _find_shortage(source: str, given: dict[str, Value], scale: Scale, available
     num_nodes = given.get("num_nodes", 1)
     asked = f"{source}={given[source]}" + (f", num_nodes={num_nodes}" if num_nodes > 1 else "")
     where = "the Ray cluster" if available.ray_address else "this machine"
-    # The CPUs of a Ray that raylight starts here are only what it is told.
+    # A Ray that raylight starts here has as many CPUs as raylight says.
     reach = {"GPU": available.gpus, "CPU": available.cluster_cpus if available.ray_address else None}
     for kind in ("GPU", "CPU"):
         there, each = reach[kind], scale.resources_per_worker.get(kind, 0.0)

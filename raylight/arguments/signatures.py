@@ -1,4 +1,4 @@
-"""Arguments that are declared once and passed on: their signature, which of them were given, their documentation."""
+"""Signature and documentation of arguments that are declared once and passed on, and which of them were given."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def list_keywords(function: Callable[..., object]) -> dict[str, inspect.Paramete
 
 
 def find_given(function: Callable[..., object], values: Mapping[str, Value]) -> dict[str, Value]:
-    """Those of `values`, the variables of a call of `function`, that are keywords of it and not at their default."""
+    """The keywords of `function` that are not at their default in `values`, the variables of a call of it."""
     return {
         name: values[name] for name, keyword in list_keywords(function).items()
         if not _is_same(values[name], keyword.default)

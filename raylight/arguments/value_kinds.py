@@ -11,7 +11,7 @@ from raylight.contract.kinds import Value
 
 
 class Refused(Exception):
-    """A value that a rule does not allow; the text, where there is one, is advice."""
+    """A value that a rule does not allow; the text, if there is one, is advice."""
 
 
 @dataclass(frozen=True, slots=True)

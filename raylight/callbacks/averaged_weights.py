@@ -19,7 +19,7 @@ class AveragedWeights:
 
     The first update copies the module's state. Later ones average what is of floating point, by `avg_fn(averaged,
     current, num_averaged)` or in place by `multi_avg_fn`, or with equal weights; buffers only with `use_buffers`, else
-    they are the newest. `device` None keeps the average where the module is. State that the module does not save
+    they are the newest. `device` None keeps the average on the module's device. State that the module does not save
     (buffers that are not persistent) stays out of it.
     """
 

@@ -1,4 +1,4 @@
-"""DeviceStatsMonitor: what the device and the machine are busy with, in the log."""
+"""DeviceStatsMonitor: load and memory of the device and the machine, in the log."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class DeviceStatsMonitor(Callback):
 
     On a GPU these are the counters of torch's allocator (`torch.cuda.memory_stats`, bytes and counts; no device sync).
     CPU values are those of the whole machine in percent: `cpu_percent` (since the last time it was read),
-    `cpu_vm_percent` (memory in use), `cpu_swap_percent`, and where the system does not tell these (it has no /proc)
-    `cpu_load_percent`, the load average over the number of CPUs. `cpu_stats`: None logs them where the device is the
+    `cpu_vm_percent` (memory in use), `cpu_swap_percent`, and on a system without /proc instead of these
+    `cpu_load_percent`, the load average over the number of CPUs. `cpu_stats`: None logs them if the device is the
     CPU, True always, False never. Names read "DeviceStatsMonitor.on_train_batch_end/cpu_percent".
     """
 

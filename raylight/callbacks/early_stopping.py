@@ -32,12 +32,12 @@ class EarlyStoppingReason(Enum):
 class EarlyStopping(Callback):
     """Stops training when `monitor` has not improved by more than `min_delta` in `patience` checks.
 
-    A check is made at the end of each training epoch where validation runs once an epoch or not at all, else after
+    A check is made at the end of each training epoch if validation runs once an epoch or not at all, else after
     each validation; `check_on_train_epoch_end` decides otherwise. `mode` is "min" or "max". Training also stops when
     the metric is NaN or infinite (`check_finite`), is better than `stopping_threshold`, or worse than
     `divergence_threshold`. A metric that was never logged is an error, with `strict=False` a check that is skipped.
     The metric is the same on all ranks, so each rank decides alone; `log_rank_zero_only` is accepted, and only rank 0
-    ever tells. Afterwards `stopped_epoch`, `stopping_reason`, `stopping_reason_message`, `best_score` and
+    ever prints. Afterwards `stopped_epoch`, `stopping_reason`, `stopping_reason_message`, `best_score` and
     `wait_count` say what happened. Arguments and defaults are those of Lightning 2.6.
     """
 

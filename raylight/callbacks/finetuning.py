@@ -23,7 +23,7 @@ Modules = nn.Module | Iterable[Any]  # a module, or modules in nested containers
 
 
 class BaseFinetuning(Callback):
-    """What a schedule of freezing and unfreezing derives from.
+    """The base class of a schedule of freezing and unfreezing.
 
     Override `freeze_before_training(module)`, which runs before `configure_optimizers`, and
     `finetune_function(module, epoch, optimizer)`, which runs at the start of each epoch for each optimizer. Give the
@@ -128,7 +128,7 @@ class BaseFinetuning(Callback):
 
     @staticmethod
     def filter_on_optimizer(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Those of `params` that the optimizer does not have yet."""
+        """The parameters among `params` that the optimizer does not have yet."""
         has = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return [parameter for parameter in params if id(parameter) not in has]
 
@@ -162,7 +162,7 @@ class BackboneFinetuning(BaseFinetuning):
     At `unfreeze_backbone_at_epoch` its rate is `backbone_initial_lr`, or the first group's times
     `backbone_initial_ratio_lr`. Each epoch after that multiplies it by `lambda_func(epoch + 1)`, with `should_align`
     up to the first group's. `train_bn` says whether batch norm of the backbone is trained then. `verbose` tells both
-    rates, with `rounding` digits. `initial_denom_lr` is accepted as in Lightning 2.6, where it has no effect either.
+    rates, with `rounding` digits. `initial_denom_lr` is accepted as in Lightning 2.6, and has no effect there either.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What is wrong with the arguments of a callback, as sentences, so that one error can tell all of it."""
+"""The mistakes in the arguments of a callback, as sentences, so that one error lists all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raylight.contract.plain_numbers import to_python
 
 
 class Mistakes:
-    """Collects what is wrong with the arguments of one callback and raises it at once."""
+    """Collects the mistakes in the arguments of one callback and raises them at once."""
 
     def __init__(self, owner: str):
         self.owner = owner
@@ -27,7 +27,7 @@ class Mistakes:
             self.add(text)
 
     def require_choice(self, name: str, value: object, allowed: Iterable[object]) -> None:
-        """`value` must be one of `allowed`; a misspelt string is told the nearest right one."""
+        """`value` must be one of `allowed`; for a misspelt string the sentence names the nearest right one."""
         choices = list(allowed)
         if value in choices:
             return
@@ -44,7 +44,7 @@ class Mistakes:
             self.add(f"{name}={value!r} must be a number.")
 
     def read_duration(self, name: str, value: object) -> timedelta | None:
-        """None where `value` is None, or no duration."""
+        """None if `value` is None, or not a duration."""
         try:
             return None if value is None else read_duration(value)
         except ValueError as error:

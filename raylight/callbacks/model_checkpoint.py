@@ -33,10 +33,10 @@ class ModelCheckpoint(Callback):
 
     - Where checkpoints lie and how they are called is fixed, `<version>/checkpoints/step-00001200/`. `dirpath`,
       `filename`, `auto_insert_metric_name` and `enable_version_counter` are accepted and change nothing; the run says
-      so once where one of the first two is set.
+      so once if one of the first two is set.
     - The newest checkpoint is always kept, as with `save_last=True`; `save_last="link"` means the same.
-    - Without `monitor`, "val_loss" decides which is best where it is logged, else the newest is the best.
-    - A checkpoint of an epoch is made after its validation, and where no interval is set a validation in the middle of
+    - Without `monitor`, "val_loss" decides which is best if it is logged, else the newest is the best.
+    - A checkpoint of an epoch is made after its validation, and if no interval is set a validation in the middle of
       an epoch makes one too; `save_on_train_epoch_end` changes nothing.
     - `save_on_exception` is on unless it is given as False.
     - `train_time_interval` is a timedelta, "DD:HH:MM:SS" or a dict such as {"hours": 2}.
@@ -122,7 +122,7 @@ class ModelCheckpoint(Callback):
         return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def checkpointing(self) -> Checkpointing:
-        """What these arguments mean to the trainer."""
+        """These arguments as the trainer's `Checkpointing`."""
         interval = self.train_time_interval
         return Checkpointing(
             every_n_steps=self.every_n_train_steps or None,
@@ -137,7 +137,7 @@ class ModelCheckpoint(Callback):
         )
 
     def notices(self) -> list[str]:
-        """What was asked for and cannot be had, for the person to read."""
+        """Sentences about arguments that are given and not used."""
         return [
             f"ModelCheckpoint({name}={str(value)!r}) is not used: checkpoints lie in <version>/checkpoints/step-N; "
             "best_model_path and last_model_path hold the paths."

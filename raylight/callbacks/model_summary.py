@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One line of the table. `num_parameters` counts those of the layers inside too, shared ones once; None where a
+    """One line of the table. `num_parameters` counts those of the layers inside too, shared ones once; None if a
     lazy layer does not know its own yet. Sizes are the shapes of the first tensor, known after a forward pass."""
 
     name: str
@@ -33,9 +33,9 @@ class Layer:
 
 
 class ModelSummary(Callback):
-    """Tells the layers of the module down to `max_depth` before training; -1 shows all, 0 none.
+    """Shows the layers of the module down to `max_depth` before training; -1 shows all, 0 none.
 
-    Shapes are shown where the module has an `example_input_array` (a tensor, a tuple of arguments or a dict of
+    Shapes are shown if the module has an `example_input_array` (a tensor, a tuple of arguments or a dict of
     keyword arguments), which is sent through `forward` once.
     """
 

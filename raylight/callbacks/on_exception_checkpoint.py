@@ -1,4 +1,4 @@
-"""OnExceptionCheckpoint: a checkpoint of what there is when user code raises."""
+"""OnExceptionCheckpoint: a checkpoint of the last finished step when user code raises."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class OnExceptionCheckpoint(Callback):
-    """Asks for what `Checkpointing.on_exception` does by default: the last finished step is saved when user code
+    """Does what `Checkpointing.on_exception` does by default: the last finished step is saved when user code
     raises, and `resume="last"` goes on from there. With checkpoints turned off it is an error.
 
     `dirpath` and `filename` are accepted as in Lightning 2.6 and change nothing, as the checkpoint lies among the
-    others of its version; the run says so where `dirpath` is given.
+    others of its version; the run says so if `dirpath` is given.
     """
 
     def __init__(self, dirpath: FilePath | None = None, filename: str = "on_exception"):

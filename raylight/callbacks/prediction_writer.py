@@ -26,7 +26,7 @@ class BasePredictionWriter(Callback):
     "batch_and_epoch".
 
     Each worker writes what it predicted. A batch's `batch_idx` is its place in the whole data set and so belongs to
-    one worker alone; `batch_indices` are the samples in it, as indices into the loader's dataset, None where the data
+    one worker alone; `batch_indices` are the samples in it, as indices into the loader's dataset, None if the data
     has none (a stream, or a sampler without length).
     """
 
@@ -55,7 +55,7 @@ class BasePredictionWriter(Callback):
     def write_on_epoch_end(
         self, trainer: TrainerNames, module: Module, predictions: Sequence[Output], batch_indices: Sequence[Sample]
     ) -> None:
-        """Write this worker's predictions, on the CPU: a list with one for each batch, or a list of such lists where
+        """Write this worker's predictions, on the CPU: a list with one for each batch, or a list of such lists if
         there are several loaders. `batch_indices` is always a list of lists, one for each loader."""
         raise NotImplementedError(f"{type(self).__name__} must override write_on_epoch_end to write all batches")
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ProgressBar(Callback):
-    """What a progress bar of the user's own derives from; its hooks run on every worker like those of any callback.
+    """The base class of a progress bar of your own; its hooks run on every worker like those of any callback.
 
     raylight's console draws its bar on the driver whether or not one of these is given: `refresh_rate=0` and
     `disable()` before the run turn it off, as `enable_progress_bar=False` does.

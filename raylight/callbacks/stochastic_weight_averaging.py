@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 ANNEALING = ("anneal_epochs", "anneal_func", "_anneal_func", "_anneal_strategy")
-"""What SWALR counts to its state, and the caller has said."""
+"""Entries of SWALR's state that are arguments of the callback."""
 
 
 class StochasticWeightAveraging(Callback):
@@ -36,7 +36,7 @@ class StochasticWeightAveraging(Callback):
     `annealing_strategy` "cos" or "linear", and the module's own schedulers rest. The weights are averaged as each of
     these epochs begins, `avg_fn(averaged, current, num_averaged)` or equally weighted, on `device` (None: the
     module's). When training has come to its last epoch or step the module gets the average, and one pass over the
-    training data, without gradients, measures the statistics of its batch norm layers anew.
+    training data, without gradients, measures the statistics of its batch norm layers again.
 
     The checkpoints of these epochs hold the weights that are trained, with the average beside them, so that a run goes
     on exactly. Behaves as in Lightning 2.6, for one optimizer; the paper is Izmailov et al., "Averaging Weights Leads
@@ -82,7 +82,7 @@ class StochasticWeightAveraging(Callback):
         self._latest_update_epoch = -1
 
     def first_epoch(self, max_epochs: float) -> int:
-        """The epoch, counted from 0, as which begins the weights are averaged for the first time."""
+        """The epoch, counted from 0, at whose start the weights are averaged for the first time."""
         start = self.swa_epoch_start
         return max((start if isinstance(start, int) else int(max_epochs * start)) - 1, 0)
 

@@ -49,7 +49,7 @@ class Reading(NamedTuple):
 
 @dataclass
 class StageCounts:
-    """What one stage has done on this rank since it began."""
+    """The work of one stage on this rank since it began."""
 
     began: float
     readings: deque[Reading] = field(default_factory=deque)
@@ -70,10 +70,10 @@ class StageCounts:
 class ThroughputMonitor(Callback):
     """Logs "train/device/samples_per_sec" and the like every `log_every_n_steps`; other stages at their end.
 
-    `batch_size_fn(batch)` counts the samples of a batch, `length_fn(batch)` its items (tokens, for example). Where the
+    `batch_size_fn(batch)` counts the samples of a batch, `length_fn(batch)` its items (tokens, for example). If the
     module has `flops_per_batch`, the operations a second are logged too, and as `device/mfu` their share of what the
-    device can do at best, where that is known or given as `available_flops`. Rates are over the last `window_size`
-    batches, or since the last log where that is longer ago; time in validation does not count as training's. Rates
+    device can do at best, if that is known or given as `available_flops`. Rates are over the last `window_size`
+    batches, or since the last log if that is longer ago; time in validation does not count as training's. Rates
     without "device" are over all ranks, with rank 0's standing for each. On a GPU each log waits for the device once.
     """
 
@@ -229,7 +229,7 @@ class ThroughputMonitor(Callback):
 
 
 def find_peak_flops(device: torch.device, precision: str) -> float | None:
-    """Dense operations a second that a GPU can do at best in this precision; None where that is not known."""
+    """Dense operations a second that a GPU can do at best in this precision; None if that is not known."""
     if device.type != "cuda" or precision.startswith("64"):
         return None
     name = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "

@@ -25,9 +25,9 @@ class Timer(Callback):
     """Measures the stages in seconds and stops training after `duration`.
 
     `duration` is "DD:HH:MM:SS", a `timedelta`, the keyword arguments of one as a dict, or None to only measure.
-    `interval` is "step" or "epoch": where training may end. Rank 0's clock decides for all; with several workers and
-    manual optimization that is asked at the end of epochs alone. A run that goes on from a checkpoint has used up what
-    it had used up there. Arguments are those of Lightning 2.6.
+    `interval` is "step" or "epoch": training may end after each. Rank 0's clock decides for all; with several workers
+    and manual optimization it is read at the end of epochs alone. A run that continues from a checkpoint keeps the time
+    that it had used up there. Arguments are those of Lightning 2.6.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class Timer(Callback):
         self._check_at_step = 0
 
     def start_time(self, stage: str = "train") -> float | None:
-        """When the stage last began, by the clock `time.monotonic` of rank 0's machine; None where it did not."""
+        """When the stage last began, by the clock `time.monotonic` of rank 0's machine; None if it did not."""
         return self._started.get(_known(stage))
 
     def end_time(self, stage: str = "train") -> float | None:
-        """When the stage last ended, by the same clock; None where it did not."""
+        """When the stage last ended, by the same clock; None if it did not."""
         return self._ended.get(_known(stage))
 
     def time_elapsed(self, stage: str = "train") -> float:
@@ -90,7 +90,7 @@ class Timer(Callback):
             self._offset_s = self._agreed_s = 0.0
 
     def on_train_start(self, trainer: TrainerNames, module: Module) -> None:
-        # training also starts anew when a lost worker has been replaced: then it began before, and all ranks check
+        # training also starts again when a lost worker was replaced: then it began before, and all ranks check
         self._started.setdefault("train", time.monotonic())
         self._check_at_step = 0
         if self._duration_s is not None and self._agreed_s >= self._duration_s:
@@ -150,7 +150,7 @@ class Timer(Callback):
             trainer.notice(f"Timer stops training after {timedelta(seconds=int(self._agreed_s))}, as asked for.")
 
     def _steps_to_next_check(self, trainer: TrainerNames, elapsed_s: float) -> int:
-        """Half the steps that the time left is good for, at most a second's worth; 1 where nothing is shared, or not
+        """Half the steps that the time left is good for, at most a second's worth; 1 if nothing is shared, or not
         known yet."""
         (step, then_s), self._last_check = self._last_check, (trainer.global_step, elapsed_s)
         num_steps, passed_s = trainer.global_step - step, elapsed_s - then_s

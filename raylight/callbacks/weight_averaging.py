@@ -25,7 +25,7 @@ class WeightAveraging(Callback):
     `avg_fn(averaged, current, num_averaged)` or, in place and for many tensors at once, `multi_avg_fn` computes the
     average, as in `torch.optim.swa_utils.AveragedModel`; without one all updates weigh the same. The first update
     copies the weights. With `use_buffers`, buffers of floating point are averaged too; all others, and without it all
-    buffers, are the newest. `device` is where the average is kept, by default where the module is.
+    buffers, are the newest. The average is kept on `device`, by default the module's.
 
     Validation inside `fit` runs with the average. A checkpoint holds the average as the module's weights, which is
     what `load_from_checkpoint` and `test` read, and what training goes on with beside it. After `fit` the module has
@@ -87,7 +87,7 @@ class WeightAveraging(Callback):
             self._latest_update_step = step
             self.average.update(module)
 
-    # ---- where the average takes the place of the weights
+    # ---- hooks in which the average takes the place of the weights
 
     def on_validation_epoch_start(self, trainer: TrainerNames, module: Module) -> None:
         if not trainer.fitting:
@@ -126,7 +126,7 @@ class WeightAveraging(Callback):
         self.average.load_state_dict(state_dict, self._module)
 
     def on_save_checkpoint(self, trainer: TrainerNames, module: Module, checkpoint: dict[str, Value]) -> None:
-        """Exchange what is stored where: nothing is copied here, and the snapshot copies both alike."""
+        """Exchange average and weights in the checkpoint; nothing is copied here, the snapshot copies both."""
         state = checkpoint["callbacks"].get(self.state_key, {})
         if "average" not in state:
             return

@@ -1,1 +1,1 @@
-"""What driver and workers say to each other."""
+"""The terms that driver and workers share: arguments, tasks, messages, errors."""

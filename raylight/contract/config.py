@@ -31,7 +31,7 @@ class Checkpointing:
     every_n_steps: int | None = None
     """Optimizer steps between checkpoints."""
     every_n_epochs: int | None = None
-    """Epochs between checkpoints; 1 where no other interval is set."""
+    """Epochs between checkpoints; 1 if no other interval is set."""
     every_s: float | str | None = None
     """Seconds between checkpoints, or "auto": as often as costs under 1 % of the wall time."""
     monitor: str | None = None
@@ -86,7 +86,7 @@ class Config:
     use_gpu: bool | None = None
     """Whether each worker has a GPU. None: if there are any."""
     resources_per_worker: dict[str, float] = field(default_factory=dict)
-    """What Ray reserves for each worker, such as {"CPU": 4}; by default one CPU, and one GPU with `use_gpu`."""
+    """Resources of each worker in Ray, such as {"CPU": 4}; by default one CPU, and one GPU with `use_gpu`."""
     strategy: DDP = field(default_factory=DDP)
     """How gradients are combined: "auto" or "ddp", "ddp_find_unused_parameters_true", or a raylight.DDP(...)."""
     # length
@@ -132,9 +132,9 @@ class Config:
     gradient_clip_val: float | None = None
     """Bound that gradients are clipped to before each step; None or 0: no clipping."""
     gradient_clip_algorithm: str = "norm"
-    """What the bound is for: the "norm" of all gradients together, or the "value" of each."""
+    """Quantity that is bounded: the "norm" of all gradients together, or the "value" of each."""
     deterministic: bool | str = False
-    """Let torch use deterministic algorithms alone; "warn" only says where there is none."""
+    """Let torch use deterministic algorithms alone; "warn" only warns if there is none."""
     benchmark: bool | None = None
     """Let cuDNN try its algorithms and keep the fastest. None: as torch is set."""
     sync_batchnorm: bool = False
@@ -183,7 +183,7 @@ class Config:
     """A precision of your own."""
     # no argument
     given: dict[str, Value] = field(default_factory=dict)
-    """What the user wrote, as plain values without secrets, for run.json."""
+    """The arguments as the user wrote them, as plain values without secrets, for run.json."""
 
 
 RUN_NAMES = (

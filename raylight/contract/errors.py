@@ -8,7 +8,7 @@ class RaylightError(Exception):
 
 
 class InvalidArguments(RaylightError, ValueError):
-    """What was passed cannot work; `mistakes` lists everything that is wrong, not just the first thing."""
+    """Arguments that cannot work; `mistakes` lists everything that is wrong, not just the first thing."""
 
     def __init__(self, mistakes: list[str] | str):
         self.mistakes = [mistakes] if isinstance(mistakes, str) else list(mistakes)
@@ -25,9 +25,9 @@ class InvalidArguments(RaylightError, ValueError):
 class WorkerFailed(RaylightError):
     """A worker raised or died, and the run could not go on.
 
-    Where user code raised, the error is an instance of its class too (`user_error.with_users_class`), so that
-    `except ValueError` catches it. `cause` is that exception itself, or None where it could not be sent; `log` is
-    the path of the failed rank's log, or None where there is none.
+    If user code raised, the error is an instance of its class too (`user_error.with_users_class`), so that
+    `except ValueError` catches it. `cause` is that exception itself, or None if it could not be sent; `log` is
+    the path of the failed rank's log, or None if there is none.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class StorageError(RaylightError):
 
 
 class MissingFile(StorageError, FileNotFoundError):
-    """What was to be read is not on storage."""
+    """A file that was to be read is not on storage."""
 
 
 class Superseded(StorageError):

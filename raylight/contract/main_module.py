@@ -51,7 +51,7 @@ def adopt(found: dict[str, object]) -> None:
 
 
 def make_context(context: BaseContext | None) -> BaseContext | None:
-    """A multiprocessing context whose processes get classes of the script by value, where they could not find them.
+    """A multiprocessing context whose processes get classes of the script by value, if they could not find them.
 
     None: `context` (itself None for Python's default) will do, because the process is the script's own, or because its
     children are copies of it.

@@ -1,4 +1,4 @@
-"""What a worker tells the driver: plain, small, picklable values, yielded by the loop of each rank."""
+"""Messages of a worker to the driver: plain, small, picklable values, yielded by the loop of each rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Started:
 @dataclass(frozen=True, slots=True)
 class StageStarted:
     """A loop over data begins. `num_batches` counts all ranks' batches in evaluation and one rank's steps in
-    training; None where the data has no length."""
+    training; None if the data has no length."""
 
     stage: str  # "sanity", "train", "validate", "test", "predict"
     epoch: int
@@ -140,7 +140,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something the person should know, said once. `level` is "info" or "warning"."""
+    """A sentence to show to the person once. `level` is "info" or "warning"."""
 
     text: str
     level: str = "info"
@@ -148,7 +148,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """What `save_hyperparameters` collected, for run.json and TensorBoard; sent by rank 0."""
+    """The values that `save_hyperparameters` collected, for run.json and TensorBoard; sent by rank 0."""
 
     values: dict[str, Value]
 
@@ -173,10 +173,10 @@ class Failure:
     evidence: str | None = None
     """The file that `raylight replay` reads, relative to the version."""
     notes: tuple[str, ...] = ()
-    """What else the person should know: what to do about it."""
+    """Advice for the person: what to do about it."""
 
     def load_cause(self) -> BaseException | None:
-        """The exception itself; None where it was not sent, or its class cannot be imported here."""
+        """The exception itself; None if it was not sent, or if its class cannot be imported here."""
         return unpack(self.cause) if self.cause is not None else None
 
 
@@ -190,33 +190,33 @@ class PeerLost:
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """Written by the launcher, not by the worker: the process behind a rank is gone."""
+    """The process of a rank is gone; sent by the launcher, not by the worker."""
 
     reason: str
     node_lost: bool = False
     step: int | None = None
-    """Where it was, where that is known."""
+    """Its last step, if known."""
     stacks: str | None = None
-    """Where it was ended because it hung: the Python stack of every rank."""
+    """If it was ended because it hung: the Python stack of every rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class Paused:
-    """The rank stands still, as it was told to; what it had begun to write is on storage and was told before."""
+    """The rank has paused on request; its unfinished writes are on storage, and their messages were sent before."""
 
     step: int
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What the caller's own objects become after a fit on workers, as far as it can be sent."""
+    """The new state of the caller's own objects after a fit on workers, as far as it can be sent."""
 
     weights: dict[str, Value]
     """The state dict, on the CPU."""
     objects: bytes
     """Attributes of module, callbacks, data module and trainer, as worker/returned.py packs them."""
     facts: dict[str, Value]
-    """What the trainer is asked for after the run, by the names of `Record`."""
+    """The trainer's attributes after the run, by the names of `Record`."""
 
 
 BatchOutputs = list[list[tuple[int, Any]]]
@@ -225,14 +225,14 @@ BatchOutputs = list[list[tuple[int, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The rank has done all it was asked for."""
+    """The rank has completed its task."""
 
     status: str
     """"finished", "stopped" or "interrupted"."""
     step: int
     epoch: int
     seconds: Values = field(default_factory=dict)
-    """What this rank's time went to."""
+    """How this rank's time was spent, by activity."""
     trained: Trained | None = None
     """Of rank 0 after a fit in another process."""
     results: tuple[Values, ...] = ()

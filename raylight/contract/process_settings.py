@@ -23,7 +23,7 @@ class _Setting(NamedTuple):
 
 
 def read_settings() -> Settings:
-    """Those of this process. What the present torch does not have is left out."""
+    """The settings of this process, without those that the installed torch does not have."""
     found = {name: _read(setting) for name, setting in _SETTINGS.items()}
     return {name: value for name, value in found.items() if value is not _UNKNOWN}
 
@@ -47,7 +47,7 @@ _UNKNOWN = object()
 def _read(setting: _Setting) -> object:
     try:
         return setting.read()
-    except (AttributeError, RuntimeError):  # torch refuses where its old and new names for a setting were mixed
+    except (AttributeError, RuntimeError):  # torch refuses if its old and new names for a setting were mixed
         return _UNKNOWN
 
 
@@ -123,7 +123,7 @@ def _read_levels() -> dict[str, tuple[int, bool, bool]]:
 
 
 def _write_levels(levels: dict[str, tuple[int, bool, bool]]) -> None:
-    """What an earlier call has changed is put back first; what libraries of this process have set, stays."""
+    """Puts back the changes of an earlier call first; levels that libraries of this process set stay."""
     for name, level in _levels_before.items():
         _write_level(name, level)
     _levels_before.clear()
@@ -153,7 +153,7 @@ def _read_console() -> tuple[str | None, str | None, int] | None:
 
 
 def _write_console(console: tuple[str | None, str | None, int] | None) -> None:
-    """A worker has no handler of its own; with one, its records go where its output goes."""
+    """A worker has no handler of its own; with one, its records go to its output."""
     for handler in list(logging.root.handlers):
         if getattr(handler, "_is_raylights", False):
             logging.root.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""What only rank 0 does or says. The driver is rank 0 too, until a worker sets its own rank."""
+"""Functions that run on rank 0 alone. The driver is rank 0 too, until a worker sets its own rank."""
 
 from __future__ import annotations
 

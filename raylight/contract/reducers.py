@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader
 from raylight.contract.kinds import Value
 
 Reduced = tuple[Any, ...]
-"""What `__reduce__` returns: how to make the object, its state, and how to put the state in."""
+"""The return value of `__reduce__`: how to make the object, its state, and how to put the state in."""
 Hooks = tuple[Any, Any]
 """torch's two dicts of hooks on the gradient of one tensor."""
 
 
 def reduce_special(obj: object) -> Reduced | None:
-    """How to pickle `obj`; None: pickle knows itself."""
+    """How to pickle `obj`; None: pickle's own way will do."""
     if isinstance(obj, nn.Module):
         if isinstance(obj, torch.jit.ScriptModule):
             return _load_script, (_save_script(obj),)
@@ -40,7 +40,7 @@ def is_parametrized(module: nn.Module) -> bool:
 
 
 def state_of(obj: object) -> Value:
-    """What pickle takes of `obj`, which may be less than its `__dict__`."""
+    """The state of `obj` that pickle stores, which may be less than its `__dict__`."""
     if isinstance(obj, nn.Module) and is_parametrized(obj):
         return super(type(obj), obj).__getstate__()
     return obj.__getstate__()

@@ -1,4 +1,4 @@
-"""What the driver may ask ranks to do while they train."""
+"""Requests of the driver to ranks while they train."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Request(StrEnum):
     INTERRUPT = "interrupt"
     """End training because of a signal; the run is "interrupted"."""
     RESIZE = "resize"
-    """Leave the group, to meet in one of other ranks."""
+    """Leave the process group and join a new one with other ranks."""
     PAUSE = "pause"
-    """Stand still until told to go on."""
+    """Pause until the driver lets it continue."""
     PAUSE_IN_PROCESS = "pause in process"
-    """Stand still until the next message is asked for."""
+    """Pause until the next message is read."""
 
     @property
     def ends_run(self) -> bool:

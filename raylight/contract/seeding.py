@@ -19,7 +19,7 @@ MAX_SEED = 2**32 - 1  # numpy's limit
 _SEED_VARIABLE = "PL_GLOBAL_SEED"  # Lightning's name, so that launch scripts that set it go on working
 
 RNGState = dict[str, Any]
-"""What `rng_state` returns."""
+"""The return value of `rng_state`."""
 
 _last_seed: int | None = None
 
@@ -28,7 +28,7 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     """Seeds torch (CPU and GPUs), numpy and random of this process and returns the seed.
 
     `seed` is from 0 to 2**32 - 1; None takes the environment's PL_GLOBAL_SEED, else 0. A later `fit` without a `seed`
-    of its own takes this one for the order of samples, and its hooks draw on from where the script stands. `workers` is
+    of its own takes this one for the order of samples, and its hooks continue the script's random numbers. `workers` is
     accepted and changes nothing: loader workers are always seeded. Raises InvalidArguments.
     """
     global _last_seed
@@ -68,7 +68,7 @@ def seed_step(seed: int, rank: int, step: int) -> None:
 
 
 def last_seed() -> int | None:
-    """What `seed_everything` was last called with in this process."""
+    """The last seed of `seed_everything` in this process; None if it was not called."""
     return _last_seed
 
 
@@ -88,7 +88,7 @@ def rng_state(with_gpu: bool = True) -> RNGState:
 
 
 def set_rng_state(state: RNGState) -> None:
-    """Puts back what `rng_state` returned; a GPU's state is left out where there is no GPU."""
+    """Puts back what `rng_state` returned; a GPU's state is left out if there is no GPU."""
     python = state["python"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     np.random.set_state(_to_numpy(state["numpy"]))
@@ -99,7 +99,7 @@ def set_rng_state(state: RNGState) -> None:
 
 @contextmanager
 def isolate_rng() -> Iterator[None]:
-    """What draws random numbers inside leaves no trace: the state before is the state after."""
+    """Restores the state of all generators on exit, so that code inside draws without a trace."""
     state = rng_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the driver gives a worker: what to do (`Task`) and where it stands among the others (`Place`)."""
+"""A worker's orders from the driver: its work (`Task`) and its place among the others (`Place`)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class SavedState(Protocol):
 @dataclass(frozen=True, slots=True)
 class Place:
     """One worker among all. Ranks of a node are consecutive; `store_host` and `store_port` name the rendezvous
-    store that rank 0 hosts; `generation` grows by one whenever the process group is made anew."""
+    store that rank 0 hosts; `generation` grows by one with each new process group."""
 
     rank: int = 0
     local_rank: int = 0
@@ -65,7 +65,7 @@ class Place:
 
 @dataclass(slots=True)
 class Loaders:
-    """What the caller passed; None where the module or the data module has the loader as a hook."""
+    """The loaders that the caller passed; None if the module or the data module makes the loader in a hook."""
 
     train: Loader = None
     validate: Loader = None
@@ -75,7 +75,7 @@ class Loaders:
 
 
 EpochValues = dict[str, Any]
-"""What one rank has logged in an epoch, by name, as worker/metrics/epoch_shares.py folds it."""
+"""The values that one rank has logged in an epoch, by name, as worker/metrics/epoch_shares.py folds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Rejoin:
-    """After a failure: ranks that are left go on from what they kept, and new ones take the places of the dead."""
+    """After a failure: surviving ranks go on from the state they kept, and new ones take the places of the dead."""
 
     carried: tuple[tuple[int, EpochValues], ...] = ()
     """Epoch and logged values of ranks that are gone; rank 0 takes them over."""
@@ -93,7 +93,7 @@ class Rejoin:
 
 @dataclass(frozen=True, slots=True)
 class Rescue:
-    """Before a run is given up: the ranks that are left save their last whole step, without a group."""
+    """Before a run is given up: the surviving ranks save their last whole step, without a group."""
 
 
 @dataclass(slots=True)
@@ -106,9 +106,9 @@ class Task:
     config: Config
     callbacks: list[UserObject]
     trainer: UserObject
-    """What hooks get; in this process the caller's own object."""
+    """The `trainer` of hooks; in this process the caller's own object."""
     version_path: str
-    """What a person would open: the version directory as path or URI."""
+    """The version directory as a person would open it: path or URI."""
     files: Files | None
     """Storage rooted at the version directory; None if nothing is written."""
     seed: int
@@ -121,7 +121,7 @@ class Task:
     """Take the weights alone from `checkpoint`."""
     attempt: int = 0
     trained: tuple[int, int] = (0, 0)
-    """Steps and epochs behind the weights that are evaluated."""
+    """Steps and epochs that the evaluated weights were trained for."""
     returns_module: bool = False
     """Rank 0 sends back what it has trained; the caller is another process."""
     takes_new_options: bool = False
@@ -129,10 +129,10 @@ class Task:
     returns_predictions: bool = True
     """The caller wants what `predict_step` returned; else no more than one batch of it is held."""
     settings: Settings = field(default_factory=dict)
-    """What the caller's process has set globally, as process_settings.read_settings gives it."""
+    """Global settings of the caller's process, as process_settings.read_settings returns them."""
     rng: RNGState | None = None
     """The random numbers of the caller's process; None if it is this one."""
     label: str | None = None
-    """What the workers are called in Ray's dashboard."""
+    """The name of the workers in Ray's dashboard."""
     stamp: float | None = None
     """`started_at` of run.json, by which a node finds out whether it sees the driver's storage."""

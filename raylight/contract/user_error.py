@@ -25,7 +25,7 @@ Sent = tuple[str, Any]
 PACKAGE = os.path.dirname(os.path.abspath(raylight.__file__)) + os.sep
 LINKS = ("__cause__", "__context__")
 FACTS = ("rank", "node", "step", "attempt", "cause", "log")
-"""What WorkerFailed says; the user's attributes of these names are those of its `cause`."""
+"""Attributes of WorkerFailed; the user's attributes of these names are on its `cause`."""
 MAX_LINKS = 8
 """How deep a chain of exceptions, each raised from the next, is followed."""
 _FIXED = {"args", "message", "exceptions"}  # set when it is made; the last two are of a group
@@ -35,7 +35,7 @@ _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 
 def with_users_class(failed: WorkerFailed, cause: BaseException) -> WorkerFailed:
     """`failed` as an instance of the cause's class too, with its arguments, attributes and traceback, and its text its
-    own. Where no class can be both, as it is, raised from `cause`."""
+    own. If no class can be both, `failed` itself, raised from `cause`."""
     failed.cause = cause
     try:
         both = _combine(type(failed), type(cause))
@@ -57,7 +57,8 @@ def pack(error: BaseException) -> bytes:
 
 
 def unpack(data: bytes) -> BaseException | None:
-    """None where not even a base class of it is known here, or where it cannot be made from its parts."""
+    """The exception that `pack` took apart; None if not even a base class of it is known here, or if it cannot be made
+    from its parts."""
     return _put_together(pickle.loads(data))
 
 
@@ -156,8 +157,8 @@ def _members(error: BaseException) -> dict[str, Value]:
 
 
 def _without_own_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
-    """What the user, torch and other libraries did, so that a debugger stands in it; all frames if raylight alone is
-    in them."""
+    """The frames of the user, torch and other libraries, so that a debugger starts there; all frames if there are only
+    raylight's."""
     kept, link = [], trace
     while link is not None:
         if not link.tb_frame.f_code.co_filename.startswith(PACKAGE):
@@ -206,7 +207,7 @@ def _put_together(parts: dict[str, Value]) -> BaseException | None:
 
 
 def _send(value: Value, above: frozenset[int]) -> Sent | None:
-    """None where it cannot be sent. Exceptions within are taken apart too, as those of a group."""
+    """None if it cannot be sent. Exceptions inside, such as those of a group, are taken apart too."""
     if isinstance(value, BaseException):
         return ("exception", _take_apart(value, above)) if id(value) not in above else None
     if type(value) in (list, tuple) and any(isinstance(item, BaseException) for item in value):
@@ -230,7 +231,7 @@ def _receive(sent: Sent, default: object) -> Value:
 
 
 def _attempt(action: Callable[..., T], *arguments: object) -> T | None:
-    """None where it fails: user code takes part in pickling, and may fail in any way."""
+    """None if it fails: user code takes part in pickling, and may fail in any way."""
     try:
         return action(*arguments)
     except Exception:
@@ -252,8 +253,8 @@ def _load(data: bytes) -> Value:
 
 
 class _Sender(cloudpickle.Pickler):
-    """Sends classes of a script or notebook by name and by value. Loaded by value where they are known, their methods
-    and attributes would be overwritten by the worker's copies."""
+    """Sends classes of a script or notebook by name and by value. If a process that knows them loaded them by value,
+    their methods and attributes would be overwritten by the worker's copies."""
 
     def persistent_id(self, value: object) -> tuple[str, str, bytes | None] | None:
         if not isinstance(value, type) or (value.__module__ != "__main__" and value.__module__ in sys.modules):

@@ -1,1 +1,1 @@
-"""What a person subclasses or meets in a hook."""
+"""The classes that a person subclasses, and the objects that hooks receive."""

@@ -182,4 +182,4 @@ class Callback:
         """Read or change a checkpoint before its weights are loaded, for evaluation too."""
 
     def on_exception(self, trainer: TrainerNames, module: Module, exception: BaseException) -> None:
-        """Called on a worker where `exception` was raised; an error in this hook becomes a note to it."""
+        """Called on the worker that raised `exception`; an error in this hook becomes a note to it."""

@@ -45,4 +45,4 @@ class DataHooks:
         return batch
 
     def on_exception(self, exception: BaseException) -> None:
-        """Called on a worker where `exception` was raised; an error in this hook becomes a note to it."""
+        """Called on the worker that raised `exception`; an error in this hook becomes a note to it."""

@@ -1,4 +1,4 @@
-"""Names of the trainer that forward to whoever owns the fact: `Fact` to the run, `Setting` to the arguments."""
+"""Attributes of the trainer that are read from their owner: a `Fact` from the run, a `Setting` from the arguments."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ Argument = tuple[str, Any, tuple[str, ...]]
 
 
 def collect_arguments(owner: object, frame: FrameType | None) -> dict[str, Value]:
-    """Those of all `__init__`s of `owner` that are running, the outermost class' last. One that was called from a
-    method of its own, or has a decorator, is found too."""
+    """The arguments of all `__init__`s of `owner` that are running; the outermost class overrides the others. An
+    `__init__` that another method called, or that has a decorator, is found too."""
     found: dict[str, Value] = {}
     while frame is not None:
         if frame.f_code.co_name == "__init__":
@@ -33,8 +33,8 @@ def collect_arguments(owner: object, frame: FrameType | None) -> dict[str, Value
 def choose_hyperparameters(
     chosen: tuple[object, ...], arguments: dict[str, Value]
 ) -> tuple[dict[str, Value], Argument | None]:
-    """All arguments, those whose names are `chosen`, or the items of one object. Of an object, what it is: an argument
-    that is rebuilt as a whole, or None where it is none."""
+    """All arguments, the arguments named in `chosen`, or the items of one object. For an object also the argument that
+    is rebuilt from them as a whole, or None if it was not an argument."""
     objects = [one for one in chosen if not isinstance(one, str)]
     if not chosen:
         return arguments, None
@@ -68,7 +68,7 @@ def _items(value: object) -> dict[str, Value] | None:
 
 
 def _is_unset(mapping: object, key: str) -> bool:
-    """OmegaConf's "???", which raises where it is read."""
+    """Whether the item is OmegaConf's "???", which raises when it is read."""
     get_node = getattr(mapping, "_get_node", None)
     return get_node is not None and getattr(get_node(key), "_is_missing", bool)()
 

@@ -1,4 +1,4 @@
-"""`trainer.fit_loop` and its siblings: where the loops stand, under the names of Lightning's loops. To be read only."""
+"""`trainer.fit_loop` and its siblings: progress of the loops under Lightning's names, read-only."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class FitLoopFacade:
 
     @property
     def max_batches(self) -> int | float:
-        """Batches of this worker in an epoch; `inf` where the data has no length."""
+        """Batches of this worker in an epoch; `inf` if the data has no length."""
         return self._view.num_training_batches
 
     @property

@@ -30,7 +30,7 @@ class RunningStage(StrEnum):
 
     @property
     def dataloader_prefix(self) -> str:
-        """What a hook for loaders of this stage begins with: `val` for `val_dataloader`."""
+        """The first part of the name of the stage's loader hook: `val` for `val_dataloader`."""
         is_validation = self in (RunningStage.VALIDATING, RunningStage.SANITY_CHECKING)
         return "val" if is_validation else str(self)
 

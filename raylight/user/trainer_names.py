@@ -1,7 +1,7 @@
-"""The trainer as a hook meets it: Lightning's names, each read from whoever owns the fact.
+"""The trainer that hooks receive: Lightning's names, each read from the owner of the fact.
 
-Three tables say where a name comes from: a `Fact` is the run's, a `Setting` an argument's, and `INSTEAD` holds what
-Lightning's trainer has and this one has not.
+A `Fact` is read from the run, a `Setting` from the arguments, and `INSTEAD` lists the names of Lightning's trainer that
+are missing here, with what to use.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ INSTEAD = {
 
 
 class TrainerNames:
-    """What hooks and callbacks receive as `trainer`; `raylight.Trainer` adds fit, validate, test and predict."""
+    """The `trainer` of hooks and callbacks; `raylight.Trainer` adds fit, validate, test and predict."""
 
     config: Config
     """All arguments, as resolved."""
@@ -59,7 +59,7 @@ class TrainerNames:
         self._view, self._fn = view, TrainerFn(fn)
 
     def __getstate__(self) -> dict[str, Value]:
-        """What a worker gets: the arguments, and what a subclass has added, as far as it can be sent."""
+        """The part that is sent to workers: the arguments, and attributes of a subclass as far as they can be sent."""
         config = replace(self.config, logger=bool(self.config.logger), storage_filesystem=None)
         own = {name: value for name, value in vars(self).items() if name not in self._stays and _can_be_sent(value)}
         return {**own, "config": config, "_view": Record(), "_fn": None}
@@ -217,7 +217,7 @@ class TrainerNames:
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
-        """What a DistributedSampler of the user's own needs."""
+        """The arguments for a DistributedSampler of your own."""
         return {"num_replicas": self._view.world_size, "rank": self._view.global_rank}
 
     @property
@@ -302,7 +302,7 @@ class TrainerNames:
         self._view.save_checkpoint(filepath, weights_only)
 
     def find_samples(self, dataloader_idx: int, batch_idx: int) -> list[Value] | None:
-        """The samples of a batch of the evaluation that is on, as indices into the loader's dataset; None where the
+        """The samples of a batch of the evaluation that is on, as indices into the loader's dataset; None if the
         data has no indices."""
         return self._view.find_samples(dataloader_idx, batch_idx)
 
@@ -335,7 +335,7 @@ class TrainerNames:
 
     # ---- what is not there
 
-    if not TYPE_CHECKING:  # a type checker tells of unknown names itself
+    if not TYPE_CHECKING:  # a type checker reports unknown names itself
 
         def __getattr__(self, name: str) -> Value:
             if name.startswith("_") or name == "config":

@@ -1,4 +1,4 @@
-"""What is done to a batch as a whole: moving it to a device, pinning it, finding how many samples it holds."""
+"""Operations on a whole batch: move it to a device, pin it, count its samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def move_to_device(batch: Batch, device: torch.device | str) -> Batch:
     """The batch with every tensor on `device`; containers keep their type.
 
     Goes into tuples, lists, dicts, named tuples and dataclasses, and calls `to(device)` of other objects that have it.
-    What holds no tensor is returned as it is. Copies to a GPU from pinned memory run beside the CPU.
+    A batch without tensors is returned unchanged. Copies to a GPU from pinned memory are asynchronous.
     """
     device = torch.device(device)
     # From a GPU a copy must be waited for, or the CPU reads what is not there yet.
@@ -30,12 +30,12 @@ def move_to_device(batch: Batch, device: torch.device | str) -> Batch:
 
 
 def pin(batch: Batch) -> Batch:
-    """The batch in page-locked memory, from where a GPU fetches it while the CPU goes on."""
+    """The batch in page-locked memory, from which a GPU copies it while the CPU goes on."""
     return _change_leaves(batch, "pin_memory", lambda leaf: leaf.pin_memory())
 
 
 def batch_size_of(batch: Batch) -> int | None:
-    """How many samples a batch holds: the first dimension of the first tensor in it; None where it has no tensor."""
+    """The number of samples in a batch: the first dimension of its first tensor; None if it has no tensor."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else 1
     if isinstance(batch, (str, bytes, Iterator)):
@@ -56,7 +56,7 @@ def batch_size_of(batch: Batch) -> int | None:
 
 
 def size_guess(batch: Batch) -> Callable[[], int | None]:
-    """`batch_size_of`, to be asked only if somebody wants to know."""
+    """`batch_size_of`, computed only when called."""
     return lambda: batch_size_of(batch)
 
 
