@@ -35,8 +35,9 @@ class ModuleHooks(DataHooks, nn.Module):
     def test_step(self, *args: Batch, **kwargs: Batch) -> Output:
         """Evaluate one batch of a test, as `validation_step`."""
 
-    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Output:
+    def predict_step(self, *args: Batch, **kwargs: Batch) -> Output:
         """Compute what `predict` collects for a batch; by default `forward` of the batch, or of its first item."""
+        batch = kwargs["batch"] if "batch" in kwargs else args[0]
         return self(batch[0] if isinstance(batch, (list, tuple)) else batch)
 
     def configure_optimizers(self) -> OptimizerSetup:
