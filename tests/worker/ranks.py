@@ -33,7 +33,8 @@ def make_task(
     settings = Config(**{"num_workers": 0, "use_gpu": False, "checkpoint": None, "logger": False, **config})
     given = Loaders(**{"train": train, **(loaders or {})})
     trainer = TrainerNames(settings, list(callbacks))
-    return Task(stage, module, given, settings, list(callbacks), trainer, "version_0", files, **{"seed": 7, **(task or {})})
+    options = {"seed": 7, **(task or {})}
+    return Task(stage, module, given, settings, list(callbacks), trainer, "version_0", files, **options)
 
 
 def make_worker(module: Any, train: Any = None, place: Place | None = None, **arguments: Any) -> Worker:

@@ -57,7 +57,8 @@ OF_CONSTANT = SchedulerConfig(CONSTANT)
             [SchedulerConfig(PLATEAU, monitor="loss", reduce_on_plateau=True)],
         ),
         (
-            ([SGD], [{"scheduler": CONSTANT, "interval": "step", "frequency": torch.tensor(3), "strict": False}]), [SGD],
+            ([SGD], [{"scheduler": CONSTANT, "interval": "step", "frequency": torch.tensor(3), "strict": False}]),
+            [SGD],
             [SchedulerConfig(CONSTANT, interval="step", frequency=3, strict=False)],
         ),
     ],

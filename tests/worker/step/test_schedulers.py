@@ -56,7 +56,8 @@ def test_one_on_a_plateau_gets_what_it_monitors():
     worker.metrics.restore({"val_loss": 0.5}, {})
     step_schedulers(worker, "epoch", 1, plateau=True)
     assert worker.module.stepped == [("strict", 0.5)]
-    worker = make(SchedulerConfig("lenient", strict=False, **watching), SchedulerConfig("after", **{**watching, "monitor": "x"}))
+    lenient = SchedulerConfig("lenient", strict=False, **watching)
+    worker = make(lenient, SchedulerConfig("after", reduce_on_plateau=True, monitor="x"))
     worker.metrics.restore({"x": 2.0}, {})
     step_schedulers(worker, "epoch", 1, plateau=True)
     assert worker.module.stepped == [("after", 2.0)]
