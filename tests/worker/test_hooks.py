@@ -129,6 +129,10 @@ def test_a_step_gets_what_it_takes(function, several, expected):
     assert bind_step(function, several)("b", 1, 2) == expected
 
 
+def test_a_step_is_taken_to_have_one_loader():
+    assert bind_step(lambda *arguments: arguments)("b", 1, 2) == ("b", 1)
+
+
 def test_a_step_that_takes_no_batch_is_an_error():
     with pytest.raises(DataError, match="takes no batch; its signature is"):
         bind_step(lambda: None)

@@ -51,6 +51,8 @@ def test_whether_the_newest_batch_made_a_step():
     progress.finish_window(progress.global_step)
     assert not progress.has_stepped
     progress.finish_step()
+    progress.note_steps_ahead(1)
+    assert progress.steps_ahead == 1
     progress.note_steps_ahead(0)
     assert progress.steps_ahead == 2
     assert not progress.has_stepped

@@ -28,6 +28,12 @@ def add(series: Series, *pairs: tuple[float, float]) -> None:
         series.weights.append(weight)
 
 
+def test_a_new_one_holds_nothing():
+    series = make()
+    assert (series.at, series.fresh, series.touched, series.guessed, series.both) == (0, False, False, False, False)
+    assert (series.metric, series.last, series.values, series.weights, series.folded) == (None, None, [], [], [])
+
+
 def test_names_carry_a_suffix_if_both_values_were_asked_for():
     assert make().step_name == "loss"
     assert make(both=True).step_name == "loss_step"

@@ -57,6 +57,12 @@ OF_CONSTANT = SchedulerConfig(CONSTANT)
             [SchedulerConfig(PLATEAU, monitor="loss", reduce_on_plateau=True)],
         ),
         (
+            {"optimizer": SGD, "lr_scheduler": [CONSTANT], "monitor": None}, [SGD], [OF_CONSTANT],
+        ),
+        (
+            {"optimizer": SGD, "lr_scheduler": {"scheduler": CONSTANT}}, [SGD], [OF_CONSTANT],
+        ),
+        (
             ([SGD], [{"scheduler": CONSTANT, "interval": "step", "frequency": torch.tensor(3), "strict": False}]),
             [SGD],
             [SchedulerConfig(CONSTANT, interval="step", frequency=3, strict=False)],
@@ -94,6 +100,11 @@ def test_a_frequency_of_one_is_allowed_and_all_mistakes_are_told_at_once():
     with pytest.raises(InvalidArguments) as caught:
         make_optimizers(([SGD, 1], [2]))
     assert len(caught.value.mistakes) == 2
+
+
+def test_without_a_word_a_scheduler_steps_once_an_epoch_and_is_strict():
+    assert (OF_CONSTANT.interval, OF_CONSTANT.frequency, OF_CONSTANT.strict) == ("epoch", 1, True)
+    assert not OF_CONSTANT.reduce_on_plateau
 
 
 def test_by_hand_a_scheduler_on_a_plateau_needs_no_monitor():
