@@ -215,10 +215,10 @@ class Metrics:
             logged = {}
             for series, _, _ in row:
                 name, value = series.step_name, StepValue(next(numbers), next(numbers), series.step_reduce)
-                self.logged_values[name] = value.value
                 if series.prog_bar:
                     self.shown_values[name] = value.value
                 if series.logger:
+                    self.logged_values[name] = value.value
                     logged[name] = value
             drained.append(StepRow(step, epoch, moment, logged))
         return StepMetrics(tuple(drained))
