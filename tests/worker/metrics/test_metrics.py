@@ -393,7 +393,8 @@ def _log_on_two(place) -> Any:
     metrics = make(2, module)
     first = place.rank == 0
     for name in ("mean", "sum", "min", "max"):
-        log(metrics, name, 1.0 if first else 4.0, reduce_fx=name, on_step=False, on_epoch=True, batch_size=1 + place.rank)
+        value, size = (1.0, 1) if first else (4.0, 2)
+        log(metrics, name, value, reduce_fx=name, on_step=False, on_epoch=True, batch_size=size)
     log(metrics, "product", 2.0 + place.rank, reduce_fx=torch.prod, on_step=False, on_epoch=True)
     log(metrics, f"of_{place.rank}", 5.0, on_step=False, on_epoch=True)
     log(metrics, "newest", 1.0 if first else 3.0, prog_bar=True)

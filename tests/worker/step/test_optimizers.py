@@ -57,9 +57,6 @@ OF_CONSTANT = SchedulerConfig(CONSTANT)
             [SchedulerConfig(PLATEAU, monitor="loss", reduce_on_plateau=True)],
         ),
         (
-            {"optimizer": SGD, "lr_scheduler": [CONSTANT], "monitor": None}, [SGD], [OF_CONSTANT],
-        ),
-        (
             {"optimizer": SGD, "lr_scheduler": {"scheduler": CONSTANT}}, [SGD], [OF_CONSTANT],
         ),
         (
