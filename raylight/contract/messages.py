@@ -170,6 +170,8 @@ class Failure:
     step: int
     stage: str
     cause: bytes | None
+    is_permanent: bool = False
+    """User code or arguments get it wrong the same way every time, so that trying again would only hide it."""
     evidence: str | None = None
     """The file that `raylight replay` reads, relative to the version."""
     notes: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from raylight.contract.messages import Died, Failure, Message, PeerLost, Progres
 from raylight.launch.ray_cluster import is_node_alive
 from raylight.launch.ray_roster import describe_death
 from raylight.launch.ray_worker import Packed, unpack
+from raylight.worker.diagnosis.failure import PERMANENT
 
 WAKE_EVERY_S = 0.2
 """How long a wait lasts at most, so that a signal or a request is seen. A message ends it at once."""
@@ -24,8 +25,8 @@ GRACE_AFTER_LOSS_S = 30.0
 """And after the loss of a process: then those that are left are wanted, and may be in a long forward pass."""
 
 
-class Group(Protocol):
-    """What a stream asks of its group."""
+class StreamOwner(Protocol):
+    """The group of a stream, as far as the stream acts on it."""
 
     def perform_requests(self) -> None: ...
     def on_broken(self, rank: int, reason: str) -> None: ...
@@ -41,8 +42,8 @@ class Stream(Iterator[tuple[int, Message]]):
     Not a generator: an exception that a signal handler raises out of `next` leaves it whole.
     """
 
-    def __init__(self, group: Group, steady_after_s: float):
-        self._group, self._steady_after_s = group, steady_after_s
+    def __init__(self, owner: StreamOwner, steady_after_s: float):
+        self._owner, self._steady_after_s = owner, steady_after_s
         self._ranks: dict[Any, int] = {}
         self._output: Any = None
         self._ready: deque[tuple[int, Message]] = deque()
@@ -71,7 +72,7 @@ class Stream(Iterator[tuple[int, Message]]):
     def end(self, rank: int, explanation: Died) -> None:
         """Kills the process of a rank that does not leave by itself; `explanation` is what will be said of it."""
         self._explained[rank] = explanation
-        self._group.kill(rank)
+        self._owner.kill(rank)
 
     def __next__(self) -> tuple[int, Message]:
         while not self._ready:
@@ -80,7 +81,7 @@ class Stream(Iterator[tuple[int, Message]]):
                 if not self._ready:
                     raise StopIteration
                 break
-            self._group.perform_requests()
+            self._owner.perform_requests()
             self._collect([*self._ranks, self._output] if self._output is not None else list(self._ranks))
             self._watch_the_clock()
         return self._ready.popleft()
@@ -136,7 +137,7 @@ class Stream(Iterator[tuple[int, Message]]):
             self._on_broken(rank, f"rank {rank} lost a peer", GRACE_AFTER_LOSS_S)
 
     def _on_death(self, rank: int, error: RayError) -> None:
-        node_id = self._group.on_death(rank)
+        node_id = self._owner.on_death(rank)
         # Of a process that ends, its node tells at once. One of which nobody tells has lost its node.
         node_lost = node_id is None or isinstance(error, ActorUnavailableError) or not is_node_alive(node_id)
         reason = "its node is gone or cannot be reached" if node_lost else describe_death(error)
@@ -147,7 +148,7 @@ class Stream(Iterator[tuple[int, Message]]):
         """The others cannot finish without this rank: they are told to leave, and given time for it."""
         if self._broken_at is None:
             self._broken_at, self._grace_s, self._training_since = time.monotonic(), grace_s, None
-            self._group.on_broken(rank, reason)
+            self._owner.on_broken(rank, reason)
 
     def _watch_the_clock(self) -> None:
         now = time.monotonic()
@@ -157,7 +158,7 @@ class Stream(Iterator[tuple[int, Message]]):
                     self.end(rank, Died(f"it did not stop within {self._grace_s:g} s of another rank's failure"))
         if self._training_since is not None and now - self._training_since > self._steady_after_s:
             self._training_since = None
-            self._group.on_steady()
+            self._owner.on_steady()
 
     def _end(self) -> None:
         if self._is_over:
@@ -166,11 +167,12 @@ class Stream(Iterator[tuple[int, Message]]):
         while self._output is not None and time.monotonic() < deadline:
             self._collect([self._output], timeout_s=LAST_OUTPUT_S)
         self._output, self._is_over = None, True
-        self._group.on_end(is_whole=self._broken_at is None)
+        self._owner.on_end(is_whole=self._broken_at is None)
 
 
 def _describe_launch_failure(error: Exception) -> Failure:
     cause = getattr(error, "cause", None) or error
     return Failure(
-        kind=type(cause).__name__, text=str(cause), traceback=str(error), step=0, stage="launch", cause=None
+        kind=type(cause).__name__, text=str(cause), traceback=str(error), step=0, stage="launch", cause=None,
+        is_permanent=isinstance(cause, PERMANENT),
     )  # fmt: skip

@@ -10,10 +10,22 @@ from collections.abc import Callable
 from typing import Any
 
 import raylight
+from raylight.contract.errors import (
+    CheckpointCorrupt,
+    CheckpointMismatch,
+    DataError,
+    InvalidArguments,
+    NotEnoughResources,
+)
 from raylight.contract.messages import Failure
 from raylight.contract.user_error import describe_beside, pack, say
 
 PACKAGE = os.path.dirname(os.path.abspath(raylight.__file__))
+PERMANENT = (
+    InvalidArguments, DataError, CheckpointMismatch, CheckpointCorrupt, NotEnoughResources,
+    NotImplementedError, ImportError, SyntaxError, NameError,
+)  # fmt: skip
+"""User code or arguments get these wrong the same way every time, so that trying again would only hide them."""
 LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
 
 
@@ -25,6 +37,7 @@ def describe_failure(error: BaseException, step: int, stage: str) -> Failure:
         step=step,
         stage=stage,
         cause=pack(error),
+        is_permanent=isinstance(error, PERMANENT),
     )
 
 
