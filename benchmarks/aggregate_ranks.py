@@ -57,7 +57,7 @@ class Driver:
         self.logger.attach(files)
         self.console = Console(stream=io.StringIO(), world_size=WORLD_SIZE, max_epochs=1)
         self.console.handle(0, StageStarted("train", 0, 0, NUM_STEPS))
-        run: Any = SimpleNamespace(step=0, world_size=WORLD_SIZE, record={}, logged_metrics={"train_loss": 0.5})
+        run: Any = SimpleNamespace(step=0, world_size=WORLD_SIZE, num_restarts=0, logged_metrics={"train_loss": 0.5})
         self.gauges = Gauges(run, lambda values: None)
 
     def handle(self, data: bytes) -> None:

@@ -17,11 +17,11 @@ from raylight.contract.seeding import isolate_rng, last_seed, rng_state
 from raylight.contract.task import Loaders, Task
 from raylight.contract.user_error import beside, say
 from raylight.driver.damage import set_aside_damaged
+from raylight.driver.driver import Driver
 from raylight.driver.group import Group
 from raylight.driver.recovery import Recovery
 from raylight.driver.restart import History
 from raylight.driver.result import Result
-from raylight.driver.run import Run
 from raylight.driver.watch import Watch
 from raylight.launch.in_process import InProcessGroup
 from raylight.launch.signals import stop_on_signal
@@ -73,7 +73,7 @@ class Execution:
         self.config, self.callbacks, self.previous = trainer.config, list(trainer.callbacks), previous
         self.claimed, self.returns_predictions = claimed, returns_predictions
         self._drew_seed = False
-        self.driver: Run | None = None
+        self.driver: Driver | None = None
         self.facts: dict[str, Any] = {}
         """What rank 0 in another process has sent of the run, by the names of `RunView`."""
         self.result: Result | None = None
@@ -100,7 +100,7 @@ class Execution:
                 signals.close()
                 with beside(error, "halting the workers"):
                     self.group.halt()
-                self.driver.record |= {"error": _say_first_line(error)} if self.driver.record else {}
+                self.driver.record.note_error(_say_first_line(error))
                 with beside(error, "closing the run"):
                     self._close(_status_after(error))
                 with beside(error, "giving the module back"):
@@ -128,7 +128,7 @@ class Execution:
         except BaseException as error:
             with beside(error, "ending the run that had not begun"):
                 self.group.halt()  # else it would stay in use
-                if self.driver is not None and self.driver.record:
+                if self.driver is not None and self.driver.record.has_begun:
                     self.driver.close(_status_after(error))
             raise
 
@@ -170,10 +170,12 @@ class Execution:
             max_time_s=config.max_time_s,
         )
         protected = resume.checkpoint.path if resume.checkpoint is not None else None
-        driver = self.driver = Run(version, config, group.world_size, [console], loggers, attempt, protected)
+        is_follow_up = self.stage != "fit" and version is not None and bool(version.read_run())
+        driver = self.driver = Driver(
+            version, config, group.world_size, [console], loggers, attempt, protected, is_follow_up
+        )
         if self.stage == "fit" and not group.is_local:
-            driver.sinks.append(_make_gauges(driver))
-        driver.is_follow_up = self.stage != "fit" and version is not None and bool(version.read_run())
+            driver.add_sink(_make_gauges(driver))
         seed = resume.seed if resume.seed is not None else self._choose_seed(resume)
         driver.start({"seed": seed, "stage": self.stage, "resumed_from": protected, **facts})
         if resume.notice:
@@ -206,7 +208,7 @@ class Execution:
             rng=None if group.is_local else rng_state(with_gpu=False),
             takes_new_options=resume.takes_new_hyperparameters,
             label=_make_label(config, version),
-            stamp=driver.record.get("started_at"),
+            stamp=driver.record.started_at,
         )
         return task, console
 
@@ -294,34 +296,35 @@ class Execution:
     @property
     def kept(self) -> Kept:
         assert self.driver is not None
-        return Kept(list(self.driver.checkpoints), self.driver.best, self.driver.last)
+        shelf = self.driver.shelf
+        return Kept(shelf.checkpoints, shelf.best, shelf.last)
 
     def _status(self) -> str:
         assert self.driver is not None
-        statuses = {message.status for message in self.driver.outcome.finished.values()}
+        statuses = self.driver.outcome.statuses
         return next((status for status in ("interrupted", "stopped") if status in statuses), "finished")
 
     def finish(self, verbose: bool) -> Any:
         """What the caller gets, after the last message."""
         driver, console, status = self.driver, self.console, self._status()
         assert driver is not None
-        finished = driver.outcome.finished
+        finished = driver.outcome.first
+        assert finished is not None
         if self._drew_seed:
             _draw_seed()  # else the next run would get the same
-        driver.step, driver.epoch = finished[0].step, finished[0].epoch
-        driver.ledger.finish()
+        driver.finish(finished)
         if self.stage == "fit":
             driver.close(status)
-            self._take_back(finished[0].trained)
+            self._take_back(finished.trained)
             self.result = Result(
                 status=status,
-                metrics=dict(driver.callback_metrics),
+                metrics=driver.callback_metrics,
                 path=driver.version.path if driver.version is not None else None,
-                best_checkpoint=driver.best,
-                last_checkpoint=driver.last,
-                checkpoints=list(driver.checkpoints),
-                num_steps=finished[0].step,
-                num_epochs=finished[0].epoch,
+                best_checkpoint=driver.shelf.best,
+                last_checkpoint=driver.shelf.last,
+                checkpoints=driver.shelf.checkpoints,
+                num_steps=finished.step,
+                num_epochs=finished.epoch,
                 num_restarts=self.history.num_restarts,
                 goodput=driver.goodput,
                 version=driver.version,
@@ -333,7 +336,7 @@ class Execution:
         if self.stage == "predict":
             shares = driver.outcome.take_outputs()
             return _merge_predictions(shares) if self.returns_predictions else []
-        results = list(finished[0].results)
+        results = list(finished.results)
         if verbose:
             console.show_results(self.stage, results)
         return results
@@ -369,7 +372,7 @@ def _make_label(config: Config, version: Version | None) -> str:
     return f"{config.name}:v{version.number}" if version is not None else config.name
 
 
-def _make_gauges(driver: Run) -> Gauges:
+def _make_gauges(driver: Driver) -> Gauges:
     """For Prometheus, where Ray takes it there."""
     from raylight.launch.ray_metrics import open_gauges
 

@@ -1,4 +1,4 @@
-"""What the wall time of a run went to; the parts add up to it."""
+"""GoodputClock: the wall time of a run, divided by what it went to."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from raylight.contract.messages import Message, Saved, StageStarted
 PARTS = ("start_up", "data", "compute", "validation", "checkpoint", "recovery", "lost_work", "closing")
 
 
-class Ledger:
-    """The driver's clock, cut by what the workers say. Durations are in seconds."""
+class GoodputClock:
+    """The driver's clock, divided by the messages of workers. The parts, in seconds, add up to the wall time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock

@@ -1,9 +1,16 @@
-"""What one logger is given: each row once, through failures too."""
+"""LoggerFeed: gives a logger each row once, through failures too."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Logger(Protocol):
+    """A destination of aggregated values: TensorBoard, CSV, or the user's own."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> object: ...
 
 
 class LoggerFeed:
@@ -13,10 +20,10 @@ class LoggerFeed:
     service, cannot, and is not given again what it has.
     """
 
-    def __init__(self, logger: Any):
-        self._logger = logger
+    def __init__(self, logger: Logger):
+        self._log: Callable[..., object] = logger.log_metrics
         self._takes_time = "seconds" in inspect.signature(logger.log_metrics).parameters
-        self._takes_back = hasattr(logger, "drop_after")
+        self._drop_after: Callable[[int], object] | None = getattr(logger, "drop_after", None)
         self._last = -1  # the newest step of which it has a row
         self._names: set[str] = set()  # which it has of that step
         self._redoes = False
@@ -36,14 +43,14 @@ class LoggerFeed:
             self._names |= values.keys()
         row = {**values, "epoch": float(epoch)}
         if self._takes_time:
-            self._logger.log_metrics(row, step, seconds=moment)
+            self._log(row, step, seconds=moment)
         else:
-            self._logger.log_metrics(row, step)
+            self._log(row, step)
 
     def redo_from(self, step: int) -> None:
         """The steps after this one are made again."""
-        if self._takes_back:
-            self._logger.drop_after(step)
+        if self._drop_after is not None:
+            self._drop_after(step)
             self._last = -1
         else:
             self._redoes = True

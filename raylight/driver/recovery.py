@@ -1,10 +1,9 @@
-"""Going on after a failure, or with other workers: what restart.py decides is done here."""
+"""Recovery: goes on after a failure, or with other workers, as restart.py decides."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
 
 from raylight.contract.config import Config
 from raylight.contract.errors import NotEnoughResources, RaylightError, WorkerFailed
@@ -12,9 +11,10 @@ from raylight.contract.messages import Died, Failure, PeerLost
 from raylight.contract.requests import Request
 from raylight.contract.task import Rejoin, Rescue, Task
 from raylight.contract.user_error import beside, describe_beside, with_users_class
+from raylight.driver.driver import Driver
 from raylight.driver.group import Group, Messages
-from raylight.driver.restart import Decision, History, decide, find_first, is_of_recovery, make_error
-from raylight.driver.run import Run
+from raylight.driver.outcome import Failed
+from raylight.driver.restart import Action, Decision, History, decide, find_first, is_of_recovery, make_error
 from raylight.driver.watch import Watch
 from raylight.storage.checkpoints import newest_whole
 
@@ -22,42 +22,40 @@ from raylight.storage.checkpoints import newest_whole
 class Recovery:
     """The generations of one run's group after the first."""
 
-    def __init__(self, config: Config, group: Group, driver: Run, task: Task, watch: Watch):
+    def __init__(self, config: Config, group: Group, driver: Driver, task: Task, watch: Watch):
         self.config, self.group, self.driver, self.task, self.watch = config, group, driver, task, watch
         self.history = History()
-        self.carried: list[tuple[int, dict[str, Any]]] = []
-        """Epoch and what was logged in it, of ranks that are gone."""
-        self.handled: dict[int, Any] = {}
+        self.handled: dict[int, Failed] = {}
         """The newest failures that came in training, and not while others were handled."""
         self.most = max(watch.most, group.world_size)
 
-    def go_on(self, failures: dict[int, Any]) -> Messages:
-        """The messages of the next generation: of the ranks that are left and their new peers, or, where nobody is
-        left, of ranks that begin from the newest checkpoint. Raises where the run cannot go on."""
-        another = self.driver.take_logger_error()
+    def go_on(self, failures: dict[int, Failed]) -> Messages:
+        """The messages of the next generation: of the ranks that are left and their new peers, or, if nobody is left,
+        of ranks that begin from the newest checkpoint. Raises if the run cannot go on."""
+        another = self.driver.metrics.take_logger_error()
         if another is None:
             try:
                 messages = self._go_on(failures)
-                another = self.driver.take_logger_error()
+                another = self.driver.metrics.take_logger_error()
                 if another is None:
                     return messages
             except RaylightError as known:
-                self._note(known, self.driver.take_logger_error())
+                self._note(known, self.driver.metrics.take_logger_error())
                 raise
             except Exception as raised:
                 another = raised
-        error = self._make_error(failures, Decision("give up", "it could not be handled"))
+        error = self._make_error(failures, Decision(Action.GIVE_UP, "it could not be handled"))
         with beside(error, "saving a last checkpoint"):
             self._rescue([rank for rank, failure in failures.items() if isinstance(failure, Died)])
         self._note(error, another)
         raise error from None
 
     def _note(self, error: BaseException, another: Exception | None) -> None:
-        """As of a logger of the user's, which hears of the failure in this process."""
+        """Adds an exception of going on, such as one of a logger of the user's that hears of the failure."""
         if another is not None:
             error.add_note(describe_beside("going on", another))
 
-    def _go_on(self, failures: dict[int, Any]) -> Messages:
+    def _go_on(self, failures: dict[int, Failed]) -> Messages:
         self.driver.wait_for_storage()
         if self.watch.is_regrouping and all(isinstance(failure, PeerLost) for failure in failures.values()):
             return self._regroup(_furthest(failures, self.driver.step))
@@ -69,24 +67,24 @@ class Recovery:
         dead = [rank for rank, failure in failures.items() if isinstance(failure, Died)]
         if not is_of_recovery(failures):
             self.handled = failures
-        if decision.action == "give up":
+        if decision.action is Action.GIVE_UP:
             error = self._make_error(failures, decision)
             with beside(error, "saving a last checkpoint"):
                 self._rescue(dead)
             raise error
         lines = [f"rank {first} failed at step {driver.step} ({decision.reason}); the run goes on"]
         driver.tell("\n".join([*lines, *getattr(failures[first], "notes", ())]), "warning")
-        driver.ledger.note_failure(loses_work=decision.action == "restart")
+        driver.goodput_clock.note_failure(loses_work=decision.action is Action.RESTART)
         time.sleep(decision.delay_s)
         self._replace(dead)
         return self._begin(
-            decision.reason, decision.action == "restart", dead, last_step=_furthest(failures, driver.step)
+            decision.reason, decision.action is Action.RESTART, dead, last_step=_furthest(failures, driver.step)
         )
 
     def _replace(self, dead: list[int]) -> None:
         """Other processes for the ranks that are lost; an elastic group goes on without those that find no room."""
         group, config = self.group, self.config
-        self._take_shares(dead)
+        self.driver.departed_values.depart(dead)
         deadline = time.monotonic() + config.replacement_timeout_s
         missing = [rank for rank in dead if group.replace(rank, max(0.0, deadline - time.monotonic())) is None]
         if not missing:
@@ -115,45 +113,36 @@ class Recovery:
         is_all_new = len(leaving) == group.world_size
         if is_all_new:
             self._rescue([])
-            driver.is_ending = False
         if leaving:
-            self._take_shares(leaving)
+            self.driver.departed_values.depart(leaving)
             self._drop(leaving)
         joined = group.adopt(self.most)
         parts = [f"{joined} joined"] + ([f"{len(leaving)} left with their nodes"] if leaving else [])
         driver.tell(f"training goes on with {group.world_size} workers: {', '.join(parts)}")
-        driver.ledger.note_failure(loses_work=False)
+        driver.goodput_clock.note_failure(loses_work=False)
         return self._begin(", ".join(parts), is_all_new, leaving, last_step)
 
     def _begin(self, reason: str, from_checkpoint: bool, gone: list[int], last_step: int) -> Messages:
         group, driver, task = self.group, self.driver, self.task
-        if driver.saved:  # a checkpoint that lacks the share of a rank that is gone
+        if driver.shelf.is_waiting:  # a checkpoint that lacks the share of a rank that is gone
             group.request(Request.SAVE)
         group.adopt(self.most)
         driver.begin_generation(group.world_size, reason, gone, None if from_checkpoint else last_step)
         if from_checkpoint:
             checkpoint = newest_whole(driver.version.storage, resumable=True) if driver.version is not None else None
             driver.redo_from(checkpoint.step if checkpoint is not None else 0)
-            driver.protected = {checkpoint.path} if checkpoint is not None else driver.protected
+            if checkpoint is not None:
+                driver.shelf.start_from(checkpoint)
             task = replace(task, checkpoint=checkpoint or task.checkpoint, weights_only=False)
         self.watch.begin()
-        carried, self.carried = self.carried, []
-        if from_checkpoint:  # which holds what all ranks had logged
-            carried = []
-            driver.shares.clear()
-        elif carried:
-            driver.shares[0] = driver.shares.get(0, []) + carried
-        return group.rejoin(replace(task, mode=Rejoin(tuple(carried))))
-
-    def _take_shares(self, gone: list[int]) -> None:
-        for rank in gone:
-            self.carried += self.driver.shares.pop(rank, [])
+        if from_checkpoint:
+            driver.departed_values.clear()
+        return group.rejoin(replace(task, mode=Rejoin(driver.departed_values.hand_over())))
 
     def _drop(self, ranks: list[int]) -> None:
         left = [rank for rank in range(self.group.world_size) if rank not in ranks]
         self.group.drop(ranks)
-        shares = self.driver.shares
-        self.driver.shares = {new: shares[old] for new, old in enumerate(left) if old in shares}
+        self.driver.departed_values.renumber(left)
 
     def _rescue(self, dead: list[int]) -> None:
         """Before the run is given up, the ranks that are left save the last whole step."""
@@ -162,15 +151,14 @@ class Recovery:
             return
         if dead:
             group.drop(dead)
-        driver.is_ending = True
-        driver.begin_generation(group.world_size, "a last checkpoint")
+        driver.begin_generation(group.world_size, "a last checkpoint", is_ending=True)
         for rank, message in group.rejoin(replace(self.task, mode=Rescue())):
             driver.handle(rank, message)
         for rank, failure in driver.outcome.take_failures().items():
             if isinstance(failure, Failure):
                 driver.tell(f"rank {rank} could not save its last step:\n{failure.traceback}", "warning")
 
-    def _make_error(self, failures: dict[int, Any], decision: Decision) -> BaseException:
+    def _make_error(self, failures: dict[int, Failed], decision: Decision) -> BaseException:
         if self.handled and self.handled is not failures:
             error = make_error(self.handled, self.driver, decision.reason, later=failures)
         else:
@@ -182,6 +170,6 @@ class Recovery:
         return cause if is_own and not isinstance(cause, WorkerFailed) else with_users_class(error, cause)
 
 
-def _furthest(failures: dict[int, Any], step: int) -> int:
-    """The step after which the ranks that are left go on; `step` where none has said."""
+def _furthest(failures: dict[int, Failed], step: int) -> int:
+    """The step after which the ranks that are left go on; `step` if none has said."""
     return max((it.step for it in failures.values() if not isinstance(it, Died)), default=step)

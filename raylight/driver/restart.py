@@ -1,32 +1,33 @@
-"""What to do after a failure: a pure function of what failed, how often, and what is left."""
+"""Decides how a run goes on after a failure: a pure function of what failed, how often, and what is left."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from enum import Enum, auto
 
 from raylight.contract.errors import WorkerFailed, WorkerHung
 from raylight.contract.layout import log_file
-from raylight.contract.messages import ENDING, RECOVERY, Died, Failure, PeerLost
+from raylight.contract.messages import ENDING, RECOVERY, Died, Failure
+from raylight.driver.driver import Driver
+from raylight.driver.outcome import Failed
 
-if TYPE_CHECKING:
-    from raylight.driver.run import Run
-
-Failed = Failure | Died | PeerLost
 BACKOFF_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before the n-th attempt in a row that made no progress
-# What user code or arguments get wrong the same way every time: trying again would only hide it.
-PERMANENT = (
-    "InvalidArguments", "DataError", "CheckpointMismatch", "CheckpointCorrupt", "NotEnoughResources",
-    "NotImplementedError", "ImportError", "ModuleNotFoundError", "SyntaxError", "NameError", "UnboundLocalError",
-)  # fmt: skip
+
+
+class Action(Enum):
+    RECOVER = auto()
+    """The ranks that are left go on, and the dead are replaced."""
+    RESTART = auto()
+    """All ranks begin again from the newest checkpoint."""
+    GIVE_UP = auto()
+    """The caller gets the error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """ "recover": the ranks that are left go on and the dead are replaced. "restart": all begin again from the newest
-    checkpoint. "give up": the caller gets the error."""
+    """How the run goes on, and why."""
 
-    action: Literal["recover", "restart", "give up"]
+    action: Action
     reason: str
     delay_s: float = 0.0
     is_charged: bool = True
@@ -49,13 +50,13 @@ class History:
         self.num_without_progress = self.num_without_progress + 1 if step <= self.last_step else 0
         self.last_step = step
         self.causes.append(decision.reason)
-        if decision.action != "give up":
+        if decision.action is not Action.GIVE_UP:
             self.num_restarts += 1
             self.num_charged += decision.is_charged
 
 
 def identify(cause: Failed, step: int) -> tuple[str, str, int]:
-    """Two failures are the same where these are equal."""
+    """Two failures are the same if these are equal."""
     if isinstance(cause, Failure):
         return cause.kind, cause.text, cause.step
     return "a hang" if _is_hang(cause) else type(cause).__name__, "", _step_of(cause, step)
@@ -75,23 +76,23 @@ def decide(
     """`failures`: the newest of each rank that did not finish; `step`: the furthest that was reported."""
     cause = failures[find_first(failures)]
     if stage != "fit":
-        return Decision("give up", f"{stage} is not restarted")
+        return Decision(Action.GIVE_UP, f"{stage} is not restarted")
     if isinstance(cause, Failure):
-        if cause.kind in PERMANENT or cause.stage == "setup":
-            return Decision("give up", "the same would happen again")
+        if cause.is_permanent or cause.stage == "setup":
+            return Decision(Action.GIVE_UP, "the same would happen again")
         if cause.stage == ENDING:
-            return Decision("give up", "training had ended, and its last checkpoint is not affected")
+            return Decision(Action.GIVE_UP, "training had ended, and its last checkpoint is not affected")
         if history.last == identify(cause, step):
-            return Decision("give up", f"{cause.kind} came twice at step {cause.step}")
+            return Decision(Action.GIVE_UP, f"{cause.kind} came twice at step {cause.step}")
     if _is_hang(cause) and history.last == identify(cause, step):
-        return Decision("give up", f"a rank hung twice at step {_step_of(cause, step)}")
+        return Decision(Action.GIVE_UP, f"a rank hung twice at step {_step_of(cause, step)}")
     is_charged = not (isinstance(cause, Died) and cause.node_lost)
     if is_charged and history.num_charged >= max_restarts:
-        return Decision("give up", f"max_restarts={max_restarts} is used up")
+        return Decision(Action.GIVE_UP, f"max_restarts={max_restarts} is used up")
     alike = history.num_without_progress + 1 if step <= history.last_step else 0
     delay_s = BACKOFF_S[min(alike, len(BACKOFF_S) - 1)]
     num_dead = sum(isinstance(failure, Died) for failure in failures.values())
-    action: Literal["recover", "restart"] = "recover" if num_dead < world_size else "restart"
+    action = Action.RECOVER if num_dead < world_size else Action.RESTART
     return Decision(action, _say(cause), delay_s, is_charged)
 
 
@@ -121,17 +122,17 @@ def is_of_recovery(failures: dict[int, Failed]) -> bool:
 
 
 def make_error(
-    failures: dict[int, Failed], run: Run, reason: str, later: dict[int, Failed] | None = None
+    failures: dict[int, Failed], driver: Driver, reason: str, later: dict[int, Failed] | None = None
 ) -> WorkerFailed:
     """The failure that the others followed from, as the error that the user reads; `later` are those that came while
     it was handled."""
     rank = find_first(failures)
     cause = failures[rank]
-    node = run.outcome.nodes[rank].node if rank in run.outcome.nodes else "unknown node"
-    step = _step_of(cause, run.step) if isinstance(cause, Failure | Died) else run.step
-    files = run.version.storage if run.version is not None else None
-    log = files.uri_of(log_file(rank)) if files is not None and run.world_size > 1 else None
-    lines = [f"rank {rank} on {node} failed at step {step} (attempt {run.attempt + 1}; {reason})."]
+    node = driver.outcome.node_of(rank)
+    step = _step_of(cause, driver.step) if isinstance(cause, Failure | Died) else driver.step
+    files = driver.version.storage if driver.version is not None else None
+    log = files.uri_of(log_file(rank)) if files is not None and driver.world_size > 1 else None
+    lines = [f"rank {rank} on {node} failed at step {step} (attempt {driver.attempt + 1}; {reason})."]
     lines.append(cause.traceback if isinstance(cause, Failure) else f"The process is gone: {cause.reason}")
     lines += cause.notes if isinstance(cause, Failure) else []
     second = later[find_first(later)] if later else None
@@ -145,14 +146,14 @@ def make_error(
         lines.append(f"Log: {log}")
     if isinstance(cause, Failure) and cause.evidence is not None and files is not None:
         lines.append(f"Run that step again: raylight replay {files.argument_of(cause.evidence)}")
-    if run.last is not None:
-        call, resume = ("sweep", True) if run.record.get("trial") else ("fit", "last")
-        lines.append(f"Resume with: raylight.{call}(..., name={run.config.name!r}, resume={resume!r})")
+    if driver.shelf.last is not None:
+        call, resume = ("sweep", True) if driver.record.is_of_trial else ("fit", "last")
+        lines.append(f"Resume with: raylight.{call}(..., name={driver.config.name!r}, resume={resume!r})")
     stacks = cause.stacks if isinstance(cause, Died) else None
     if stacks is not None:
         lines.append(stacks)
     kind = WorkerFailed if stacks is None else WorkerHung
-    error = kind("\n".join(lines), rank=rank, node=node, step=step, attempt=run.attempt, log=log)
+    error = kind("\n".join(lines), rank=rank, node=node, step=step, attempt=driver.attempt, log=log)
     raised = cause if isinstance(cause, Failure) else second  # a process that is gone has raised nothing
     if isinstance(raised, Failure):
         error.cause = raised.load_cause()

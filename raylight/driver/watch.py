@@ -1,4 +1,4 @@
-"""What the driver looks at while it waits for messages: the clock, hangs, nodes that leave and workers that come."""
+"""Watch: looks at the clock, hangs, nodes that leave and workers that come while the driver waits for messages."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Callable
 from raylight.contract.config import Config
 from raylight.contract.messages import Message, SaveFailed
 from raylight.contract.requests import Request
+from raylight.driver.driver import Driver
 from raylight.driver.group import Group
 from raylight.driver.hangs import FLOOR_S, HangDetector, format_stacks
-from raylight.driver.run import Run
 from raylight.driver.timetable import Timetable
 
 LOOK_EVERY_S = 0.5
 DRAIN_LOOK_EVERY_S = 5.0
 """A node says half a minute or more before that it goes."""
 HANG_LOOKS = 10.0
-"""So often ranks are asked for a sign of life while a hang would last."""
+"""How often ranks are asked for a sign of life in the time after which one counts as hung."""
 
 
 class Watch:
-    """`look` is called after every message, and where none comes a few times a second."""
+    """`look` is called after every message, and a few times a second while none comes."""
 
     def __init__(
-        self, config: Config, group: Group, driver: Run, stage: str, clock: Callable[[], float] = time.monotonic
+        self, config: Config, group: Group, driver: Driver, stage: str, clock: Callable[[], float] = time.monotonic
     ):
         self.group, self.driver, self.clock = group, driver, clock
         self.timetable = Timetable(config) if stage == "fit" else None
@@ -46,7 +46,7 @@ class Watch:
         if self.timetable is not None:
             self.timetable.begin()
         self.is_regrouping = False
-        """All ranks were told to leave at a step boundary and to meet anew."""
+        """All ranks were asked to leave at a step boundary and to form a new group."""
         self.leaving: list[int] = []
         self._due = dict.fromkeys(self._periods, self.clock() + LOOK_EVERY_S)
         if self.most > self.group.world_size:
@@ -61,7 +61,7 @@ class Watch:
         self.look()
 
     def look(self) -> None:
-        if self.driver.outcome.failures:
+        if self.driver.outcome.has_failures:
             return
         for action in self.timetable.due() if self.timetable is not None else ():
             self.group.request(action)

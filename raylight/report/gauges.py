@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from raylight.contract.messages import Died, Failure, Finished, Message, PeerLost, Progress, Saved, StageStarted
 from raylight.report.progress import Rate
-
-if TYPE_CHECKING:
-    from raylight.driver.run import Run
 
 GAUGES = {
     "raylight_step": "Optimizer steps that the run has made.",
@@ -28,11 +25,24 @@ WAIT_WINDOW_S = 10.0
 _EVALUATION = ("val", "test", "sanity", "predict")
 
 
+class RunNumbers(Protocol):
+    """A run, as far as its gauges read it."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def num_restarts(self) -> int: ...
+    @property
+    def logged_metrics(self) -> Mapping[str, float]: ...
+
+
 class Gauges:
     """A sink that publishes the numbers while messages come; its cost is negligible, even with a thousand ranks."""
 
     def __init__(
-        self, run: Run, publish: Callable[[dict[str, float]], None], clock: Callable[[], float] = time.monotonic
+        self, run: RunNumbers, publish: Callable[[dict[str, float]], None], clock: Callable[[], float] = time.monotonic
     ):
         self._run, self._publish, self._clock = run, publish, clock
         self._rate = Rate()
@@ -68,7 +78,7 @@ class Gauges:
             "data_wait_ratio": max(waits, default=None),
             "checkpoint_stall_s": self._stall[1] if self._stall is not None else None,
             "world_size": float(run.world_size),
-            "restarts": float(len(run.record.get("restarts", []))),
+            "restarts": float(run.num_restarts),
         }
         return {f"raylight_{name}": value for name, value in known.items() if value is not None}
 

@@ -25,13 +25,13 @@ from raylight.contract.messages import (
 )
 from raylight.contract.requests import Request
 from raylight.contract.user_error import beside
-from raylight.driver.run import Run
+from raylight.driver.driver import Driver
 from raylight.execution import Execution
 from raylight.loading import Pointer, Resume
 from raylight.storage.checkpoints import Checkpoint, delete, list_checkpoints, read_checkpoint, verify
 from raylight.storage.fence import newest_attempt
 from raylight.storage.filesystem import Storage
-from raylight.storage.summaries import is_number, read_run_or_status
+from raylight.storage.summaries import read_run_or_status
 from raylight.storage.versions import Version, claim_version, open_version
 from raylight.trainer import find_available
 from raylight.tuning.recipe import Made
@@ -99,14 +99,13 @@ class TrialRun:
         self._epoch = source.epoch if source is not None else 0
         resume = Resume(source, version, record.get("seed"), takes_new_hyperparameters=is_clone or is_changed)
         self.execution.start(resume, {"trial": self.facts})
-        self._protected = set(self.driver.protected)
         if not is_clone:
-            self.driver.callback_metrics |= {n: float(v) for n, v in record.get("metrics", {}).items() if is_number(v)}
+            self.driver.take_over_record(record.get("metrics", {}))
         self.driver.handle(0, Hyperparameters(self.values))
         self._messages = self.execution.messages()
 
     @property
-    def driver(self) -> Run:
+    def driver(self) -> Driver:
         assert self.execution.driver is not None, "begin first"
         return self.execution.driver
 
@@ -166,7 +165,7 @@ class TrialRun:
             self._has_told = True
             return self._results.pop(0) | self._where() if self._results else None
         except Exception as error:
-            self.driver.record["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.driver.record.note_error(f"{type(error).__name__}: {error}".splitlines()[0])
             with beside(error, "closing the run"):
                 self._abandon("failed")
             raise
@@ -219,7 +218,7 @@ class TrialRun:
         return {**values, "epoch": self._epoch, "step": step, "training_iteration": number}
 
     def _where(self) -> dict[str, Any]:
-        version, best = self.driver.version, self.driver.best
+        version, best = self.driver.version, self.driver.shelf.best
         assert version is not None
         where: dict[str, Any] = {"version": version.path, "best_checkpoint": best.path if best is not None else None}
         if best is not None and self.metric in best.metrics:
@@ -232,17 +231,18 @@ class TrialRun:
         """The newest checkpoint, which is kept for a while; one of this moment is made where that is older than the
         last result. None: this run makes no checkpoints."""
         driver, reported = self.driver, max(self.facts["result_steps"], default=0)
-        is_old = driver.last is None or driver.last.step < reported
+        newest = driver.shelf.last
+        is_old = newest is None or newest.step < reported
         if is_old and self.config.checkpoint is not None and not self.is_over:
             self.execution.group.request(Request.SAVE)
             self._is_pausing = True
             self.execution.group.pause()
             self._train()
-        last = driver.last
+        last = driver.shelf.last
         if last is None or driver.version is None:
             return None
         self._pinned = [*(path for path in self._pinned if path != last.path), last.path][-NUM_PINNED:]
-        driver.protected = {*self._protected, *self._pinned}
+        driver.shelf.pin(self._pinned)
         return Pointer(self.trial_id, driver.version.number, last.name, last.path)
 
     def end(self, status: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raylight.contract.messages import Saved, StageStarted
-from raylight.driver.goodput import PARTS, Ledger
+from raylight.driver.goodput import PARTS, GoodputClock
 
 
 class Clock:
@@ -20,26 +20,26 @@ def clock() -> Clock:
     return Clock()
 
 
-def start(ledger: Ledger, stage: str = "train") -> None:
-    ledger.follow(0, StageStarted(stage, 0, 0, 10))
+def start(goodput_clock: GoodputClock, stage: str = "train") -> None:
+    goodput_clock.follow(0, StageStarted(stage, 0, 0, 10))
 
 
 def test_parts_add_up_to_the_wall_time(clock):
-    ledger = Ledger(clock)
+    goodput_clock = GoodputClock(clock)
     clock.now += 3
-    start(ledger, "sanity")
+    start(goodput_clock, "sanity")
     clock.now += 1
-    start(ledger)
+    start(goodput_clock)
     clock.now += 20
-    ledger.follow(0, Saved("d", 1, 0, (), {}, False, stall_s=0.5, write_s=2.0))
-    ledger.follow(1, Saved("d", 1, 0, (), {}, False, stall_s=0.7, write_s=2.0))
-    ledger.note_failure(loses_work=False)
+    goodput_clock.follow(0, Saved("d", 1, 0, (), {}, False, stall_s=0.5, write_s=2.0))
+    goodput_clock.follow(1, Saved("d", 1, 0, (), {}, False, stall_s=0.7, write_s=2.0))
+    goodput_clock.note_failure(loses_work=False)
     clock.now += 2
-    start(ledger)
+    start(goodput_clock)
     clock.now += 10
-    ledger.finish()
+    goodput_clock.finish()
     clock.now += 1
-    parts = ledger.read({"data": 4.0, "validation": 5.0})
+    parts = goodput_clock.read({"data": 4.0, "validation": 5.0})
     assert tuple(parts) == PARTS
     assert sum(parts.values()) == pytest.approx(37.0)
     assert parts["start_up"] == 4.0
@@ -50,24 +50,24 @@ def test_parts_add_up_to_the_wall_time(clock):
 
 
 def test_lost_work_is_what_was_done_since_the_last_commit(clock):
-    ledger = Ledger(clock)
-    start(ledger)
+    goodput_clock = GoodputClock(clock)
+    start(goodput_clock)
     clock.now += 10
-    ledger.note_commit()
+    goodput_clock.note_commit()
     clock.now += 4
-    ledger.note_failure(loses_work=True)
+    goodput_clock.note_failure(loses_work=True)
     clock.now += 1
-    start(ledger)
+    start(goodput_clock)
     clock.now += 6
-    parts = ledger.read({})
+    parts = goodput_clock.read({})
     assert parts["lost_work"] == 4.0
     assert parts["compute"] == 16.0
 
 
 def test_a_workers_clock_cannot_claim_more_than_there_was(clock):
-    ledger = Ledger(clock)
-    start(ledger)
+    goodput_clock = GoodputClock(clock)
+    start(goodput_clock)
     clock.now += 2
-    parts = ledger.read({"data": 3.0, "validation": 1.0})
+    parts = goodput_clock.read({"data": 3.0, "validation": 1.0})
     assert parts["compute"] == 0.0
     assert sum(parts.values()) == pytest.approx(2.0)

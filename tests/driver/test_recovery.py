@@ -9,9 +9,9 @@ from raylight.contract.config import Config
 from raylight.contract.messages import Died, Saved
 from raylight.contract.requests import Request
 from raylight.contract.task import Loaders, Task
+from raylight.driver.driver import Driver
 from raylight.driver.group import Group, Messages
 from raylight.driver.recovery import Recovery
-from raylight.driver.run import Run
 from raylight.driver.watch import Watch
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import claim_version
@@ -40,14 +40,14 @@ class OneRank(Group):
         return iter(())
 
 
-def save(driver: Run, step: int) -> None:
+def save(driver: Driver, step: int) -> None:
     directory = f"checkpoints/step-{step:08d}"
     file = driver.version.storage.write(f"{directory}/model.pt", [b"weights"])
     driver.handle(0, Saved(directory, step, 0, (file,), {}, False, 0.0, 0.0))
     driver.wait_for_storage()
 
 
-def lose_all(driver: Run) -> Any:
+def lose_all(driver: Driver) -> Any:
     """The checkpoint that the next generation begins from."""
     config, group = driver.config, OneRank()
     task = Task("fit", None, Loaders(), config, [], None, driver.version.path, driver.version.storage, seed=0)
@@ -57,28 +57,28 @@ def lose_all(driver: Run) -> Any:
 
 
 def test_a_run_that_passed_over_a_damaged_checkpoint_keeps_those_that_it_makes_next(tmp_path: Path) -> None:
-    driver = Run(claim_version(Storage(str(tmp_path)), "run"), Config(name="run"), 1, [], [])
+    driver = Driver(claim_version(Storage(str(tmp_path)), "run"), Config(name="run"), 1, [], [])
     driver.start({})
     save(driver, 20)
-    driver.protected = {driver.last.path}
+    driver.shelf.pin([driver.shelf.last.path])
     save(driver, 30)
-    driver.protected.clear()
-    Path(driver.last.path, "model.pt").write_bytes(b"damaged")
+    driver.shelf.pin([])
+    Path(driver.shelf.last.path, "model.pt").write_bytes(b"damaged")
     begun = lose_all(driver)
-    assert begun.step == driver.last.step == 20
+    assert begun.step == driver.shelf.last.step == 20
     save(driver, 25)
-    assert driver.last.step == 25
-    assert [kept.step for kept in driver.checkpoints] == [20, 25]  # that which it began from is never deleted
+    assert driver.shelf.last.step == 25
+    assert [kept.step for kept in driver.shelf.checkpoints] == [20, 25]  # that which it began from is never deleted
     driver.close("finished")
 
 
 def test_so_does_one_that_is_resumed(tmp_path: Path) -> None:
     version = claim_version(Storage(str(tmp_path)), "run")
-    before = Run(version, Config(name="run"), 1, [], [])
+    before = Driver(version, Config(name="run"), 1, [], [])
     before.start({})
     save(before, 20)
-    before.protected = {before.last.path}
+    before.shelf.pin([before.shelf.last.path])
     save(before, 30)
-    resumed = Run(version, Config(name="run"), 1, [], [], attempt=1, protected=before.checkpoints[0].path)
+    resumed = Driver(version, Config(name="run"), 1, [], [], attempt=1, protected=before.shelf.checkpoints[0].path)
     resumed.redo_from(20)
-    assert [kept.step for kept in resumed.checkpoints] == [20]
+    assert [kept.step for kept in resumed.shelf.checkpoints] == [20]

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylight as pl
-from raylight.driver.run import Run
+from raylight.driver.driver import Driver
 from raylight.launch import signals
 
 pytestmark = pytest.mark.usefixtures("ray_if_marked")
@@ -64,14 +64,14 @@ def test_ctrl_c_commits_a_checkpoint(num_workers, tmp_path):
 def test_presses_while_the_run_is_closed_change_nothing(num_workers, tmp_path, monkeypatch):
     """They left it "failed" or "running"."""
     monkeypatch.setattr(signals, "ONE_PRESS_S", -1.0)
-    close = Run.close
+    close = Driver.close
 
-    def press(run: Run, status: str) -> None:
+    def press(run: Driver, status: str) -> None:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
         close(run, status)
 
-    monkeypatch.setattr(Run, "close", press)
+    monkeypatch.setattr(Driver, "close", press)
     result = pl.fit(
         Signalling(3), make_loader(), num_workers=num_workers, use_gpu=False, max_epochs=100,
         storage_path=str(tmp_path), enable_progress_bar=False, enable_model_summary=False,

@@ -17,7 +17,7 @@ class Watch:
     def __init__(self, **run: Any) -> None:
         self.now = 0.0
         self.published: list[dict[str, float]] = []
-        facts = {"step": 7, "world_size": 2, "record": {}, "logged_metrics": {}} | run
+        facts = {"step": 7, "world_size": 2, "num_restarts": 0, "logged_metrics": {}} | run
         self.gauges = Gauges(SimpleNamespace(**facts), self.published.append, lambda: self.now)  # type: ignore[arg-type]
 
     def hear(self, now: float, rank: int, message: Message) -> dict[str, float]:
@@ -37,7 +37,7 @@ def saved(directory: str, stall_s: float) -> Saved:
 def test_what_is_not_known_yet_is_left_out() -> None:
     known = Watch().hear(0, 0, StageStarted("train", 0, 0, 10))
     assert known == {"step": 7, "samples_per_s": 0, "world_size": 2, "restarts": 0}
-    whole = Watch(logged_metrics={"loss": 0.5}, record={"restarts": [{}, {}]})
+    whole = Watch(logged_metrics={"loss": 0.5}, num_restarts=2)
     whole.hear(0, 0, progress(0))
     whole.hear(0, 0, saved("a", 0.1))
     assert {f"raylight_{name}" for name in whole.hear(2, 0, progress(10))} == set(GAUGES)

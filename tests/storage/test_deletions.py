@@ -43,7 +43,7 @@ KNOWN = {
     "storage/checkpoints.py _delete_folder delete_own",  # files of exact names in it
     "storage/damage.py set_aside delete",  # a file of raylight's that is damaged, once it has another name
     "driver/journal.py merge_metrics delete",  # metrics-00000.parquet and so on
-    "driver/run.py Run._retain delete",  # a checkpoint that the run has committed or listed
+    "driver/shelf.py Shelf.retain delete",  # a checkpoint that the run has committed or listed
     "tuning/trial_run.py TrialRun.begin delete",  # a checkpoint of the trial's own version
     "user/strategy_facade.py FileIO.remove_checkpoint unlink",  # a file that user code names
     "doctor.py _storage delete",  # a probe with a random name

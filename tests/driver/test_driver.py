@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -20,8 +22,9 @@ from raylight.contract.messages import (
     StepRow,
     StepValue,
 )
+from raylight.driver.driver import Driver
 from raylight.driver.journal import read_metrics
-from raylight.driver.run import Run
+from raylight.driver.logger_feed import Logger
 from raylight.loggers import CSVLogger, make_loggers
 from raylight.storage.checkpoints import Checkpoint, list_checkpoints, raise_fence
 from raylight.storage.filesystem import Storage
@@ -44,23 +47,27 @@ class Listener:
             self.said.append(message.text)
 
 
-def begin(version: Version, attempt: int, world_size: int = 1) -> Run:
+def begin(version: Version, attempt: int, world_size: int = 1, loggers: Sequence[Logger] = ()) -> Driver:
     if attempt:
         raise_fence(version.storage, attempt)
-    run = Run(version, Config(name="run"), world_size, [Listener()], [], attempt)
+    run = Driver(version, Config(name="run"), world_size, [listener := Listener()], loggers, attempt)
+    listeners[run] = listener
     run.start({})
     return run
 
 
-def heard(run: Run) -> list[str]:
-    return run.sinks[0].said
+listeners: WeakKeyDictionary[Driver, Listener] = WeakKeyDictionary()
 
 
-def log(run: Run, step: int, value: float) -> None:
+def heard(run: Driver) -> list[str]:
+    return listeners[run].said
+
+
+def log(run: Driver, step: int, value: float) -> None:
     run.handle(0, EpochMetrics("train", 0, step, 0.0, {"loss": value}, frozenset({"loss"}), frozenset()))
 
 
-def save(run: Run, version: Version, step: int, rank: int = 0, world_size: int = 1) -> Message:
+def save(run: Driver, version: Version, step: int, rank: int = 0, world_size: int = 1) -> Message:
     directory = f"checkpoints/step-{step:08d}" + (f"-attempt-{run.attempt}" if run.attempt else "")
     file = version.storage.write(f"{directory}/model-{rank:05d}-of-{world_size:05d}.pt", [b"weights"])
     return Saved(directory, step, 0, (file,), {}, False, 0.0, 0.0, world_size)
@@ -100,13 +107,12 @@ def test_what_a_rank_logged_is_kept_while_it_accumulates(version: Version) -> No
     share = {"loss": (("mean", False, True, False, True), [(3.0, 2.0)])}
     run.handle(1, Progress("train", 0, 4, 8, 16, share=share))
     run.handle(1, Progress("train", 0, 4, 9, 18))  # in the middle of a step nothing new counts
-    assert run.shares[1] == [(0, share)]
+    assert run.departed_values.read(1) == [(0, share)]
 
 
 def test_a_logger_that_cannot_write_hyperparameters_costs_a_warning(version: Version) -> None:
     Path(version.path, "hparams.yaml").mkdir()
-    run = begin(version, 0)
-    run.loggers = make_loggers(CSVLogger(), version.storage, version.path)
+    run = begin(version, 0, loggers=make_loggers(CSVLogger(), version.storage, version.path))
     run.handle(0, Hyperparameters({"lr": 0.1}))
     run.close("finished")
     assert version.read_run()["hyperparameters"] == {"lr": 0.1}
@@ -124,7 +130,7 @@ def test_a_share_for_a_larger_group_is_no_checkpoint_of_the_one_that_is_left(ver
     run.handle(0, save(run, version, 5, rank, world_size=2))
     run.wait_for_storage()
     assert list_checkpoints(version.storage) == []
-    assert not run.saved
+    assert not run.shelf.is_waiting
     assert [text for text in heard(run) if "the checkpoint of step 5 is lost" in text]
     run.handle(0, save(run, version, 6))
     run.wait_for_storage()
@@ -173,7 +179,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_costs_no_new_one(
     for step in (1, 2, 3):
         run.handle(0, save(run, version, step))
         run.wait_for_storage()
-    assert run.last.step == 3
+    assert run.shelf.last.step == 3
     assert not [text for text in heard(run) if "is lost" in text]
     assert len([text for text in heard(run) if "stays on storage" in text]) == 2
 
@@ -206,12 +212,14 @@ def test_values_may_be_logged_while_the_record_is_written(version: Version) -> N
         ndim = 0
 
         def item(self) -> float:
-            for values in (run.callback_metrics, run.hyperparameters):
-                values[f"logged meanwhile {len(values)}"] = 2.0
+            name = f"logged meanwhile {len(run.callback_metrics)}"
+            run.metrics.take_over({name: 2.0})
+            run.record.add_hyperparameters({name: 2.0})
             return 1.0
 
     run = begin(version, 0)
-    run.callback_metrics["loss"] = run.hyperparameters["lr"] = Number()
+    run.metrics.take_over({"loss": Number()})
+    run.record.add_hyperparameters({"lr": 1.0})
     run.write_record()
     assert heard(run) == []
     record = version.read_run()
@@ -260,7 +268,7 @@ def test_a_version_that_is_deleted_meanwhile_is_said_once_and_its_checkpoints_co
     run.close("finished")
     assert [text for text in heard(run) if "was deleted while the run went on" in text] == heard(run)
     assert len(heard(run)) == 1
-    assert [kept.step for kept in run.checkpoints] == [3]  # of those made since, the newest
+    assert [kept.step for kept in run.shelf.checkpoints] == [3]  # of those made since, the newest
     assert version.read_run()["status"] == "finished"
 
 

@@ -1,0 +1,246 @@
+"""Driver: takes the workers' messages for one version, and passes each to the object that owns what it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec, Protocol
+
+from raylight.contract import messages as m
+from raylight.contract.config import Checkpointing, Config
+from raylight.contract.errors import StorageError, Superseded
+from raylight.driver.departed_values import DepartedValues
+from raylight.driver.goodput import GoodputClock
+from raylight.driver.logger_feed import Logger
+from raylight.driver.metric_store import MetricStore
+from raylight.driver.outcome import Outcome
+from raylight.driver.run_record import JsonObject, RunRecord, describe_error
+from raylight.driver.shelf import Shares, Shelf
+from raylight.storage.checkpoints import Checkpoint
+from raylight.storage.summaries import is_number
+from raylight.storage.versions import Version
+
+P = ParamSpec("P")
+
+
+class Sink(Protocol):
+    """An onlooker, as the console is."""
+
+    def handle(self, rank: int, message: m.Message) -> None: ...
+
+
+class Driver:
+    """One version while it runs. `version` is None if nothing is written (fast_dev_run, predict); a follow-up, as a
+    test after a fit, writes beside the fit and leaves its record as it is."""
+
+    def __init__(
+        self, version: Version | None, config: Config, world_size: int, sinks: Iterable[Sink],
+        loggers: Sequence[Logger], attempt: int = 0, protected: str | None = None, is_follow_up: bool = False,
+    ):  # fmt: skip
+        """`protected`: the path of the checkpoint that the run was resumed from."""
+        self.version, self.config, self.attempt = version, config, attempt
+        self.loggers = list(loggers)
+        files = version.storage if version is not None else None
+        self.record = RunRecord(version, config, attempt, self.warn, is_follow_up)
+        self.shelf = Shelf(files, config.checkpoint or Checkpointing(), attempt, self.warn, protected)
+        self.metrics = MetricStore(files, world_size, self.loggers, self.warn)
+        self.goodput_clock = GoodputClock()
+        self.outcome = Outcome()
+        self.departed_values = DepartedValues()
+        self._sinks, self._world_size, self._is_follow_up = list(sinks), world_size, is_follow_up
+        self._step = self._epoch = 0
+        self._is_ending = False
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="raylight storage")
+        self._writes: list[Future[None]] = []
+
+    # ---- reading
+
+    @property
+    def world_size(self) -> int:
+        return self._world_size
+
+    @property
+    def step(self) -> int:
+        """The furthest that a rank has reported."""
+        return self._step
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    @property
+    def num_restarts(self) -> int:
+        """How often the group was formed again, over all attempts of the version."""
+        return self.record.num_restarts
+
+    @property
+    def callback_metrics(self) -> dict[str, float]:
+        return self.metrics.callback_metrics
+
+    @property
+    def logged_metrics(self) -> dict[str, float]:
+        return self.metrics.logged_metrics
+
+    @property
+    def goodput(self) -> dict[str, float]:
+        """Seconds by what they went to."""
+        first = self.outcome.first
+        return self.goodput_clock.read(first.seconds if first is not None else {})
+
+    # ---- messages
+
+    def handle(self, rank: int, message: m.Message) -> None:
+        """Raises Superseded once another driver has taken over the version, and what a logger has raised."""
+        if self.record.superseded is not None:
+            raise self.record.superseded
+        error = self.metrics.logger_error
+        if error is not None and not isinstance(message, m.Failure | m.Died | m.PeerLost | m.Notice):
+            raise error
+        self.goodput_clock.follow(rank, message)
+        self._route(rank, message)
+        for sink in self._sinks:
+            sink.handle(rank, message)
+
+    def _route(self, rank: int, message: m.Message) -> None:
+        if isinstance(message, m.StepMetrics):
+            self.metrics.add_steps(rank, message)
+        elif isinstance(message, m.Progress):
+            self._note_progress(rank, message)
+        elif isinstance(message, m.EpochMetrics):
+            self.metrics.add_epoch(message)
+            self._step = max(self._step, message.step)
+        elif isinstance(message, m.Saved):
+            shares = self.shelf.add(rank, message, self._world_size)
+            if shares is not None:
+                self._later(self._commit, shares)
+        elif isinstance(message, m.SaveFailed):
+            self.shelf.drop_failed(rank, message, self._is_ending)
+        elif isinstance(message, m.Hyperparameters):
+            self._note_hyperparameters(message)
+        elif isinstance(message, m.Started | m.Finished | m.Failure | m.Died | m.PeerLost):
+            self.outcome.note(rank, message)
+
+    def _note_progress(self, rank: int, message: m.Progress) -> None:
+        if message.stage == "train":
+            self._step, self._epoch = max(self._step, message.step), message.epoch
+            if message.share:  # none in the middle of a step that accumulates
+                self.departed_values.note(rank, message.epoch, message.share)
+
+    def _note_hyperparameters(self, message: m.Hyperparameters) -> None:
+        all_of_them = self.record.add_hyperparameters(message.values)
+        for logger in self.loggers:
+            if hasattr(logger, "log_hyperparams"):
+                try:
+                    logger.log_hyperparams(all_of_them)
+                except (OSError, StorageError) as error:
+                    self.warn(f"{type(logger).__name__} could not log the hyperparameters: {error}")
+        self._later(self.write_record)
+
+    def add_sink(self, sink: Sink) -> None:
+        self._sinks.append(sink)
+
+    def tell(self, text: str, level: str = "info") -> None:
+        """Shows a sentence of the driver itself to the person."""
+        for sink in self._sinks:
+            sink.handle(0, m.Notice(text, level))
+
+    def warn(self, text: str) -> None:
+        self.tell(text, "warning")
+
+    # ---- storage
+
+    def _later(self, write: Callable[P, None], *arguments: P.args, **named: P.kwargs) -> None:
+        """Storage may be slow or away; in-process the training loop shares this thread and does not wait for it."""
+        self._writes.append(self._writer.submit(write, *arguments, **named))
+
+    def wait_for_storage(self) -> None:
+        """Returns once all writes that were begun have ended; the person has read why one failed."""
+        writes, self._writes = self._writes, []
+        for write in writes:
+            write.result()
+
+    def _commit(self, shares: Shares) -> None:
+        self.metrics.flush()
+        try:
+            self._look_for_deletion()
+            self.shelf.commit(shares, self.record.seed)
+            self.goodput_clock.note_commit()
+            self.shelf.retain()
+        except Superseded as error:
+            self.record.leave(error)
+        except Exception as error:
+            self.warn(f"the checkpoint of step {shares[min(shares)].step} is lost: {describe_error(error)}")
+        self.write_record()
+
+    def _look_for_deletion(self) -> None:
+        if self.record.is_deleted():
+            self.shelf.list_again()
+            self.write_record()
+
+    def write_record(self) -> None:
+        self.record.write(self.metrics.callback_metrics, self.shelf.best, self.shelf.last)
+
+    # ---- a run from its beginning to its end
+
+    def start(self, given: Mapping[str, object]) -> None:
+        """Writes the first run.json; `given` are facts to record beside the arguments."""
+        self.record.begin(self._world_size, given)
+        if not self._is_follow_up:
+            self.write_record()
+
+    def redo_from(self, step: int) -> None:
+        """The steps after this one are made again: what was logged and saved beyond it counts for nothing."""
+        self.metrics.redo_from(step, self._world_size)
+        self.shelf.redo_from(step)
+
+    def take_over(self, checkpoint: Checkpoint) -> None:
+        """Takes the metrics of this version as of a checkpoint of its own, until the run measures others."""
+        if self.version is not None and checkpoint.storage.parent().parent().uri == self.version.path:
+            self.take_over_record(self.record.metrics)
+            self.metrics.take_over(checkpoint.metrics)
+
+    def take_over_record(self, recorded: JsonObject) -> None:
+        """Takes the numbers among the metrics of an earlier record."""
+        self.metrics.take_over({name: float(value) for name, value in recorded.items() if is_number(value)})
+
+    def begin_generation(
+        self, world_size: int, reason: str, gone: Collection[int] = (), last_step: int | None = None,
+        is_ending: bool = False,
+    ) -> None:  # fmt: skip
+        """A new group of as many ranks begins. `gone`: those that died or left; the others go on after step
+        `last_step`. `is_ending`: the run is given up, and only its last state is saved."""
+        self._world_size, self._is_ending = world_size, is_ending
+        self.metrics.begin_generation()
+        self.wait_for_storage()
+        self.shelf.begin_generation()
+        self.outcome.begin_generation()
+        if last_step is not None:
+            self.metrics.regroup(world_size, gone, last_step)
+        self.record.add_restart(self._step, world_size, reason)
+        self.write_record()
+
+    def finish(self, finished: m.Finished) -> None:
+        """The workers are done, as rank 0 says; the rest is the driver's."""
+        self._step, self._epoch = finished.step, finished.epoch
+        self.goodput_clock.finish()
+
+    def close(self, status: str) -> None:
+        """Brings everything to storage. Called once, whatever happened."""
+        self.wait_for_storage()
+        self._check_owner()
+        self.record.end(status, self.goodput)
+        self.metrics.close(status, merge=self.record.superseded is None)
+        self.write_record()
+        self._writer.shutdown()
+
+    def _check_owner(self) -> None:
+        """A run that has made no checkpoint for a while does not know yet that it was superseded, or deleted."""
+        if self._is_follow_up:
+            return
+        try:
+            self.record.check_attempt()
+            self._look_for_deletion()
+        except StorageError as error:
+            if isinstance(error, Superseded):
+                self.record.leave(error)
+            self.warn(str(error))
