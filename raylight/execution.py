@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -19,6 +19,7 @@ from raylight.contract.user_error import beside, say
 from raylight.driver.damage import set_aside_damaged
 from raylight.driver.driver import Driver
 from raylight.driver.group import Group
+from raylight.driver.logger_feed import Logger
 from raylight.driver.recovery import Recovery
 from raylight.driver.restart import History
 from raylight.driver.result import Result
@@ -38,13 +39,16 @@ from raylight.user.module import Module
 from raylight.user.trainer_names import TrainerNames
 from raylight.worker.returned import unpack_objects
 
+Returned = Result | list[dict[str, float]] | list[object]
+"""Of a fit; of validate and test, a dict for each loader; of predict, the outputs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
     """A version that a trainer was asked for before its first run, and the loggers that write to it."""
 
     version: Version
-    loggers: list[Any]
+    loggers: list[Logger]
 
 
 def claim(config: Config) -> Claimed:
@@ -75,17 +79,17 @@ class Execution:
         self._drew_seed = False
         self.driver: Driver | None = None
         self.facts: dict[str, Any] = {}
-        """What rank 0 in another process has sent of the run, by the names of `RunView`."""
+        """Facts that rank 0 in another process has sent, by the names of `RunView`."""
         self.result: Result | None = None
         self.history = History()
 
-    def run(self, ckpt_path: Any, verbose: bool) -> Any:
+    def run(self, ckpt_path: object, verbose: bool) -> Returned:
         if self.stage == "fit" and os.environ.get("RAYLIGHT_REPLAY"):
             self._replay()
         with lasting_streams():
             return self._run(ckpt_path, verbose)
 
-    def _run(self, ckpt_path: Any, verbose: bool) -> Any:
+    def _run(self, ckpt_path: object, verbose: bool) -> Returned:
         self.start(ckpt_path)
         assert self.driver is not None
         with stop_on_signal(self.group.request, self.driver.tell) as signals:
@@ -114,7 +118,7 @@ class Execution:
         if is_wanted(self.config.name):
             replay(self.module, self.loaders, self.trainer)
 
-    def start(self, ckpt_path: Any, facts: dict[str, Any] | None = None) -> None:
+    def start(self, ckpt_path: object, facts: Mapping[str, object] | None = None) -> None:
         """The workers and, on storage, the version; nothing is trained yet. `facts` go to run.json."""
         storage = Storage(self.config.storage_path, self.config.storage_filesystem)
         resume = find_resume(
@@ -150,14 +154,14 @@ class Execution:
             self.module.cpu()
 
     def _prepare(
-        self, group: Group, resume: Resume, version: Version | None, attempt: int, facts: dict[str, Any]
+        self, group: Group, resume: Resume, version: Version | None, attempt: int, facts: Mapping[str, object]
     ) -> tuple[Task, Console]:
         """run.json, loggers and console; and the task for the workers."""
         config = self.config
         if attempt and version is not None:
             raise_fence(version.storage, attempt)
             sweep_leftovers(version.storage)
-        loggers: list[Any] = []
+        loggers: Sequence[Logger] = []
         if self.claimed is not None and version is self.claimed.version:
             loggers = self.claimed.loggers
         elif version is not None:
@@ -213,8 +217,8 @@ class Execution:
         return task, console
 
     def messages(self) -> Iterator[tuple[int, Message]]:
-        """What the workers say, once the driver has seen to it, until all are done. After a failure the group goes on
-        as driver/recovery.py says."""
+        """The messages of the workers, once the driver has handled them, until all are done. After a failure the group
+        goes on as driver/recovery.py says."""
         driver, group, task = self.driver, self.group, self.task
         assert driver is not None
         watch = Watch(self.config, group, driver, self.stage)
@@ -261,7 +265,7 @@ class Execution:
         return self.claimed.version if self.claimed is not None else claim_version(storage, self.config.name)
 
     def _find_trained(self, resume: Resume) -> tuple[int, int]:
-        """Steps and epochs behind the weights that are evaluated: where in the curves what they measure belongs."""
+        """Steps and epochs that the evaluated weights were trained for: the place of their metrics in the curves."""
         if resume.checkpoint is not None:
             return resume.checkpoint.step, resume.checkpoint.epoch
         if resume.lightning_file is not None or self.previous is None:
@@ -290,7 +294,7 @@ class Execution:
 
     @property
     def trained(self) -> tuple[int, int]:
-        """Steps and epochs behind the weights that were evaluated."""
+        """Steps and epochs that the evaluated weights were trained for."""
         return self.task.trained
 
     @property
@@ -304,8 +308,8 @@ class Execution:
         statuses = self.driver.outcome.statuses
         return next((status for status in ("interrupted", "stopped") if status in statuses), "finished")
 
-    def finish(self, verbose: bool) -> Any:
-        """What the caller gets, after the last message."""
+    def finish(self, verbose: bool) -> Returned:
+        """Returns what the caller gets, after the last message."""
         driver, console, status = self.driver, self.console, self._status()
         assert driver is not None
         finished = driver.outcome.first
@@ -368,23 +372,23 @@ def _draw_seed() -> int:
 
 
 def _make_label(config: Config, version: Version | None) -> str:
-    """What the run's actors are called in Ray's dashboard."""
+    """The name of the run's actors in Ray's dashboard."""
     return f"{config.name}:v{version.number}" if version is not None else config.name
 
 
 def _make_gauges(driver: Driver) -> Gauges:
-    """For Prometheus, where Ray takes it there."""
+    """For Prometheus, to which Ray hands the values on."""
     from raylight.launch.ray_metrics import open_gauges
 
     version = str(driver.version.number) if driver.version is not None else ""
     return Gauges(driver, open_gauges(GAUGES, {"run": driver.config.name, "version": version}))
 
 
-def _merge_predictions(shares: list[BatchOutputs]) -> list[Any]:
+def _merge_predictions(shares: list[BatchOutputs]) -> list[object]:
     """Each loader's outputs in the order of its batches; for one loader that list alone."""
     num_loaders = len(shares[0])
-    merged = []
+    merged: list[list[object]] = []
     for loader in range(num_loaders):
         pairs = sorted((pair for share in shares for pair in share[loader]), key=lambda pair: pair[0])
         merged.append([output for _, output in pairs])
-    return merged[0] if num_loaders == 1 else merged
+    return merged[0] if num_loaders == 1 else [*merged]

@@ -47,7 +47,7 @@ KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a rank has kept of the step that failed."""
+    """The facts that a rank has kept of a step that failed."""
 
     run: Run
     facts: dict[str, Any]
@@ -145,8 +145,8 @@ def replay(module: Module, loaders: Loaders, trainer: TrainerNames) -> None:
         raise SystemExit(1) from None
     losses = [float(loss) for loss in loop.step.take_losses()]
     bad = [name for name, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    told = f"gradients that are not finite: {', '.join(bad)}" if bad else "all gradients are finite"
-    print(f"raylight: the step did not raise; loss {losses}, {told}", flush=True)
+    verdict = f"gradients that are not finite: {', '.join(bad)}" if bad else "all gradients are finite"
+    print(f"raylight: the step did not raise; loss {losses}, {verdict}", flush=True)
     raise SystemExit(0)
 
 

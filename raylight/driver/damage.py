@@ -8,7 +8,7 @@ from raylight.storage.versions import Version
 
 
 def set_aside_damaged(version: Version) -> None:
-    """Keeps what cannot be read under another name, with a warning each. Checkpoints are looked at where one is
+    """Keeps what cannot be read under another name, with a warning each. Checkpoints are looked at if one is
     chosen."""
     version.set_aside_damaged_run()
     set_aside_damaged_fence(version.storage)

@@ -7,7 +7,7 @@ from raylight.storage.versions import Version
 
 
 def is_deleted(version: Version, started_at: float) -> bool:
-    """Whether run.json, which the run began with, is gone. Raises Superseded where another run has claimed the folder
+    """Whether run.json, which the run began with, is gone. Raises Superseded if another run has claimed the folder
     since."""
     try:
         found = version.read_run()

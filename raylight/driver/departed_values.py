@@ -24,7 +24,7 @@ class DepartedValues:
             self._departed += self._of_ranks.pop(rank, [])
 
     def renumber(self, left: Sequence[int]) -> None:
-        """Those that are `left` move up to the ranks 0, 1, …"""
+        """The ranks that are `left` move up to the ranks 0, 1, …"""
         self._of_ranks = {new: self._of_ranks[old] for new, old in enumerate(left) if old in self._of_ranks}
 
     def hand_over(self) -> tuple[tuple[int, EpochValues], ...]:

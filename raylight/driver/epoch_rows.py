@@ -16,7 +16,7 @@ class EpochRows:
         self._written: dict[tuple[str, int, int], int] = {}  # by name, step and epoch: the generation, newest last
 
     def take(self, message: EpochMetrics) -> dict[str, float]:
-        """What of a message goes to loggers, without what they have from a generation before.
+        """The values of a message that go to loggers, without those that they have from a generation before.
 
         Within a generation a name may come twice at one step, as of two validations.
         """

@@ -65,7 +65,7 @@ class Group(ABC):
 
     @property
     def exception(self) -> BaseException | None:
-        """What ended a rank in this process, with its real traceback."""
+        """The exception that ended a rank in this process, with its real traceback."""
         return None
 
     def ages(self) -> dict[int, SignOfLife | None]:

@@ -83,7 +83,7 @@ class HangDetector:
 
     def find_stuck(self, stacks: Mapping[int, str]) -> tuple[int, str, int]:
         """The rank that the others wait for, what is known of it, and its step. One that is not inside torch, where a
-        rank waits for its peers, is to blame before one that is; then the one that is behind."""
+        rank waits for its peers, is to blame before one that is; then the one with the lowest step."""
 
         def order(rank: int) -> tuple[bool, int, float]:
             _, step, moment = self._last.get(rank, ("", -1, 0.0))

@@ -28,7 +28,7 @@ WRITE_INTERVAL_S = 5.0
 """With the time of a write, well under the ten seconds of values that a crash may cost."""
 
 ROWS_PER_PART = 1 << 17
-"""A part is written anew, whole, until it has this many rows (1 to 2 MB): few files, and little work each time."""
+"""A part is rewritten, whole, until it has this many rows (1 to 2 MB): few files, and little work each time."""
 
 DROP_KEY = b"raylight.drop_after"
 """In the metadata of a part: the step beyond which the rows of all earlier files are taken back."""
@@ -37,13 +37,23 @@ MERGED_KEY = b"raylight.merged_parts"
 """In the metadata of `metrics.parquet`: parts with a lower number are in it, and are leftovers if they are there."""
 
 
-class Files(Protocol):
-    """What the journal needs of `storage.filesystem.Storage`."""
+Chunk = bytes | bytearray | memoryview
 
-    def write(self, path: str, chunks: Iterable[Any]) -> Any: ...
+
+class Entry(Protocol):
+    """A file of a folder."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Files(Protocol):
+    """`storage.filesystem.Storage`, as far as the journal needs it."""
+
+    def write(self, path: str, chunks: Iterable[Chunk]) -> object: ...
     def open_read(self, path: str) -> BinaryIO: ...
     def read_bytes(self, path: str) -> bytes: ...
-    def list(self, path: str) -> Iterable[Any]: ...  # of entries with a `name`
+    def list(self, path: str) -> Iterable[Entry]: ...
     def delete(self, path: str) -> None: ...
     def uri_of(self, path: str) -> str: ...
 
@@ -57,7 +67,7 @@ class Damaged(StorageError):
 
 
 class Journal:
-    """Keeps what is added in part files, at most a few seconds behind, and merges them at `close`.
+    """Keeps what is added in part files, at most a few seconds late, and merges them at `close`.
 
     Opened on a version that has rows already, it goes on after them. Adding costs a microsecond, a thread does the
     rest. While storage is away, rows are kept and offered again.
@@ -84,8 +94,8 @@ class Journal:
         self._writer.flush()
 
     def close(self, merge: bool = True) -> None:
-        """Merge all parts into one file. Raises StorageError where that fails; the parts then stay as they are, as they
-        do without `merge`, where another driver writes parts too."""
+        """Merge all parts into one file. Raises StorageError if that fails; the parts then stay as they are, as they
+        do without `merge`, if another driver writes parts too."""
         self._writer.close()
         if merge:
             merge_metrics(self._files)
@@ -194,7 +204,7 @@ def _until_whole(operation: Callable[[], Result], on_damage: Callable[[Damaged],
 
 @dataclass(frozen=True, slots=True)
 class _Survey:
-    """What is on storage: part files, the number of the next one, and the files that hold rows, in order, each with
+    """The state of storage: part files, the number of the next one, and the files that hold rows, in order, each with
     the step beyond which later files take its rows back."""
 
     parts: tuple[str, ...]
@@ -221,7 +231,7 @@ def _survey(files: Files, damaged: Collection[str] = ()) -> _Survey:
 
 
 class _Merged:
-    """The bytes of `metrics.parquet`, a row group at a time; iterated anew when a write is tried again."""
+    """The bytes of `metrics.parquet`, a row group at a time; iterated again when a write is tried again."""
 
     def __init__(self, files: Files, survey: _Survey):
         self._files, self._survey = files, survey
@@ -292,7 +302,7 @@ def _read_metadata(files: Files, path: str) -> dict[bytes, bytes]:
 
 
 def _number_in(metadata: dict[bytes, bytes], key: bytes, path: str) -> int:
-    """0 where it is not there."""
+    """0 if it is not there."""
     try:
         return int(metadata.get(key, 0))
     except ValueError as error:
@@ -316,7 +326,7 @@ def _read_file(files: Files, path: str) -> Iterator[pa.Table]:
 
 
 def _checked(table: pa.Table) -> pa.Table:
-    """Raises ValueError or what pyarrow does where it is not a table of the journal."""
+    """Raises ValueError or what pyarrow does if it is not a table of the journal."""
     table = table.select(_schema().names).cast(_schema())
     table.validate(full=True)
     if any(column.null_count for column in table.columns) or any(

@@ -52,7 +52,7 @@ class MetricStore:
         return self._logger_error
 
     def take_logger_error(self) -> Exception | None:
-        """What a logger has raised, once. It must not take the place of a failure that came before it."""
+        """The exception of a logger, given once. It must not take the place of a failure that came before it."""
         taken, self._logger_error = self._logger_error, None
         return taken
 

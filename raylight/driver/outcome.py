@@ -11,7 +11,7 @@ Failed = Failure | Died | PeerLost
 
 
 class Outcome:
-    """Where each rank runs, and how it ended."""
+    """The node of each rank, and how the rank ended."""
 
     def __init__(self) -> None:
         self._finished: dict[int, Finished] = {}

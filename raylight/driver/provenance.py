@@ -1,4 +1,4 @@
-"""Where a run comes from: versions of packages, and the commit of the working directory."""
+"""The origin of a run: versions of packages, and the commit of the working directory."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Decision:
 
 @dataclass(slots=True)
 class History:
-    """What has failed so far in this fit."""
+    """The failures so far in this fit."""
 
     num_charged: int = 0
     num_restarts: int = 0
@@ -153,8 +153,7 @@ def make_error(
     if stacks is not None:
         lines.append(stacks)
     kind = WorkerFailed if stacks is None else WorkerHung
-    error = kind("\n".join(lines), rank=rank, node=node, step=step, attempt=driver.attempt, log=log)
     raised = cause if isinstance(cause, Failure) else second  # a process that is gone has raised nothing
-    if isinstance(raised, Failure):
-        error.cause = raised.load_cause()
-    return error
+    raised_here = raised.load_cause() if isinstance(raised, Failure) else None
+    text = "\n".join(lines)
+    return kind(text, rank=rank, node=node, step=step, attempt=driver.attempt, cause=raised_here, log=log)

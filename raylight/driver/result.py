@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raylight.driver.journal import read_metrics
 
@@ -19,7 +19,7 @@ class Result:
     """How a fit ended.
 
     `status` is "finished", "stopped" (by a callback or a time limit) or "interrupted" (Ctrl-C or SIGTERM);
-    `metrics` has the final value of everything logged; `path` is the version directory, None where nothing was
+    `metrics` has the final value of everything logged; `path` is the version directory, None if nothing was
     written; `goodput` says in seconds what the time went to.
     """
 
@@ -41,7 +41,7 @@ class Result:
             raise ValueError("this run wrote nothing (fast_dev_run), so there is no history")
         return read_metrics(self.version.storage)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For printing and for JSON."""
         checkpoints = {"best_checkpoint": self.best_checkpoint, "last_checkpoint": self.last_checkpoint}
         return {

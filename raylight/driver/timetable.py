@@ -1,4 +1,4 @@
-"""What the driver asks of all ranks because time has passed: checkpoints, validations, and the end."""
+"""Timetable: the requests to all ranks that are due because time has passed: checkpoints, validations, and the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Timetable:
         self.next_validation: float | None = None
         """None also while one is asked for or under way."""
         self.wait_s = self.validate_every_s
-        """What is to pass between the beginning of training and the first validation, if that is not planned yet."""
+        """The time between the beginning of training and the first validation, if that is not planned yet."""
         self.end = began + config.max_time_s if config.max_time_s is not None else None
 
     def due(self) -> list[Request]:

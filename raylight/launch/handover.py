@@ -35,8 +35,9 @@ def dump(obj: Any) -> tuple[bytes, list[memoryview]]:
 
 
 def load(payload: Buffer, buffers: Sequence[Buffer], adopts: bool = False) -> Any:
-    """What `dump` was given. Large tensors are views of `buffers`, where those can be written to; but parameters, and
-    all tensors if not, have memory of their own. `adopts`: classes of the script become known in this `__main__`."""
+    """The object that `dump` was given. Large tensors are views of `buffers`, if those can be written to; but
+    parameters, and all tensors if not, have memory of their own. `adopts`: classes of the script become known in this
+    `__main__`."""
     try:
         obj, of_main = pickle.loads(payload, buffers=buffers)
     except ModuleNotFoundError as error:
@@ -93,7 +94,7 @@ class _Pickler(cloudpickle.Pickler):
 
 
 class _Memory:
-    """The bytes behind tensors."""
+    """The bytes that tensors view."""
 
     def __init__(self, storage: torch.UntypedStorage, is_own: bool):
         self.storage = storage

@@ -54,7 +54,7 @@ class InProcessGroup(Group):
 
     @property
     def exception(self) -> BaseException | None:
-        """What ended the run, with its real traceback."""
+        """The exception that ended the run, with its real traceback."""
         return self.control.exception
 
     def pause(self) -> None:
@@ -65,7 +65,7 @@ class InProcessGroup(Group):
         """Nothing is trained while nobody asks for the next message, so there is nothing to let go."""
 
     def halt(self) -> None:
-        """Ends the run where it is."""
+        """Ends the run at once."""
         if isinstance(self._messages, Generator):
             self._messages.close()
 

@@ -1,4 +1,4 @@
-"""What can be wrong with the nodes of a cluster, found out before user code runs on them."""
+"""Checks of the nodes of a cluster, made before user code runs on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 from raylight.contract.errors import ClusterError, StorageError
 from raylight.contract.layout import RUN_FILE
@@ -22,7 +21,7 @@ ARRIVAL_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What a worker tells of its machine, and when, by the driver's clock, it was asked and had answered."""
+    """The answer of a worker about its machine, and when, by the driver's clock, it was asked and had answered."""
 
     name: str
     versions: Mapping[str, str]
@@ -44,7 +43,7 @@ def find_versions() -> dict[str, str]:
 
 
 def check_nodes(nodes: Sequence[Node], here: Mapping[str, str]) -> None:
-    """Raises ClusterError, with everything that is wrong, where versions or clocks differ from the driver's."""
+    """Raises ClusterError, with everything that is wrong, if versions or clocks differ from the driver's."""
     problems = {problem for node in nodes for problem in [*_find_versions(node, here), *_find_clock(node)]}
     if problems:
         raise ClusterError("the nodes of the Ray cluster cannot work together:\n" + _list(problems))
@@ -78,11 +77,11 @@ class Record:
 
     files: Files
     path: str
-    stamp: Any
+    stamp: float
 
 
 def look_for(record: Record) -> str:
-    """On a node: why the record is not to be seen there; empty where it is."""
+    """On a node: why the record is not to be seen there; empty if it is."""
     deadline = time.monotonic() + ARRIVAL_TIMEOUT_S
     while True:
         try:
@@ -99,7 +98,7 @@ def look_for(record: Record) -> str:
 
 
 def check_storage(problems: Mapping[str, str], path: str) -> None:
-    """`problems`: by node, what `look_for` said. Raises StorageError where a node does not see the storage."""
+    """`problems`: by node, what `look_for` said. Raises StorageError if a node does not see the storage."""
     wrong = {f"{node}: {problem}" for node, problem in problems.items() if problem}
     if wrong:
         raise StorageError(

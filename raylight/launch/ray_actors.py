@@ -31,13 +31,13 @@ def acquire_group(
     label: Callable[[], str] | None = None,
     num_standby: int | None = None,
     entry: Entry = "raylight.worker.task_runner:run",
-    tell: Callable[[str], Any] | None = None,
+    tell: Callable[[str], object] | None = None,
 ) -> RayGroup:
-    """A group for one run, as `config` says where an argument is None: one that an earlier run has left, with its dead
+    """A group for one run, as `config` says if an argument is None: one that an earlier run has left, with its dead
     members replaced, or a new one.
 
     It can be had again once its run has ended or was halted. Groups that lie idle give way to one of another shape
-    where there is no room for both. `label` says what new actors are called, None: the run's name; it is asked once
+    if there is no room for both. `label` says what new actors are called, None: the run's name; it is asked once
     there is room for them. `tell` hears what is waited for, if anything. Connects to Ray, or starts it. Raises
     NotEnoughResources before any actor is made.
     """
@@ -70,7 +70,7 @@ def acquire_group(
         )
         with _lock:
             _kept.append((key, group))
-    group.entry = entry
+    group.run_by(entry)
     return group
 
 
@@ -101,7 +101,7 @@ def _take_kept(key: tuple) -> RayGroup | None:
         _kept[:] = [(kept_key, group) for kept_key, group in _kept if kept_key[0] == key[0]]
         found = next((group for kept_key, group in _kept if kept_key == key and not group.in_use), None)
         if found is not None:
-            found.in_use = True
+            found.claim()
     if found is not None and not found.renew():
         _release(found)
         return None
@@ -121,7 +121,9 @@ def _release(group: RayGroup) -> None:
     group.shutdown()
 
 
-def _count_workers(asked: Any, cluster: Cluster, needs: dict[str, float], placement: str) -> int:
+def _count_workers(
+    asked: int | str | tuple[int, int], cluster: Cluster, needs: dict[str, float], placement: str
+) -> int:
     """Of an elastic group as many as there is room for; of "auto" one for each GPU."""
     if isinstance(asked, tuple):
         fitting = ray_cluster.count_fitting(ray_cluster.node_resources(), needs, placement)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray._private import state as ray_state
@@ -34,7 +33,7 @@ GROWTH_PATIENCE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What the connected cluster has in all, in use or not."""
+    """The resources of the connected cluster, in use or not."""
 
     num_nodes: int
     num_cpus: float
@@ -75,7 +74,7 @@ def connect(config: Config | None = None) -> Cluster:
 
 
 def _join(address: str) -> None:
-    """Connects to a Ray that runs already. Raises ClusterError, with what to do, where that cannot be."""
+    """Connects to a Ray that runs already. Raises ClusterError, with what to do, if that cannot be."""
     problem = _find_no_way(address)
     if problem:
         raise ClusterError(problem)
@@ -118,7 +117,7 @@ def _find_no_way(address: str) -> str:
 
 
 def _find_local_heads() -> set[str] | None:
-    """The heads of the Ray nodes on this machine, as `address:port`; None where there is no /proc to look at."""
+    """The heads of the Ray nodes on this machine, as `address:port`; None if there is no /proc to look at."""
     names = list(Path("/proc").glob("[0-9]*/comm"))
     raylets = [file.with_name("cmdline") for file in names if _read(file) == "raylet\n"]
     found = (re.search(r"--gcs-address=([^\0 ]+)", _read(file)) for file in raylets)
@@ -133,7 +132,7 @@ def _read(file: Path) -> str:
 
 
 def describe_cluster() -> Cluster | None:
-    """What the connected cluster has; None where this process is connected to none."""
+    """The resources of the connected cluster; None if this process is connected to none."""
     if not ray.is_initialized():
         return None
     nodes = node_resources()
@@ -147,8 +146,8 @@ def describe_cluster() -> Cluster | None:
 
 
 def is_outgrown(config: Config) -> bool:
-    """Whether a Ray that raylight started has fewer logical CPUs than `config` asks for. They are only what it was
-    told, so that one started anew can have them."""
+    """Whether a Ray that raylight started has fewer logical CPUs than `config` asks for. That is only a setting,
+    and another Ray can be started with more."""
     return ray.is_initialized() and _local.is_too_small(_cpus_wanted(config))
 
 
@@ -192,7 +191,7 @@ atexit.register(disconnect)
 
 
 def hold_on_to_head() -> None:
-    """On a node other than the head: this process ends where the head is out of reach for long."""
+    """On a node other than the head: this process ends if the head is out of reach for long."""
     head = ray.get_runtime_context().gcs_address
     if head.rpartition(":")[0].strip("[]") != ray.util.get_node_ip_address():
         hold_on_to(head, lambda text: end_process(text) if _is_connected_to(head) else None)
@@ -239,7 +238,7 @@ def count_fitting(nodes: Sequence[Resources], worker: Resources, strategy: str =
 
 
 def check_room(cluster: Cluster, num_workers: int, worker: Resources, strategy: str = "PACK") -> None:
-    """Raises NotEnoughResources where the cluster, even with nothing else on it, has no room for the workers."""
+    """Raises NotEnoughResources if the cluster, even with nothing else on it, has no room for the workers."""
     if cluster.autoscales:
         return
     nodes = node_resources()
@@ -257,13 +256,13 @@ def check_room(cluster: Cluster, num_workers: int, worker: Resources, strategy: 
 
 
 def has_room_now(num_workers: int, worker: Resources) -> bool:
-    """Whether that much is free on the cluster as a whole; whether it is on nodes where it fits, Ray finds out."""
+    """Whether that much is free on the cluster as a whole. Ray finds out whether there are nodes that it fits on."""
     free = ray.available_resources()
     return all(free.get(name, 0.0) >= amount * num_workers for name, amount in worker.items())
 
 
 def describe_wait(num_workers: int, worker: Resources) -> str:
-    """What a group that cannot be placed yet is waiting for."""
+    """The text for a group that cannot be placed yet: what it waits for."""
     free = ray.available_resources()
     state = "others use the rest"
     if _autoscales():
@@ -284,7 +283,7 @@ class Growth:
         self._stalled_since: float | None = None
 
     def check(self) -> None:
-        """Raises NotEnoughResources where nothing is in use that may become free, and the autoscaler, which has had
+        """Raises NotEnoughResources if nothing is in use that may become free, and the autoscaler, which has had
         time to see what is asked for, starts no node."""
         nodes = node_resources()
         fitting = count_fitting(nodes, self._worker, self._strategy)
@@ -313,9 +312,9 @@ def count_starting_nodes() -> int:
     from ray.autoscaler.v2.sdk import get_cluster_status
     from ray.experimental.internal_kv import _internal_kv_get
 
-    told = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)  # by the first kind
-    if told:
-        report = json.loads(told).get("autoscaler_report") or {}
+    report_json = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)  # by the first kind
+    if report_json:
+        report = json.loads(report_json).get("autoscaler_report") or {}
         return len(report.get("pending_nodes") or []) + sum((report.get("pending_launches") or {}).values())
     status = get_cluster_status(ray.get_runtime_context().gcs_address)
     return len(status.pending_nodes) + sum(launch.count for launch in status.pending_launches)
@@ -325,7 +324,9 @@ def _describe(resources: Resources, of: Resources) -> str:
     return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in of)
 
 
-def wait_for(is_ready: Callable[[float], bool], describe: Callable[[], str], tell: Callable[[str], Any] | None) -> None:
+def wait_for(
+    is_ready: Callable[[float], bool], describe: Callable[[], str], tell: Callable[[str], object] | None
+) -> None:
     """Until `is_ready(timeout_s)`. Says what it waits for, after a while and then once a minute."""
     tell_at = time.monotonic() + TELL_AFTER_S
     while not is_ready(1.0):

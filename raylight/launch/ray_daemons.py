@@ -1,4 +1,4 @@
-"""The daemons of the Ray that this process has started: where one is killed, the run ends and keeps what it has."""
+"""The daemons of the Ray that this process has started: if one is killed, the run ends and keeps what it has."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = {"gcs_server": "GCS (gcs_server)", "raylet": "raylet"}
 
 
 class Daemons:
-    """What has become of them, for one group."""
+    """The state of the daemons, for one group."""
 
     def __init__(self) -> None:
         self.dead: str | None = None
@@ -42,7 +42,7 @@ class Daemons:
 
 
 def find_dead() -> str | None:
-    """Which one has ended, and how; None where all live, or where others have started this Ray."""
+    """Which one has ended, and how; None if all live, or if others have started this Ray."""
     processes: dict[str, list[Any]] = getattr(ray._private.worker.global_worker.node, "all_processes", {})
     for kind, name in NAMES.items():
         for info in processes.get(kind, ()):

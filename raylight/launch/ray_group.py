@@ -70,15 +70,15 @@ class RayGroup(Group):
         placement: str = "PACK",
         label: Callable[[], str] | None = None,
         num_standby: int | None = None,
-        tell: Callable[[str], Any] | None = None,
-        make_room: Callable[[], Any] = lambda: None,
+        tell: Callable[[str], object] | None = None,
+        make_room: Callable[[], object] = lambda: None,
     ) -> RayGroup:
         """Reserves room for the workers and lets them begin to import torch; does not wait for that.
 
         `label` says what the actors are called, None: the run's name; it is asked once there is room for them.
         `num_standby` is for each node that holds workers; None: one. `tell` hears what is waited for, if anything, and
         `make_room` is called meanwhile.
-        Raises NotEnoughResources, before any actor is made, where the cluster has no room for them.
+        Raises NotEnoughResources, before any actor is made, if the cluster has no room for them.
         """
         needs = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {}) | (resources_per_worker or config.resources_per_worker)
         cluster = ray_cluster.connect(replace(config, num_workers=num_workers, resources_per_worker=needs))
@@ -102,10 +102,18 @@ class RayGroup(Group):
 
     @property
     def places(self) -> list[Place]:
-        """Where each rank is. Waits for actors that are coming up."""
+        """The place of each rank. Waits for actors that are coming up."""
         for member in self._roster.members:
             member.visit()
         return self._roster.places(store_port=0, generation=self.generation)
+
+    def claim(self) -> None:
+        """Keeps others from taking the group until the run that will use it has ended or was halted."""
+        self.in_use = True
+
+    def run_by(self, entry: Entry) -> None:
+        """The workers call `entry` with the task of the next run."""
+        self.entry = entry
 
     @property
     def is_idle(self) -> bool:
@@ -114,9 +122,9 @@ class RayGroup(Group):
     # ---- runs
 
     def run(self, task: Task, log_files: Files | None = None) -> Stream:
-        """Begins `task` on all ranks, each anew; `log_files` is where logs/rank-N.log go, None: task.files.
+        """Begins `task` on all ranks, from its start; `log_files` takes logs/rank-N.log, None: task.files.
 
-        A rank whose process dies gives a `Died`. When one has failed or died, the others are told to leave, out of
+        A rank whose process dies gives a `Died`. When one has failed or died, the others are asked to leave, out of
         collectives too, so that all end soon.
         """
         if not self.is_idle:
@@ -158,9 +166,7 @@ class RayGroup(Group):
         self._delivery.close()
         self._delivery = self._stream = None
         for member in self._roster.members:
-            if member.has_begun and not member.is_dead:
-                member.actor.forget.remote(self.generation)
-            member.has_begun = False
+            member.forget(self.generation)
 
     def _begin(self, changes: bytes | None) -> None:
         stream, delivery = self._stream, self._delivery
@@ -185,7 +191,7 @@ class RayGroup(Group):
                 payload, buffers = delivery.payload, delivery.buffers_for(member, self.generation)
             generators[rank] = member.actor.run.remote(self._order(rank, places[rank]), payload, buffers, changes)
         for member in members:
-            member.has_begun = True
+            member.note_begun()
         stream.begin(generators, members[0].actor.follow.remote(self.generation))
 
     def _open_store(self) -> int:
@@ -194,10 +200,10 @@ class RayGroup(Group):
         if self.world_size == 1 or not first.visit():
             return 0
         try:
-            port: Any = ray.get(first.actor.open_store.remote(first.site.ip))
+            port: int = ray.get(first.actor.open_store.remote(first.site.ip))
             return port
         except RayActorError as error:
-            first.is_dead, first.death = True, describe_death(error)
+            first.note_death(describe_death(error))
             return 0
 
     def _order(self, rank: int, place: Place) -> Order:
@@ -248,8 +254,8 @@ class RayGroup(Group):
     def resume(self) -> None:
         """Lets all ranks go on."""
         actors = [self._roster.members[rank].actor for rank in self._running()]
-        told = [actor.go_on.remote(self.generation) for actor in actors]
-        ray.wait(told, num_returns=len(told), timeout=CONTROL_TIMEOUT_S) if told else None
+        resumed = [actor.go_on.remote(self.generation) for actor in actors]
+        ray.wait(resumed, num_returns=len(resumed), timeout=CONTROL_TIMEOUT_S) if resumed else None
 
     def wait(self) -> None:
         """Until all ranks have left that were halted; what they say on the way out is lost."""
@@ -279,7 +285,7 @@ class RayGroup(Group):
         return {rank: text or silent for rank, text in self._ask("stacks", CONTROL_TIMEOUT_S).items()}
 
     def end_hung(self, rank: int, reason: str, step: int, stacks: str) -> None:
-        """Kills the process of a rank that hangs: its `Died` says why, and the others are told to leave."""
+        """Kills the process of a rank that hangs: its `Died` says why, and the others are asked to leave."""
         if self._stream is not None:
             self._stream.end(rank, Died(reason, step=step, stacks=stacks))
 
@@ -295,9 +301,9 @@ class RayGroup(Group):
     # ---- losing and winning members, between two generations
 
     def replace(self, rank: int, timeout_s: float = 60.0) -> Place | None:
-        """Gives a rank another process: a standby where there is one, else a new one in the same room.
+        """Gives a rank another process: a standby if there is one, else a new one in the same room.
 
-        None where there is no room within `timeout_s`; `num_recruits` counts it when it comes later.
+        None if there is no room within `timeout_s`; `num_recruits` counts it when it comes later.
         """
         if not self._roster.replace(rank, timeout_s):
             return None
@@ -331,7 +337,7 @@ class RayGroup(Group):
         return [rank for rank, member in enumerate(self._roster.members) if member.node_id in nodes]
 
     def renew(self, timeout_s: float = 60.0) -> bool:
-        """Between runs: replaces members that died or that a halt did not end. False where that was not possible."""
+        """Between runs: replaces members that died or that a halt did not end. False if that was not possible."""
         if self._stream is not None:
             self._stream.drain(HALTED_S)
         gone = set(self._running())
@@ -396,7 +402,7 @@ class RayGroup(Group):
         self.in_use = False
         self._stream = self._delivery = None
         for member in self._roster.members:
-            member.is_dead = True
+            member.note_death()
         ray_cluster.disconnect()
         raise self._daemons.make_error()
 

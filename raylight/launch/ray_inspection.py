@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
@@ -34,7 +33,7 @@ class Inspection:
             self._views = {node: one.actor.look_for.remote(record) for node, one in self._members.items()}
 
     def finish(self) -> None:
-        """Raises ClusterError or StorageError, naming the nodes, where something is wrong with them."""
+        """Raises ClusterError or StorageError, naming the nodes, if something is wrong with them."""
         if self._failed:
             raise ClusterError("\n".join(sorted(set(self._failed))))
         if self._members:
@@ -52,7 +51,7 @@ def _name(member: Member) -> str:
     return f"{member.site.host} ({member.site.ip})"
 
 
-def _answer(view: Any) -> str:
+def _answer(view: ray.ObjectRef[str]) -> str:
     try:
         return ray.get(view, timeout=ANSWER_TIMEOUT_S)
     except GetTimeoutError:

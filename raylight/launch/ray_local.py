@@ -1,4 +1,4 @@
-"""The Ray that raylight starts on the driver's machine where there is none."""
+"""The Ray that raylight starts on the driver's machine if there is none."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LocalRay:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if 2 * num_cpus >= self._num_cpus:
             # The processes that Ray starts with itself, one for each CPU, import torch before there is an actor for
-            # them: a second less. Where there are many more CPUs than workers, that would be for nothing.
+            # them: a second less. If there are many more CPUs than workers, that would be for nothing.
             os.environ.setdefault("RAY_preload_python_modules", "torch")
             # c10d writes a stack trace into a log for each peer that is lost, and reads this when torch is imported.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

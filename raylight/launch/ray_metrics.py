@@ -8,8 +8,8 @@ from ray.util.metrics import Gauge
 
 
 def open_gauges(descriptions: Mapping[str, str], tags: Mapping[str, str]) -> Callable[[Mapping[str, float]], None]:
-    """What sets the gauges, by name, under these tags. Ray puts `ray_` in front of the names, and hands the values on
-    every ten seconds, for as long as this process lives."""
+    """Returns a function that sets the gauges, by name, under these tags. Ray puts `ray_` in front of the names, and
+    hands the values on every ten seconds, for as long as this process lives."""
     labels = dict(tags)
     gauges = {name: Gauge(name, text, tag_keys=tuple(labels)) for name, text in descriptions.items()}
 

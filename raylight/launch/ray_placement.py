@@ -1,4 +1,4 @@
-"""Where workers are put: one placement group for the workers of a group, ranks side by side on each node."""
+"""Placement: one placement group for the workers of a group, ranks side by side on each node."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Slot:
 
     @property
     def node_id(self) -> str:
-        """Where it is now; empty while its node is gone and Ray looks for another."""
+        """The node that it is on now; empty while its node is gone and Ray looks for another."""
         return _bundle_nodes(self.group).get(self.bundle, "")
 
     @property
@@ -46,7 +46,10 @@ class Placement:
         return self._around is not None
 
     def reserve(
-        self, num_workers: int, tell: Callable[[str], Any] | None = None, make_room: Callable[[], Any] = lambda: None
+        self,
+        num_workers: int,
+        tell: Callable[[str], object] | None = None,
+        make_room: Callable[[], object] = lambda: None,
     ) -> list[Slot]:
         """In the order of the ranks: the driver's node first, nodes one after the other. Waits for what is in use, and
         calls `make_room` while it does.
@@ -86,7 +89,7 @@ class Placement:
         self._owned.clear()
 
     def actor_options(self) -> dict[str, Any]:
-        """What an actor takes of its slot."""
+        """The resources that an actor takes of its slot."""
         own_words = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
         options: dict[str, Any] = {own_words[name]: amount for name, amount in self.worker.items() if name in own_words}
         others = {name: amount for name, amount in self.worker.items() if name not in own_words}

@@ -1,4 +1,4 @@
-"""Who is in a group of workers: the actor of each rank, those that stand by, and those that are still to come."""
+"""Roster: the members of a group of workers: the actor of each rank, standbys, and recruits still to come."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Member:
     actor: Any
     slot: Slot | None
     """None for a standby, which takes no room until it takes a place."""
-    described: Any
+    described: ray.ObjectRef[Site]
     """The answer to `describe`, when it comes."""
     seen: Site | None = None
-    """Where it is, once it is up."""
+    """Its site, once it is up."""
     home: str = ""
     """The node that a standby was made for."""
     gpu_ids: tuple[str, ...] = ()
@@ -42,16 +42,33 @@ class Member:
     asked_at: float = field(default_factory=time.time)
 
     def visit(self, timeout_s: float | None = None) -> bool:
-        """Waits until the actor is up; False where it is dead, or not up in time."""
+        """Waits until the actor is up; False if it is dead, or not up in time."""
         if self.seen is None and not self.is_dead:
             try:
                 self.seen = ray.get(self.described, timeout=timeout_s)
                 self.gpu_ids = self.gpu_ids or self.site.gpu_ids
             except RayActorError as error:
-                self.is_dead, self.death = True, describe_death(error)
+                self.note_death(describe_death(error))
             except GetTimeoutError:
                 return False
         return not self.is_dead
+
+    def note_death(self, reason: str | None = None) -> None:
+        """`reason`: None if it is known already, or of no interest."""
+        self.is_dead, self.death = True, reason if reason is not None else self.death
+
+    def note_begun(self) -> None:
+        """It has state of the current run."""
+        self.has_begun = True
+
+    def forget(self, generation: int) -> None:
+        """Gives back the memory of the run that has ended."""
+        if self.has_begun and not self.is_dead:
+            self.actor.forget.remote(generation)
+        self.has_begun = False
+
+    def take_place_of(self, other: Member) -> None:
+        self.slot, self.gpu_ids = other.slot, other.gpu_ids
 
     @property
     def site(self) -> Site:
@@ -80,7 +97,7 @@ class Roster:
 
     def __init__(self, placement: Placement, label: str, use_gpu: bool, num_standby: int):
         self.label = label
-        """What actors that are made from now on are called."""
+        """The name of actors that are made from now on."""
         self.members: list[Member] = []
         self._placement, self._use_gpu, self._num_standby = placement, use_gpu, num_standby
         self._standbys: list[Member] = []
@@ -91,7 +108,7 @@ class Roster:
     # ---- coming and going
 
     def rename(self, label: str | None) -> None:
-        """What those that join are called; None leaves it."""
+        """`label`: the name of those that join; None leaves it."""
         self.label = label or self.label
 
     def fill(self, slots: list[Slot]) -> None:
@@ -100,7 +117,7 @@ class Roster:
     def replace(self, rank: int, timeout_s: float) -> bool:
         """Gives a rank another actor: a standby of its node at once, else a new one in the same room.
 
-        False where that is not up within `timeout_s`, because its node is gone and there is no other; then the room
+        False if that is not up within `timeout_s`, because its node is gone and there is no other; then the room
         stays asked for, and `num_recruits` counts who comes later.
         """
         old = self.members[rank]
@@ -108,7 +125,7 @@ class Roster:
         standby = next((one for one in self._standbys if one.node_id == old.node_id and one.answers()), None)
         if standby is not None:
             self._standbys.remove(standby)
-            standby.slot, standby.gpu_ids = old.slot, old.gpu_ids
+            standby.take_place_of(old)
             self.members[rank] = standby
             return True
         deadline = time.monotonic() + timeout_s
@@ -164,9 +181,7 @@ class Roster:
         for node_id in {member.node_id for member in self.members if not member.is_dead}:
             options = {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
             for _ in range(self._num_standby - sum(one.node_id == node_id for one in self._standbys)):
-                standby = self._create("standby", None, options, is_standby=True)
-                standby.home = node_id
-                made.append(standby)
+                made.append(self._create("standby", None, options, home=node_id))
         self._standbys += made
         return made
 
@@ -175,7 +190,7 @@ class Roster:
         return sum(one.is_up for one in self._standbys)
 
     def kill(self, member: Member) -> None:
-        member.is_dead = True
+        member.note_death()
         ray.kill(member.actor)
 
     def shutdown(self) -> None:
@@ -190,19 +205,20 @@ class Roster:
 
     def _enlist_recruit(self, slot: Slot | None, actor: Any = None) -> Member:
         """One that counts as there once it has imported what the run needs, so that nobody waits for that."""
-        recruit = self._enlist(slot, "recruit") if actor is None else Member(actor, slot, None)
-        recruit.described = recruit.actor.describe.remote(is_ready=True)
-        return recruit
+        if actor is None:
+            actor = self._enlist(slot, "recruit").actor
+        return Member(actor, slot, actor.describe.remote(is_ready=True))
 
-    def _create(self, role: str, slot: Slot | None, options: dict[str, Any], is_standby: bool = False) -> Member:
+    def _create(self, role: str, slot: Slot | None, options: dict[str, Any], home: str = "") -> Member:
+        """`home`: the node of a standby, else empty."""
         name = f"raylight:{self.label}:{role}"
         try:
-            actor = RankActor.options(name=name, **options).remote(is_standby)
+            actor = RankActor.options(name=name, **options).remote(bool(home))
         except ValueError:  # the name is taken: by the one that this replaces, or by another driver's run
-            actor = RankActor.options(name=f"{name}:{uuid.uuid4().hex[:6]}", **options).remote(is_standby)
-        return Member(actor, slot, actor.describe.remote())
+            actor = RankActor.options(name=f"{name}:{uuid.uuid4().hex[:6]}", **options).remote(bool(home))
+        return Member(actor, slot, actor.describe.remote(), home=home)
 
-    # ---- where they stand
+    # ---- places
 
     def places(self, store_port: int, generation: int) -> list[Place]:
         """Of all members, which must be up. Ranks count up within a node; after a replacement elsewhere the ranks of a
@@ -231,7 +247,7 @@ class Roster:
         ]
 
     def visible_gpus(self, member: Member) -> tuple[str, ...]:
-        """Those of all members on its node, in the order of local ranks: so LOCAL_RANK is the number of the device."""
+        """The GPUs of all members on its node, in the order of local ranks: LOCAL_RANK is the device's number."""
         neighbours = [other for other in self.members if other.node_id == member.node_id]
         return tuple(dict.fromkeys(gpu for other in neighbours for gpu in other.gpu_ids)) if self._use_gpu else ()
 

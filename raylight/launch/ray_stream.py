@@ -1,11 +1,11 @@
-"""What all ranks of a group say, as one stream."""
+"""Stream: the messages of all ranks of a group, as they come."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
@@ -25,12 +25,16 @@ GRACE_AFTER_LOSS_S = 30.0
 """And after the loss of a process: then those that are left are wanted, and may be in a long forward pass."""
 
 
+Source: TypeAlias = ray.ObjectRefGenerator
+"""The messages of one rank, or its output."""
+
+
 class StreamOwner(Protocol):
     """The group of a stream, as far as the stream acts on it."""
 
     def perform_requests(self) -> None: ...
     def on_broken(self, rank: int, reason: str) -> None: ...
-    def on_death(self, rank: int) -> str | None: ...  # the id of the node; None where Ray itself is broken
+    def on_death(self, rank: int) -> str | None: ...  # the id of the node; None if Ray itself is broken
     def on_steady(self) -> None: ...
     def on_end(self, is_whole: bool) -> None: ...
     def kill(self, rank: int) -> None: ...
@@ -44,8 +48,8 @@ class Stream(Iterator[tuple[int, Message]]):
 
     def __init__(self, owner: StreamOwner, steady_after_s: float):
         self._owner, self._steady_after_s = owner, steady_after_s
-        self._ranks: dict[Any, int] = {}
-        self._output: Any = None
+        self._ranks: dict[Source, int] = {}
+        self._output: Source | None = None
         self._ready: deque[tuple[int, Message]] = deque()
         self._broken_at: float | None = None
         self._grace_s = 0.0
@@ -57,7 +61,7 @@ class Stream(Iterator[tuple[int, Message]]):
     def running(self) -> list[int]:
         return sorted(self._ranks.values())
 
-    def begin(self, generators: dict[int, Any], output: Any) -> None:
+    def begin(self, generators: dict[int, Source], output: Source) -> None:
         """Takes up what the ranks of a new generation say; `output` is what rank 0 prints."""
         self._ranks.update({generator: rank for rank, generator in generators.items()})
         self._output = output
@@ -93,7 +97,7 @@ class Stream(Iterator[tuple[int, Message]]):
             self._collect(list(self._ranks))
         self._ready.clear()
 
-    def _collect(self, sources: list[Any], timeout_s: float = WAKE_EVERY_S) -> None:
+    def _collect(self, sources: list[Source], timeout_s: float = WAKE_EVERY_S) -> None:
         try:
             ready, waiting = ray.wait(sources, num_returns=1, timeout=timeout_s)
         except SystemError as error:  # what Ray makes of an exception that a signal handler raises meanwhile
@@ -103,11 +107,11 @@ class Stream(Iterator[tuple[int, Message]]):
         for source in ready:
             self._take(source)
 
-    def _take(self, source: Any) -> None:
+    def _take(self, source: Source) -> None:
         """One message of a source that has one ready, or its end."""
         rank = self._ranks.get(source)
         try:
-            message = ray.get(next(source))
+            message: Message | Packed = ray.get(next(source))
             if isinstance(message, Packed):
                 message = unpack(message)
         except StopIteration:
@@ -123,7 +127,7 @@ class Stream(Iterator[tuple[int, Message]]):
         else:
             self._on_message(0 if rank is None else rank, message)
 
-    def _drop(self, source: Any) -> None:
+    def _drop(self, source: Source) -> None:
         if self._ranks.pop(source, None) is None:
             self._output = None
 
@@ -145,7 +149,7 @@ class Stream(Iterator[tuple[int, Message]]):
         self._on_broken(rank, f"rank {rank} died", GRACE_AFTER_LOSS_S)
 
     def _on_broken(self, rank: int, reason: str, grace_s: float) -> None:
-        """The others cannot finish without this rank: they are told to leave, and given time for it."""
+        """The others cannot finish without this rank: they are asked to leave, and given time for it."""
         if self._broken_at is None:
             self._broken_at, self._grace_s, self._training_since = time.monotonic(), grace_s, None
             self._owner.on_broken(rank, reason)

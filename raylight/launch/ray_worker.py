@@ -1,4 +1,4 @@
-"""The actor behind a worker: one slot runs the rank's generator, others let the driver act on it meanwhile."""
+"""RankWorker: the actor of a worker: one slot runs the rank's generator, others let the driver act on it meanwhile."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PACKED = (Finished, Hyperparameters)
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where an actor is."""
+    """The node and process of an actor."""
 
     node_id: str
     ip: str
@@ -48,7 +48,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What an actor is for one generation of the group."""
+    """The part of an actor in one generation of the group."""
 
     place: Place
     is_fresh: bool
@@ -130,7 +130,7 @@ class RankWorker:
             if refused:
                 yield Notice(f"not set on this worker as in the script: {', '.join(refused)}", "warning")
         if self._task is None:
-            raise RuntimeError("this worker was told to go on with a run that it has never begun")
+            raise RuntimeError("this worker was asked to go on with a run that it has never begun")
         if changes is not None:
             kept, changed = self._task, handover.load(changes, [])
             self._task = replace(
@@ -140,7 +140,7 @@ class RankWorker:
 
     @ray.method(num_returns="streaming", concurrency_group="output")
     def follow(self, generation: int) -> Iterator[Output]:
-        """What the rank prints in this generation, as it comes."""
+        """The output of the rank in this generation, as it comes."""
         with self._began:
             self._began.wait_for(lambda: self._generation >= generation)
             log = self._log if self._generation == generation else None
@@ -161,7 +161,7 @@ class RankWorker:
 
     @ray.method(concurrency_group="control")
     def describe(self, is_ready: bool = False) -> Site:
-        """Where this worker is; `is_ready`: once it could begin at once."""
+        """The site of this worker; `is_ready`: once it could begin at once."""
         if is_ready:
             self._imports.join()
         context = ray.get_runtime_context()
@@ -247,7 +247,7 @@ class RankWorker:
 
     @ray.method(concurrency_group="control")
     def halt(self, generation: int, reason: str, broken: bool) -> None:
-        """Makes the rank leave: at its next step boundary, or at once where it is in a collective."""
+        """Makes the rank leave: at its next step boundary, or at once if it is in a collective."""
         control = self._control_of(generation)
         control.abort(reason) if broken else control.stop_now(reason)
         self._imports.join()
@@ -273,7 +273,7 @@ RankActor: Any = ray.remote(**_OPTIONS)(RankWorker)
 
 
 def _import_torch(is_standby: bool) -> None:
-    """What every first step would import. A standby does it in the time that running workers leave."""
+    """Imports what every first step would import. A standby does it in the time that running workers leave."""
     if is_standby and sys.platform == "linux":
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + 10))

@@ -1,4 +1,4 @@
-"""Memory that the processes of one machine share, without a name that could be left behind."""
+"""Memory that the processes of one machine share, without a name that could remain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Buffer = Any  # what supports the buffer protocol; typing has no word for it bef
 
 @dataclass(frozen=True, slots=True)
 class SegmentAddress:
-    """Where other processes of the machine find a Segment: a file descriptor of the process that made it."""
+    """The way for other processes of the machine to a Segment: a file descriptor of the process that made it."""
 
     pid: int
     fd: int
@@ -25,7 +25,7 @@ class SegmentAddress:
 class Segment:
     """Buffers in anonymous shared memory, made once a machine and mapped by all its workers.
 
-    It has no name, so it cannot be left behind: the system frees it when its maker and all who mapped it are gone,
+    It has no name, so it cannot remain: the system frees it when its maker and all who mapped it are gone,
     in whatever way. Linux only.
     """
 
@@ -42,7 +42,7 @@ class Segment:
         self.address = SegmentAddress(os.getpid(), fd, tuple(spans))
 
     def close(self) -> None:
-        """Those who have mapped it keep it; nobody else can map it any more."""
+        """Processes that have mapped it keep it; nobody else can map it any more."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None

@@ -16,11 +16,11 @@ from raylight.contract.requests import Request
 ONE_PRESS_S = 0.3
 """Within this time it is one press that came twice, as through a program that passes on what its child gets too."""
 ENDING = (signal.SIGTERM, signal.SIGHUP)
-"""Those that end the process once the run is on storage. A terminal that closes sends the second."""
+"""Signals that end the process once the run is on storage. A terminal that closes sends the second."""
 
 
 class Signals:
-    """What has come since the run began, and what to do about it."""
+    """The signals since the run began, and what to do about them."""
 
     def __init__(self, request: Callable[[Request], None], tell: Callable[[str, str], None]):
         self._request, self._tell = request, tell
@@ -64,7 +64,7 @@ def stop_on_signal(request: Callable[[Request], None], tell: Callable[[str, str]
     closed.
 
     After a SIGTERM or SIGHUP the process ends by that signal once the run is on storage. Handlers live in the main
-    thread only; elsewhere nothing is installed. SIGHUP stays ignored where it was, as under nohup.
+    thread only; elsewhere nothing is installed. SIGHUP stays ignored if it was, as under nohup.
     """
     signals = Signals(request, tell)
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""What a worker prints: into logs/rank-N.log in the version directory, and for rank 0 to the driver as well."""
+"""The output of a worker: into logs/rank-N.log in the version directory, and for rank 0 to the driver as well."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class WorkerLog:
             self._uploader.start()
 
     def read(self) -> str:
-        """What was printed since the last call. Any thread may ask; each piece of text is given once."""
+        """The text that was printed since the last call. Any thread may ask; each piece of text is given once."""
         with self._reading:
             data = os.pread(self._fd, max(0, os.fstat(self._fd).st_size - self._read_to), self._read_to)
             self._read_to += len(data)

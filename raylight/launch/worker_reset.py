@@ -1,4 +1,4 @@
-"""What makes a worker that has run before as good as a new one."""
+"""WorkerReset: makes a worker that has run before as good as a new one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class WorkerReset:
         self._seen_at = time.time_ns()
 
     def drop_changed_modules(self) -> bool:
-        """Where a file of the user's has changed, all the user's modules are imported afresh: one that is the same may
+        """If a file of the user's has changed, all the user's modules are imported afresh: one that is the same may
         hold what it imported from another. Returns whether that was so."""
         modules = {name: sys.modules[name] for name in self._stamps if name in sys.modules}
         changed = any(
@@ -73,7 +73,7 @@ class WorkerReset:
 
 
 def free_memory() -> None:
-    """What the last run has left, here and on the GPU."""
+    """Frees what the last run has left, here and on the GPU."""
     import torch
 
     gc.collect()

@@ -1,1 +1,1 @@
-"""What raylight.sweep is made of: one trial as Ray Tune sees it, and how a configuration becomes one."""
+"""The parts of raylight.sweep: one trial as Ray Tune sees it, and how a configuration becomes one."""

@@ -1,4 +1,4 @@
-"""What a sweep says when it is over: the best configuration as the line of code that trains it again."""
+"""The last words of a sweep: the best configuration as the line of code that trains it again."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raylight.report.summary import format_seconds
 from raylight.report.sweep_table import SweepState, format_number
 from raylight.tuning.recipe import Recipe, Shape, is_function_of_config
-from raylight.tuning.results import read_best
+from raylight.tuning.results import as_number, read_best
 
 if TYPE_CHECKING:
     from ray.tune import Result, ResultGrid
 
 
-def summarize(state: SweepState, best: Mapping[str, Any] | None, code: str, run_path: str, page_path: str) -> str:
-    """`best`: the last result of the best trial; None where no trial has one."""
+def summarize(state: SweepState, best: Mapping[str, object] | None, code: str, run_path: str, page_path: str) -> str:
+    """`best`: the last result of the best trial; None if no trial has one."""
     counts = Counter(row.state for row in state.rows)
-    told = ", ".join(f"{count} {name}" for name, count in counts.items())
-    lines = [f"{len(state.rows)} trials in {format_seconds(state.elapsed_s)}: {told}"]
-    facts: dict[str, Any] = {}
+    states = ", ".join(f"{count} {name}" for name, count in counts.items())
+    lines = [f"{len(state.rows)} trials in {format_seconds(state.elapsed_s)}: {states}"]
+    facts: dict[str, object] = {}
     if len(state.rows) < state.total or counts["done"] + counts["failed"] < len(state.rows):
         facts["go on"] = "the same call with resume=True"
     if best is not None:
@@ -38,19 +38,20 @@ def summarize(state: SweepState, best: Mapping[str, Any] | None, code: str, run_
 
 
 def find_best(results: ResultGrid, metric: str) -> Result | None:
-    """The trial that holds the best checkpoint; None where none has a number."""
+    """The trial that holds the best checkpoint; None if none has a number."""
     results_of_trials = map(results.__getitem__, range(len(results)))
     has_number = any(read_best(result.metrics, metric) is not None for result in results_of_trials)
     return results.get_best_result() if has_number else None
 
 
-def _describe(best: Mapping[str, Any], metric: str) -> str:
-    last, in_checkpoint = best[metric], best.get(f"best_{metric}", best[metric])
-    told = f"{metric} {format_number(last)} at epoch {best['epoch']}"
-    return told if in_checkpoint == last else f"{told}, {format_number(in_checkpoint)} in its best checkpoint"
+def _describe(best: Mapping[str, object], metric: str) -> str:
+    last = as_number(best[metric])
+    in_checkpoint = as_number(best.get(f"best_{metric}", last))
+    value = f"{metric} {format_number(last)} at epoch {best['epoch']}"
+    return value if in_checkpoint == last else f"{value}, {format_number(in_checkpoint)} in its best checkpoint"
 
 
-def write_code(recipe: Recipe, config: Mapping[str, Any], given: Mapping[str, Any], shape: Shape) -> str:
+def write_code(recipe: Recipe, config: Mapping[str, object], given: Mapping[str, object], shape: Shape) -> str:
     """`given`: the trainer's arguments as the user wrote them."""
     data, arguments = _data(recipe, config, shape), _arguments(given)
     if recipe.is_class:
@@ -71,7 +72,7 @@ def _fit(module: str, data: str, arguments: list[str]) -> str:
     return f"raylight.fit({', '.join(part for part in (module, data, *arguments) if part)})"
 
 
-def _data(recipe: Recipe, config: Mapping[str, Any], shape: Shape) -> str:
+def _data(recipe: Recipe, config: Mapping[str, object], shape: Shape) -> str:
     data, star = recipe.data, "*" if shape.is_several_loaders else ""
     if data is None:
         return ""
@@ -80,21 +81,21 @@ def _data(recipe: Recipe, config: Mapping[str, Any], shape: Shape) -> str:
     return f"{star}{_name(data)}({_show(dict(config))})" if is_function_of_config(data) else f"{star}data"
 
 
-def _call(name: str, arguments: Mapping[str, Any]) -> str:
+def _call(name: str, arguments: Mapping[str, object]) -> str:
     return f"{name}({', '.join(_arguments(arguments))})"
 
 
-def _name(function: Any) -> str:
+def _name(function: object) -> str:
     """A lambda has none."""
     name = getattr(function, "__name__", "function")
     return name if name.isidentifier() else "function"
 
 
-def _arguments(values: Mapping[str, Any]) -> list[str]:
+def _arguments(values: Mapping[str, object]) -> list[str]:
     return [f"{name}={_show(value)}" for name, value in values.items()]
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     if isinstance(value, os.PathLike):
         return repr(os.fspath(value))
     if value is None or isinstance(value, (bool, str)):

@@ -1,9 +1,9 @@
-"""What is wrong with a sweep, found before its first trial."""
+"""Mistakes in the arguments of a sweep, found before its first trial."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
@@ -26,24 +26,24 @@ from raylight.user.module import Module
 
 _EXAMPLE = "{'lr': tune.loguniform(1e-4, 1e-1), 'hidden': tune.choice([32, 64])}"
 _ARRIVES_AS = ("_epoch", "_step")
-"""What a logged name may end in besides what the code says."""
+"""Endings of a logged name that the code does not say."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What sweep was asked for."""
+    """The arguments of a sweep."""
 
     recipe: Recipe
-    space: Mapping[str, Any]
+    space: Mapping[str, object]
     num_samples: int
     metric: str
     mode: str
-    scheduler: Any
-    search_alg: Any
+    scheduler: TrialScheduler | None
+    search_alg: Searcher | SearchAlgorithm | None
     max_concurrent_trials: int | None
 
     @property
-    def mutated(self) -> Mapping[str, Any]:
+    def mutated(self) -> Mapping[str, object]:
         """The keys that the scheduler varies by itself."""
         return getattr(self.scheduler, "_hyperparam_mutations", None) or {}
 
@@ -52,7 +52,7 @@ class Plan:
         searcher = getattr(self.search_alg, "searcher", self.search_alg)
         return bool(getattr(searcher, "_space", None))
 
-    def draw(self) -> dict[str, Any]:
+    def draw(self) -> dict[str, object]:
         """One configuration, without using up random numbers that the sweep would draw."""
         varied = {key: value for key, value in self.mutated.items() if key not in self.space}
         fixed = {key: _first(value) for key, value in varied.items()}
@@ -81,7 +81,7 @@ def find_mistakes(plan: Plan) -> list[str]:
     return [*mistakes, f"space must be a dict with names as keys, such as {_EXAMPLE}; {plan.space!r} was given"]
 
 
-def _find_in_target(target: Any) -> list[str]:
+def _find_in_target(target: object) -> list[str]:
     if isinstance(target, type):
         if issubclass(target, Module):
             return []
@@ -97,7 +97,7 @@ def _find_in_target(target: Any) -> list[str]:
 
 def _find_in_tune_objects(plan: Plan) -> list[str]:
     mistakes = []
-    kinds: tuple[tuple[str, Any, Any], ...] = (
+    kinds: tuple[tuple[str, object, type | tuple[type, ...]], ...] = (
         ("scheduler", plan.scheduler, TrialScheduler), ("search_alg", plan.search_alg, (Searcher, SearchAlgorithm))
     )  # fmt: skip
     for name, given, kind in kinds:
@@ -166,7 +166,7 @@ def find_run_mistakes(plan: Plan, made: Made, available: Available) -> list[str]
 
 
 def find_metric_mistake(metric: str, made: Made) -> str | None:
-    """Whether `metric` is never logged: looked up in the code of the module and the callbacks, and where it is not
+    """Whether `metric` is never logged: looked up in the code of the module and the callbacks, and if it is not
     there, because names may be put together, by training and validating on one batch in this process, on the CPU.
 
     Raises whatever the user's code raises."""
@@ -179,7 +179,7 @@ def find_metric_mistake(metric: str, made: Made) -> str | None:
     return None if metric in logged else checks.say_unknown_metric(metric, logged, "raylight.sweep")
 
 
-def _constants_of(owners: list[Any]) -> Iterator[str]:
+def _constants_of(owners: Sequence[object]) -> Iterator[str]:
     for owner in owners:
         for kind in type(owner).__mro__:
             if kind.__module__.split(".")[0] in ("torch", "builtins"):
@@ -197,7 +197,7 @@ def _strings_in(code: CodeType) -> Iterator[str]:
             yield from _strings_in(constant)
 
 
-def _log_one_batch(made: Made, callbacks: list[Any]) -> list[str]:
+def _log_one_batch(made: Made, callbacks: Sequence[object]) -> list[str]:
     kept = {name: value for name, value in made.arguments.items() if name in RULES and name not in SCALE_ARGUMENTS}
     quiet = {
         "fast_dev_run": 1, "num_workers": 0, "use_gpu": False, "logger": False, "callbacks": callbacks,
@@ -221,6 +221,6 @@ def _first(mutation: Any) -> Any:
 
 
 def say_all_failed(errors: list[BaseException]) -> BaseException:
-    """What to raise where not one trial came to an end."""
+    """The error if not one trial came to an end."""
     cause = next((error for error in errors if isinstance(error, (InvalidArguments, NotEnoughResources))), None)
     return cause or errors[0]

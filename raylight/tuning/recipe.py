@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from raylight.arguments.rules import RULES
 from raylight.contract.errors import InvalidArguments
@@ -15,12 +15,14 @@ from raylight.user.module import Module
 
 LIGHTNINGS_SCALE = ("devices", "gpus", "num_nodes", "accelerator")
 SCALE_ARGUMENTS = ("num_workers", "use_gpu", "resources_per_worker", "strategy", *LIGHTNINGS_SCALE)
-"""What says how much room a trial takes. Tune asks for it before anything of the trial exists."""
+"""They say how much room a trial takes. Tune asks for it before anything of the trial exists."""
 PLACE_ARGUMENTS = ("storage_path", "default_root_dir", "storage_filesystem", "name")
-"""What says which run it is, one for all trials."""
+"""They say which run it is, one for all trials."""
 TRAINER_KEYS = tuple(name for name in RULES if name not in PLACE_ARGUMENTS)
 
-Config = Mapping[str, Any]
+Config = Mapping[str, object]
+Arguments = dict[str, Any]
+"""The trainer's arguments as a person wrote them, not resolved yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,16 @@ class Shape:
 
 @dataclass(slots=True)
 class Made:
-    """What one configuration gives: what `raylight.fit` would be called with."""
+    """The arguments of `raylight.fit` for one configuration."""
 
     module: Any
     loaders: Loaders
-    arguments: dict[str, Any]
+    arguments: Arguments
     shape: Shape
+
+    def take_arguments(self, arguments: Mapping[str, object]) -> None:
+        """These take the place of those of the same names."""
+        self.arguments = {**self.arguments, **arguments}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +58,8 @@ class Recipe:
     arguments. Keys that the trainer or a data module class takes go there; a function as `data` gets all of them."""
 
     target: Callable[..., Any]
-    data: Any = None
-    arguments: dict[str, Any] = field(default_factory=dict)
+    data: object = None
+    arguments: Arguments = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -76,8 +82,8 @@ class Recipe:
 
     # ---- who takes which key
 
-    def module_arguments(self, config: Config) -> dict[str, Any]:
-        """Those that `__init__` takes by name; one with **kwargs takes what nobody else does, too."""
+    def module_arguments(self, config: Config) -> dict[str, object]:
+        """The keys that `__init__` takes by name; one with **kwargs takes what nobody else does, too."""
         if not self.is_class:
             return {}
         parameters = inspect.signature(self.target).parameters
@@ -88,10 +94,10 @@ class Recipe:
             if key in parameters or (takes_all and not self._is_taken_elsewhere(key))
         }  # fmt: skip
 
-    def trainer_arguments(self, config: Config) -> dict[str, Any]:
+    def trainer_arguments(self, config: Config) -> Arguments:
         return {key: value for key, value in config.items() if self.is_class and key in TRAINER_KEYS}
 
-    def data_arguments(self, config: Config) -> dict[str, Any]:
+    def data_arguments(self, config: Config) -> dict[str, object]:
         """Of a DataModule class."""
         return {key: value for key, value in config.items() if self._data_class_takes(key)}
 
@@ -128,7 +134,7 @@ class Recipe:
 
     # ---- making
 
-    def _make_data(self, config: Config) -> Any:
+    def _make_data(self, config: Config) -> object:
         if isinstance(self.data, type):
             return self.data(**self.data_arguments(config))
         return self.data(dict(config)) if is_function_of_config(self.data) else self.data
@@ -144,11 +150,11 @@ class Recipe:
         return parts
 
 
-def is_function_of_config(data: Any) -> bool:
+def is_function_of_config(data: object) -> TypeGuard[Callable[[dict[str, object]], object]]:
     return callable(data) and not isinstance(data, (type, DataModule)) and not hasattr(data, "__iter__")
 
 
-def as_loaders(data: Any) -> Loaders:
+def as_loaders(data: object) -> Loaders:
     """`data` as `raylight.fit` takes it: a data module, a train loader, or (train, validate) loaders."""
     if data is None:
         return Loaders()

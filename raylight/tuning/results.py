@@ -1,11 +1,10 @@
-"""What a sweep returns: Ray Tune's ResultGrid, whose best trial is the one that holds the best checkpoint."""
+"""SweepResults: Ray Tune's ResultGrid, whose best trial is the one that holds the best checkpoint."""
 
 from __future__ import annotations
 
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
 
 from ray.tune import Result, ResultGrid
 
@@ -43,9 +42,15 @@ class SweepResults(ResultGrid):
         return min(known, key=lambda pair: pair[0])[1]
 
 
-def read_best(last: Mapping[str, Any] | None, metric: str) -> float | None:
+def read_best(last: Mapping[str, object] | None, metric: str) -> float | None:
     """The value of the trial's best checkpoint, in its last result; without checkpoints that of the result itself.
-    None where that is no finite number."""
+    None if that is no finite number."""
     last = last or {}
     value = last.get(f"best_{metric}", last.get(metric))
-    return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else None
+    number = as_number(value)
+    return number if number is not None and math.isfinite(number) else None
+
+
+def as_number(value: object) -> float | None:
+    """A logged value, which may be numpy's; None if it is no number."""
+    return float(value) if isinstance(value, numbers.Real) else None

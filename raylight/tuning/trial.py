@@ -6,6 +6,7 @@ A process that Tune starts imports this before it knows what it is for: torch an
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from raylight.tuning.recipe import Recipe
     from raylight.tuning.trial_resources import Room
     from raylight.tuning.trial_run import TrialRun
+
+
+Values = dict[str, object]
+"""A configuration, or trainer arguments, by name."""
 
 
 class Shipment:
@@ -41,12 +46,14 @@ class Shipment:
         except Exception as error:
             roots = {"module_or_function": recipe.target, "data": recipe.data, **recipe.arguments}
             raise InvalidArguments(find_unpicklable(roots) or [str(error)]) from error
-        self._payload: Any = ray.put(payload)
-        self._buffers: Any = ray.put([np.frombuffer(buffer, dtype=np.uint8) for buffer in buffers])
+        self._payload: ray.ObjectRef[bytes] = ray.put(payload)
+        self._buffers: ray.ObjectRef[Sequence[Any]] = ray.put(
+            [np.frombuffer(buffer, dtype=np.uint8) for buffer in buffers]
+        )
 
     def open(self, adopts: bool = False) -> Recipe:
-        """Anew at each call, so that no trial sees what another has changed. `adopts`: in another process than the
-        caller's, which is to know the classes of the script, and to have its global settings."""
+        """A new recipe at each call, so that no trial sees what another has changed. `adopts`: in another process than
+        the caller's, which is to know the classes of the script, and to have its global settings."""
         from raylight.contract.process_settings import apply_settings
         from raylight.launch import handover
 
@@ -68,20 +75,20 @@ class Trial(tune.Trainable):
 
     shipment: ClassVar[Shipment]
     run_storage: ClassVar[Storage]
-    """Where the versions are."""
-    scale: ClassVar[dict[str, Any]]
-    """Those trainer arguments that say how much room a trial takes."""
+    """The folder that holds the versions."""
+    scale: ClassVar[Values]
+    """The trainer arguments that say how much room a trial takes."""
     takes_scale_from_space: ClassVar[bool]
     metric: ClassVar[str | None]
     session: ClassVar[str]
 
-    def __init__(self, config: dict[str, Any] | None = None, storage: Any = None):
+    def __init__(self, config: Values | None = None, storage: Any = None):
         # Else relative paths in the user's code would lead into a folder of Tune's, another one for each trial.
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
         super().__init__(config or {}, storage)
 
     @classmethod
-    def plan_room(cls, config: dict[str, Any]) -> Room:
+    def plan_room(cls, config: Values) -> Room:
         from raylight.trainer import find_available
         from raylight.tuning.recipe import SCALE_ARGUMENTS
         from raylight.tuning.trial_resources import plan
@@ -91,19 +98,19 @@ class Trial(tune.Trainable):
         return plan(arguments, find_available(arguments))
 
     @classmethod
-    def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+    def default_resource_request(cls, config: Values) -> tune.PlacementGroupFactory:
         room = cls.plan_room(config)
         return tune.PlacementGroupFactory(room.bundles(), strategy=room.strategy)
 
     # ---- what Tune calls
 
-    def setup(self, config: dict[str, Any]) -> None:
+    def setup(self, config: Values) -> None:
         self.shipment.set_environment()
         self._values = config
         self._pointer: Pointer | None = None
         self._run: TrialRun | None = None
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
+    def reset_config(self, new_config: Values) -> bool:
         """Another trial begins on this actor."""
         self._end_run()
         self._values, self._pointer = new_config, None
@@ -115,7 +122,7 @@ class Trial(tune.Trainable):
         self._end_run()
         self._pointer = Pointer.read(checkpoint)
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> dict[str, object]:
         notes = Notes(self.run_storage, self.trial_id)
         if self._run is None:
             notes.raise_again(self.session)
@@ -152,14 +159,14 @@ class Trial(tune.Trainable):
 
         recipe = self.shipment.open(adopts=True)
         seed = recipe.trainer_arguments(self._values).get("seed", recipe.arguments.get("seed"))
-        # Each trial anew: its first weights must not depend on what this process has trained before.
+        # Seeded for each trial: its first weights must not depend on what this process has trained before.
         seed_process(seed if seed is not None else int.from_bytes(os.urandom(4), "little"))
         made = recipe.make(self._values)
         resources = self.trial_resources
         if resources is None:
             raise InvalidArguments("a trial needs Ray Tune: pass raylight.sweep.trainable(...) to ray.tune.Tuner")
         room = self.plan_room(self._values).resized(resources.bundles)
-        made.arguments |= room.arguments()
+        made.take_arguments(room.arguments())
         # Ray has set it for this process, which has no CPU of its own.
         os.environ["OMP_NUM_THREADS"] = self.shipment.num_threads or str(max(int(room.worker.get("CPU", 1)), 1))
         return TrialRun(made, self._values, self.trial_id, self.trial_name, notes, self.metric)

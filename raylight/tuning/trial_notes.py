@@ -1,4 +1,4 @@
-"""What is noted of a trial in the folder of its run: which version is its own, and what ended it for good."""
+"""Notes of a trial in the folder of its run: which version is its own, and what ended it for good."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Notes:
         self._folder, self._file = run.child(FOLDER), f"{trial_id}.json"
 
     def read(self) -> dict[str, Any]:
-        """Empty where the trial is new."""
+        """Empty if the trial is new."""
         try:
             facts = parse_object(self._folder.read_bytes(self._file))
             if not isinstance(facts.get("version", 0), int) or not _is_error(facts.get("error")):
@@ -29,12 +29,12 @@ class Notes:
         except MissingFile:
             return {}
         except ValueError as error:
-            lost = "The trial begins anew, in a version of its own."
+            lost = "The trial begins from the start, in a version of its own."
             set_aside(self._folder, self._file, str(error), lost)
             return {}
         return facts
 
-    def write(self, **facts: Any) -> None:
+    def write(self, **facts: object) -> None:
         """Adds to what is there."""
         self._folder.write(self._file, [json.dumps({**self.read(), **facts}).encode()])
 
@@ -44,7 +44,7 @@ class Notes:
         self.write(error={"kind": kind, "text": text, "session": session})
 
     def raise_again(self, session: str) -> None:
-        """What user code does wrong it does again: where Tune tries the trial once more, it ends at once. A resumed
+        """A mistake of user code comes again: if Tune tries the trial once more, it ends at once. A resumed
         sweep is another session, and tries in earnest."""
         error = self.read().get("error")
         if error is not None and error["session"] == session:
@@ -52,7 +52,7 @@ class Notes:
             raise kind(error["text"])
 
 
-def _is_error(value: Any) -> bool:
+def _is_error(value: object) -> bool:
     if value is None:
         return True
     return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("kind", "text", "session"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ray.tune.search.sample import Categorical, Domain, Integer
 
@@ -42,16 +41,16 @@ class Room:
             )
         return replace(self, num_workers=len(bundles), worker=bundles[0])
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         """As the trainer takes them, in place of all that was said of it."""
         own = {"num_workers": self.num_workers, "use_gpu": self.use_gpu, "resources_per_worker": dict(self.worker)}
         return dict.fromkeys(LIGHTNINGS_SCALE) | own
 
 
-def plan(arguments: Mapping[str, Any], available: Available) -> Room:
-    """From the trainer's arguments. A trial has no workers of its own where nothing is said of them.
+def plan(arguments: Mapping[str, object], available: Available) -> Room:
+    """From the trainer's arguments. A trial has no workers of its own if nothing is said of them.
 
-    Raises InvalidArguments, and NotEnoughResources where a trial asks for more than the whole cluster has.
+    Raises InvalidArguments, and NotEnoughResources if a trial asks for more than the whole cluster has.
     """
     given = {name: value for name, value in arguments.items() if name in SCALE_ARGUMENTS and value is not None}
     if isinstance(given.get("num_workers"), (tuple, list)):
@@ -73,15 +72,15 @@ def plan(arguments: Mapping[str, Any], available: Available) -> Room:
     return Room(num_workers, bool(config.use_gpu), worker, config.strategy.placement)
 
 
-def listed_scales(space: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the space may say of how much room a trial takes, in all combinations; of a range of numbers the largest.
-    What only Tune's draws show is left out."""
+def listed_scales(space: Mapping[str, object]) -> list[dict[str, object]]:
+    """All combinations of the values in the space that say how much room a trial takes; of a range of numbers the
+    largest. Values that only Tune's draws show are left out."""
     listed = {name: _listed(space[name]) for name in SCALE_ARGUMENTS if name in space}
     known = {name: values for name, values in listed.items() if values}
     return [dict(zip(known, values, strict=True)) for values in itertools.product(*known.values())]
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[object]:
     if isinstance(value, Categorical):
         return list(value.categories)
     if isinstance(value, Integer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from raylight.arguments import checks
 from raylight.arguments.resolving import resolve
@@ -26,6 +26,7 @@ from raylight.contract.messages import (
 from raylight.contract.requests import Request
 from raylight.contract.user_error import beside
 from raylight.driver.driver import Driver
+from raylight.driver.run_record import JsonObject
 from raylight.execution import Execution
 from raylight.loading import Pointer, Resume
 from raylight.storage.checkpoints import Checkpoint, delete, list_checkpoints, read_checkpoint, verify
@@ -39,17 +40,20 @@ from raylight.tuning.trial_notes import Notes
 from raylight.user.module import Module
 from raylight.user.trainer_names import TrainerNames
 
+TuneResult = dict[str, object]
+"""One result of a trial, as Tune takes it: metrics, counts and paths by name."""
 NUM_PINNED = 2
-"""How many checkpoints that Tune was told of are kept besides the best and the last: other trials may clone them."""
+"""How many checkpoints that Tune has learnt of are kept besides the best and the last: other trials may clone them."""
 
 
 class TrialRun:
     """A trial that was begun before, by a process that is gone or on an actor that has another trial now, goes on in
-    its own version. Raises InvalidArguments where the configuration cannot work."""
+    its own version. Raises InvalidArguments if the configuration cannot work."""
 
     def __init__(
-        self, made: Made, values: Mapping[str, Any], trial_id: str, name: str, notes: Notes, metric: str | None = None
-    ):
+        self, made: Made, values: Mapping[str, object], trial_id: str, name: str, notes: Notes,
+        metric: str | None = None,
+    ):  # fmt: skip
         self.values, self.trial_id, self.name, self.notes, self.metric = dict(values), trial_id, name, notes, metric
         callbacks = as_list(made.arguments.get("callbacks"))
         self.config: Config = resolve(made.arguments, find_available(made.arguments))
@@ -61,7 +65,7 @@ class TrialRun:
         self.storage = Storage(self.config.storage_path, self.config.storage_filesystem)
         self.is_over = False
         self._measured: int | None = None  # step of a validation after which training has not gone on yet
-        self._results: list[dict[str, Any]] = []  # not told yet
+        self._results: list[TuneResult] = []  # that Tune has not been given yet
         self._is_pausing = self._has_told = False
         self._pinned: list[str] = []
 
@@ -75,7 +79,7 @@ class TrialRun:
         if pointer is None and record and (record.get("trial") or {}).get("config") != to_plain(self.values):
             # Tune was killed before it noted this trial, and has drawn another under its name.
             version, record = self._claim_version(), {}
-        facts: dict[str, Any] = {"clones": [], "result_steps": [], **(record.get("trial") or {})}
+        facts: JsonObject = {"clones": [], "result_steps": [], **(record.get("trial") or {})}
         source, is_clone = self._find_source(version, facts, pointer)
         step = source.step if source is not None else 0
         if is_clone and source is not None and pointer is not None:
@@ -110,7 +114,7 @@ class TrialRun:
         return self.execution.driver
 
     def _find_version(self) -> Version:
-        """This trial's own version, claimed where it has none yet."""
+        """This trial's own version, claimed if it has none yet."""
         number = self.notes.read().get("version")
         return open_version(self.storage, self.config.name, number) if number is not None else self._claim_version()
 
@@ -120,7 +124,7 @@ class TrialRun:
         return version
 
     def _find_source(
-        self, version: Version, facts: Mapping[str, Any], pointer: Pointer | None
+        self, version: Version, facts: JsonObject, pointer: Pointer | None
     ) -> tuple[Checkpoint | None, bool]:
         """The checkpoint to begin from, and whether it is another trial's."""
         last_clone = facts["clones"][-1] if facts["clones"] else None
@@ -138,7 +142,7 @@ class TrialRun:
         return found, False
 
     def _open(self, pointer: Pointer) -> Checkpoint:
-        """The checkpoint that a pointer names; where it is gone the newest of that trial, which has gone on since."""
+        """The checkpoint that a pointer names; if it is gone, the newest of that trial, which has gone on since."""
         version = open_version(self.storage, self.config.name, pointer.version)
         try:
             named = [read_checkpoint(version.storage.child(CHECKPOINTS, pointer.checkpoint))]
@@ -154,7 +158,7 @@ class TrialRun:
 
     # ---- results
 
-    def next_result(self) -> dict[str, Any] | None:
+    def next_result(self) -> TuneResult | None:
         """Trains until the next validation is over and its checkpoint on storage; then the workers stand still. None:
         training has ended since the last result, and nothing more was measured."""
         try:
@@ -209,7 +213,7 @@ class TrialRun:
         elif self._measured is not None and _trains_on(message, self._measured):  # the epoch's end has been heard
             self._results.append(self._read_result(self._measured))
 
-    def _read_result(self, step: int) -> dict[str, Any]:
+    def _read_result(self, step: int) -> TuneResult:
         values, metric = self.driver.callback_metrics, self.metric
         if metric is not None and metric not in values:
             raise InvalidArguments(checks.say_unknown_metric(metric, values, "raylight.sweep"))
@@ -217,10 +221,10 @@ class TrialRun:
         number = max(sum(done <= step for done in self.facts["result_steps"]), 1)
         return {**values, "epoch": self._epoch, "step": step, "training_iteration": number}
 
-    def _where(self) -> dict[str, Any]:
+    def _where(self) -> TuneResult:
         version, best = self.driver.version, self.driver.shelf.best
         assert version is not None
-        where: dict[str, Any] = {"version": version.path, "best_checkpoint": best.path if best is not None else None}
+        where: TuneResult = {"version": version.path, "best_checkpoint": best.path if best is not None else None}
         if best is not None and self.metric in best.metrics:
             where[f"best_{self.metric}"] = best.metrics[self.metric]
         return where
@@ -228,7 +232,7 @@ class TrialRun:
     # ---- what Tune asks for
 
     def point_to_checkpoint(self) -> Pointer | None:
-        """The newest checkpoint, which is kept for a while; one of this moment is made where that is older than the
+        """The newest checkpoint, which is kept for a while; one of this moment is made if that is older than the
         last result. None: this run makes no checkpoints."""
         driver, reported = self.driver, max(self.facts["result_steps"], default=0)
         newest = driver.shelf.last
@@ -246,7 +250,7 @@ class TrialRun:
         return Pointer(self.trial_id, driver.version.number, last.name, last.path)
 
     def end(self, status: str) -> None:
-        """Stops the workers where they are and closes the version; nothing where it is over. They can be used again."""
+        """Stops the workers where they are and closes the version; nothing if it is over. They can be used again."""
         if not self.is_over:
             self._abandon(status)
 

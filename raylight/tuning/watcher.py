@@ -1,4 +1,4 @@
-"""Watcher: what Ray Tune tells of its trials, for the person in front of the terminal."""
+"""Watcher: shows the trials of Ray Tune to the person at the terminal."""
 
 from __future__ import annotations
 
@@ -42,38 +42,40 @@ class Watcher(tune.Callback):
         self._drawing: Drawing | None = None
         self.state: SweepState | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in ("metric", "mode", "total", "is_shown")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
         self._forget()
 
     # ---- what Tune calls
 
-    def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
+    def setup(
+        self, stop: object = None, num_samples: object = None, total_num_samples: int | None = None, **info: object
+    ) -> None:
         self.total = total_num_samples or self.total
         self._place = find_place(sys.stdout)
 
     def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, object], **info: object
     ) -> None:
         value = result.get(self.metric)
         if isinstance(value, (int, float)) and value == value:
             before = self._best.get(trial.trial_id, value)
             self._best[trial.trial_id] = min(before, value) if self.mode == "min" else max(before, value)
 
-    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """A trial whose process was killed is worth another try; one that raised would do so again."""
         if isinstance(read_error(trial), (RayTaskError, RaylightError)):
             trial.max_failures = 0
 
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         error = read_error(trial)
         error = getattr(error, "cause", None) or error
         print(f"raylight: {trial} failed: {shorten(str(error))}", flush=True)
 
-    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: object) -> None:
         self.state = self._look(trials)
         if not self.is_shown:
             return
@@ -82,7 +84,7 @@ class Watcher(tune.Callback):
         else:
             self._print_lines(trials, self.state)
 
-    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+    def on_experiment_end(self, trials: list[Trial], **info: object) -> None:
         if self.state is None:  # no step was made: a sweep is resumed that was over
             self.state = self._look(trials)
         self.close()
@@ -134,8 +136,8 @@ class Watcher(tune.Callback):
             print(describe(state), flush=True)
 
 
-def read_error(trial: Trial) -> Any:
-    """What ended the trial just now. Tune's own way is to read it from storage, where it comes a while later."""
+def read_error(trial: Trial) -> BaseException | None:
+    """The error that ended the trial just now. Tune itself reads it from storage, to which it comes a while later."""
     if trial.pickled_error_file is None:
         return trial.get_error()
     with open(trial.pickled_error_file, "rb") as file:

@@ -418,7 +418,7 @@ def test_a_stop_that_meets_a_death_is_asked_for_again():
 def test_a_standby_takes_over_and_is_made_anew():
     group = ray_actors.acquire_group(CONFIG, 2, num_standby=1, entry=die_or_survive)
     group.steady_after_s = 0.0
-    group.entry = progress_until_stopped
+    group.run_by(progress_until_stopped)
     pids: dict[int, int] = {}
     stream = group.run(make_task())
     for rank, message in stream:
