@@ -22,6 +22,10 @@ class Mistakes:
     def add(self, text: str) -> None:
         self.found.append(f"{self.owner}: {text}")
 
+    def take(self, texts: Iterable[str]) -> None:
+        """Those that another has found, which name their owner."""
+        self.found += texts
+
     def require(self, right: bool, text: str) -> None:
         if not right:
             self.add(text)

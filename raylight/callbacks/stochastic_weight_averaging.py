@@ -113,7 +113,7 @@ class StochasticWeightAveraging(Callback):
         num_groups = len(trainer.optimizers[0].param_groups) if trainer.optimizers else 0
         if isinstance(self.swa_lrs, (list, tuple)) and len(self.swa_lrs) != num_groups:
             mistakes.add(f"swa_lrs has {len(self.swa_lrs)} rates, and the optimizer has {num_groups} parameter groups.")
-        mistakes.found += self.find_mistakes(trainer.config)
+        mistakes.take(self.find_mistakes(trainer.config))
         if not module.automatic_optimization and find_batch_norms(module):
             mistakes.add(
                 "measures batch norm by calling training_step without gradients, which a module that optimizes "

@@ -7,15 +7,15 @@ the ranks is the one that a single process would have computed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from raylight.contract.kinds import Hook, Output
 from raylight.contract.messages import Message, Progress, StageFinished, StageStarted
 from raylight.user.transfer import batch_size_of, move_to_device, size_guess
 from raylight.worker.data.evaluation_batches import EvaluationBatches
@@ -28,7 +28,7 @@ REPORT_EVERY_S = 0.25
 PREFIXES = {"sanity": "validation", "validate": "validation", "test": "test", "predict": "predict"}
 """What the hooks of a stage begin with."""
 
-Outputs = list[list[tuple[int, Any]]]
+Outputs = list[list[tuple[int, Output]]]
 """For each loader, pairs of a batch's index and what the step returned for it."""
 
 
@@ -63,7 +63,7 @@ def evaluate(
     outputs: Outputs = []
     with _without_gradients(worker):
         for index in range(len(data.batches)):
-            kept: list[tuple[int, Any]] = []
+            kept: list[tuple[int, Output]] = []
             yield from _run_loader(worker, stage, index, data.batches, max_batches, kept)
             outputs.append(kept)
     worker.metrics.enter_loader(None)
@@ -81,7 +81,7 @@ def _without_gradients(worker: Worker) -> AbstractContextManager[None]:
 
 def _run_loader(
     worker: Worker, stage: str, loader_index: int, loaders: list[EvaluationBatches], max_batches: float,
-    kept: list[tuple[int, Any]],
+    kept: list[tuple[int, Output]],
 ) -> Iterator[Message]:  # fmt: skip
     prefix, module, progress = PREFIXES[stage], worker.module, worker.progress
     several = len(loaders) > 1
@@ -152,7 +152,7 @@ def split_by_loader(results: dict[str, float], num_loaders: int) -> list[dict[st
     return split
 
 
-def gather_outputs(worker: Worker, outputs: list[Any]) -> list[Any]:
+def gather_outputs(worker: Worker, outputs: list[Output]) -> list[Output]:
     """A training epoch's outputs of all ranks, in dataset order, on this rank's device."""
     if worker.world_size == 1:
         return outputs
@@ -160,7 +160,7 @@ def gather_outputs(worker: Worker, outputs: list[Any]) -> list[Any]:
     return move_to_device(interleave(shares), worker.device)
 
 
-def _gather_in_order(worker: Worker, outputs: Outputs) -> list[list[Any]]:
+def _gather_in_order(worker: Worker, outputs: Outputs) -> list[list[Output]]:
     """Each loader's outputs of all ranks, in the order of its batches."""
     if worker.world_size > 1:
         shares = gather_objects(_to_cpu(outputs), worker.world_size)
@@ -172,7 +172,7 @@ def _gather_in_order(worker: Worker, outputs: Outputs) -> list[list[Any]]:
     return [[output for _, output in loader] for loader in outputs]
 
 
-def _epoch_end_hook(worker: Worker, stage: str) -> Callable[..., Any] | None:
+def _epoch_end_hook(worker: Worker, stage: str) -> Hook | None:
     """The user's `..._epoch_end(outputs)`, where there is one that takes outputs."""
     name = f"{PREFIXES[stage]}_epoch_end"
     if stage == "predict" or not worker.hooks.overrides(name):
@@ -181,13 +181,13 @@ def _epoch_end_hook(worker: Worker, stage: str) -> Callable[..., Any] | None:
     return hook if takes_outputs(hook) else None
 
 
-def _to_cpu(value: Any) -> Any:
+def _to_cpu(value: Output) -> Output:
     if isinstance(value, Tensor):
         return value.detach().cpu()
     return move_to_device(value, torch.device("cpu"))
 
 
-def interleave(shares: list[list[Any]]) -> list[Any]:
+def interleave(shares: list[list[Output]]) -> list[Output]:
     """Items of all ranks in dataset order, if rank r holds every world_size-th from r on."""
     missing = object()
     rounds = itertools.zip_longest(*shares, fillvalue=missing)

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from raylight.contract.errors import DataError
+from raylight.contract.kinds import Batch, Hook, Output
 from raylight.user.callback import Callback
 from raylight.user.data_module import DataModule
 from raylight.user.module import Module
 from raylight.user.overriding import overrides
 from raylight.user.trainer_names import TrainerNames
-
-Hook = Callable[..., Any]
 
 
 class Hooks:
@@ -88,7 +87,7 @@ class Hooks:
         return lambda *arguments: hook(self.trainer, self.module, *arguments)
 
 
-def bind_step(function: Hook, several: bool = False) -> Callable[[Any, int, int], Any]:
+def bind_step(function: Hook, several: bool = False) -> Callable[[Batch, int, int], Output]:
     """A step that takes (batch), (batch, batch_idx) or all three, as a function of all three. `*args` get the third
     only if there are `several` loaders."""
     parameters = inspect.signature(function).parameters.values()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from time import monotonic, perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from raylight.contract import messages
+from raylight.contract.kinds import Batch, Hook, Output
 from raylight.contract.messages import EpochMetrics, Message, Paused, StageFinished, StageStarted
 from raylight.contract.requests import Request
 from raylight.contract.seeding import isolate_rng, set_rng_state
@@ -27,7 +27,7 @@ from raylight.worker.diagnosis.sections import Sections
 from raylight.worker.evaluation import evaluate, gather_outputs
 from raylight.worker.group.collectives import agree
 from raylight.worker.group.control import Action, Halted
-from raylight.worker.hooks import Hook, bind_step, takes_outputs
+from raylight.worker.hooks import bind_step, takes_outputs
 from raylight.worker.monitor import MonitorWatch
 from raylight.worker.schedule import NEVER, Schedule
 from raylight.worker.step.schedulers import step_schedulers
@@ -64,7 +64,7 @@ class Loop:
         self.step = Step(worker)
         self.schedule = Schedule(worker)
         self.monitor = MonitorWatch(worker, self.schedule.val_every != NEVER)
-        self.transfer: Callable[[Any], Any] | None = worker.transfer if worker.transfer.is_needed else None
+        self.transfer: Callable[[Batch], Batch] | None = worker.transfer if worker.transfer.is_needed else None
         self.sections: Sections | None = None
         self.on_batch_start = worker.hooks.of("on_train_batch_start")
         self.on_batch_end = worker.hooks.of("on_train_batch_end")
@@ -81,7 +81,7 @@ class Loop:
         self.suspect: int | None = None
         """Index of a finished batch whose loss was not finite."""
         self.said_not_finite = False
-        worker.seconds |= {"data": 0.0, "validation": 0.0}
+        worker.begin_timing()
 
     def fit(self, restored_rng: contents.RNGState | None = None) -> Iterator[Message]:
         """`restored_rng` are the random numbers of the checkpoint: put in place just before the first step, because
@@ -405,7 +405,7 @@ class Loop:
         return agree(flag, self.worker.world_size)
 
 
-def _detach(outputs: Any) -> Any:
+def _detach(outputs: Output) -> Output:
     """What hooks see of a step: a dict with the loss, free of the graph."""
     if isinstance(outputs, Tensor):
         return {"loss": outputs.detach()}

@@ -7,13 +7,13 @@ import pickle
 import sys
 import types
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from raylight.contract.kinds import Value
 from raylight.user.callback import Callback
 from raylight.user.data_module import DataModule
 from raylight.user.module import Module
@@ -28,11 +28,11 @@ _MODULE_INTERNALS = {*vars(torch.nn.Module()), "_trainer", "_modes", "_toggled"}
 
 def pack_objects(
     module: Module, callbacks: list[Callback], data_module: DataModule | None, trainer: TrainerNames,
-    shipped: Mapping[str, Any], notice: Callable[[str], None],
+    shipped: Mapping[str, Value], notice: Callable[[str], None],
 ) -> bytes:  # fmt: skip
     """The attributes that can be sent. `shipped`: those of the data module as they arrived; data among them, which the
     caller has, stays here. What is too large is named to `notice`."""
-    data: dict[str, Any] = {}
+    data: dict[str, Value] = {}
     for name, value in getattr(data_module, "__dict__", {}).items():
         if name == "trainer" or (isinstance(value, _DATA) and value is shipped.get(name)):
             continue
@@ -68,7 +68,7 @@ def unpack_objects(
         vars(data_module).update(content["data_module"])
 
 
-def measure(value: Any) -> int | None:
+def measure(value: Value) -> int | None:
     """The bytes that `value` takes when it is sent; None where it cannot be sent. No tensor is copied."""
     counter = _Counter()
     try:
@@ -78,7 +78,7 @@ def measure(value: Any) -> int | None:
     return counter.size
 
 
-def _sendable(owner: Any, skip: Collection[str] = ()) -> dict[str, Any]:
+def _sendable(owner: Value, skip: Collection[str] = ()) -> dict[str, Value]:
     return {
         name: value for name, value in vars(owner).items()
         if name not in skip and not isinstance(value, torch.nn.Module) and measure(value) is not None
@@ -88,7 +88,7 @@ def _sendable(owner: Any, skip: Collection[str] = ()) -> dict[str, Any]:
 class _Packer(pickle.Pickler):
     """Classes and functions go by name, those of a script too: the caller has them, and they must stay the same."""
 
-    def reducer_override(self, obj: Any) -> Any:
+    def reducer_override(self, obj: Value) -> Value:
         if isinstance(obj, Tensor) and obj.device.type != "cpu":
             return obj.detach().cpu().__reduce_ex__(5)
         if isinstance(obj, type | types.FunctionType) and not _is_found_here(obj):
@@ -106,7 +106,7 @@ class _Counter(_Packer):
     def write(self, data: bytes) -> None:
         self.size += len(data)
 
-    def reducer_override(self, obj: Any) -> Any:
+    def reducer_override(self, obj: Value) -> Value:
         if isinstance(obj, Tensor) and type(obj) in (Tensor, torch.nn.Parameter):
             self.size += obj.nbytes
             return bytes, ()
@@ -116,15 +116,15 @@ class _Counter(_Packer):
         return super().reducer_override(obj)
 
 
-def _is_found_here(obj: Any) -> bool:
+def _is_found_here(obj: Value) -> bool:
     try:
         return _find(obj.__module__, obj.__qualname__) is obj
     except (KeyError, AttributeError):
         return False
 
 
-def _find(module: str, name: str) -> Any:
-    found: Any = sys.modules[module]
+def _find(module: str, name: str) -> Value:
+    found: Value = sys.modules[module]
     for part in name.split("."):
         found = getattr(found, part)
     return found

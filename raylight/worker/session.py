@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.kinds import Index, Loader, ProcessGroup, StateDict, Value
 from raylight.contract.messages import Hyperparameters
 from raylight.contract.seeding import RNGState
 from raylight.contract.task import Place, Task
+from raylight.user.callback import Callback
+from raylight.user.data_module import DataModule
 from raylight.user.module import Module
 from raylight.user.run_view import NO_RUN
 from raylight.user.states import RunningStage, TrainerStatus
@@ -22,7 +26,7 @@ from raylight.worker.group.collectives import all_gather, broadcast_object, redu
 from raylight.worker.group.control import Control
 from raylight.worker.loop import Loop
 from raylight.worker.metrics.logger_proxy import LoggerProxy
-from raylight.worker.step.optimizers import SchedulerConfig
+from raylight.worker.step.optimizers import SchedulerConfig, SteppingOptimizer
 from raylight.worker.step.step import Step
 from raylight.worker.worker import Worker
 
@@ -166,15 +170,15 @@ class Session:
         return self.worker.module
 
     @property
-    def datamodule(self) -> Any:
+    def datamodule(self) -> DataModule | None:
         return self.worker.data_module
 
     @property
-    def callbacks(self) -> list[Any]:
+    def callbacks(self) -> list[Callback]:
         return self.worker.hooks.callbacks
 
     @property
-    def loggers(self) -> list[Any]:
+    def loggers(self) -> list[LoggerProxy]:
         return [self._logger] if self._logger is not None else []
 
     @property
@@ -195,7 +199,7 @@ class Session:
         return self.worker.optimizers.schedulers
 
     @property
-    def stepping_optimizers(self) -> list[Any]:
+    def stepping_optimizers(self) -> list[SteppingOptimizer]:
         return list(self.step.stepping_optimizers) if self.step is not None else []
 
     @property
@@ -247,22 +251,22 @@ class Session:
     # ---- loaders
 
     @property
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> Loader:
         return self.worker.data.loader
 
     @property
-    def val_dataloaders(self) -> Any:
+    def val_dataloaders(self) -> Loader:
         return self._given("validate")
 
     @property
-    def test_dataloaders(self) -> Any:
+    def test_dataloaders(self) -> Loader:
         return self._given("test")
 
     @property
-    def predict_dataloaders(self) -> Any:
+    def predict_dataloaders(self) -> Loader:
         return self._given("predict")
 
-    def _given(self, stage: str) -> Any:
+    def _given(self, stage: str) -> Loader:
         data = self.worker.evaluation_data.get(stage)
         return data.given if data is not None else None
 
@@ -286,7 +290,7 @@ class Session:
         data = self.worker.evaluation_data.get(stage)
         return [_or_inf(count) for count in data.num_batches] if data is not None else []
 
-    def find_samples(self, dataloader_idx: int, batch_idx: int) -> list[Any] | None:
+    def find_samples(self, dataloader_idx: int, batch_idx: int) -> list[Index] | None:
         return self.worker.evaluation_data[self.worker.stage].batches[dataloader_idx].find_samples(batch_idx)
 
     @property
@@ -314,7 +318,7 @@ class Session:
     def progress_bar_metrics(self) -> dict[str, float]:
         return self.worker.metrics.shown()
 
-    def log_hyperparameters(self, values: dict[str, Any]) -> None:
+    def log_hyperparameters(self, values: StateDict) -> None:
         self.worker.outbox.put(Hyperparameters(values))
 
     # ---- what hooks may do
@@ -336,7 +340,7 @@ class Session:
     def request_checkpoint(self) -> None:
         self.worker.saving.request()
 
-    def save_checkpoint(self, path: Any, weights_only: bool) -> None:
+    def save_checkpoint(self, path: str | os.PathLike[str], weights_only: bool) -> None:
         write_lightning_file(self.worker, path, weights_only)
 
     def finish_copying(self) -> None:
@@ -357,13 +361,13 @@ class Session:
     def barrier(self) -> None:
         self.worker.barrier()
 
-    def broadcast(self, value: Any, src: int) -> Any:
+    def broadcast(self, value: Value, src: int) -> Value:
         return broadcast_object(value, self.worker.world_size, src)
 
-    def all_gather(self, data: Any, group: Any, sync_grads: bool) -> Any:
+    def all_gather(self, data: Value, group: ProcessGroup, sync_grads: bool) -> Value:
         return all_gather(data, self.worker.world_size, group, sync_grads)
 
-    def reduce(self, tensor: Any, group: Any, reduce_op: str) -> Tensor:
+    def reduce(self, tensor: Tensor | float, group: ProcessGroup, reduce_op: str) -> Tensor:
         tensor = torch.as_tensor(tensor, device=self.worker.device)
         return reduce_tensor(tensor, self.worker.world_size, group, is_mean=reduce_op in ("mean", "avg"))
 

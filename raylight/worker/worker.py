@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from raylight.contract.kinds import Output
 from raylight.contract.task import Place, Task
 from raylight.user.data_module import DataModule
 from raylight.user.module import Module
@@ -45,7 +45,7 @@ class Worker:
         self.saving = Saving()
         self.data = TrainingData(self.config, task.seed)
         self.evaluation_data: dict[str, EvaluationData] = {}
-        self.epoch_outputs: list[Any] = []
+        self.epoch_outputs: list[Output] = []
         """Of the epoch's training steps, for `training_epoch_end`."""
         self.has_ended = False
         """All steps are made and saved."""
@@ -112,6 +112,9 @@ class Worker:
 
     def enter(self, stage: str) -> None:
         self.stage = stage
+
+    def begin_timing(self) -> None:
+        self.seconds |= {"data": 0.0, "validation": 0.0}
 
     def begin_training(self) -> None:
         self.has_trained = True

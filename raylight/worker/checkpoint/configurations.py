@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Any
 
 from raylight.contract.errors import RaylightError
+from raylight.contract.kinds import StateDict, Value
 
 KINDS = ("DictConfig", "ListConfig")
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
@@ -16,7 +16,7 @@ class NoOmegaConf(RaylightError):
     """A file holds a container of OmegaConf, and the program has not imported it."""
 
 
-def config_kind(value: Any) -> str | None:
+def config_kind(value: Value) -> str | None:
     """ "DictConfig", "ListConfig", or None for everything else."""
     package = sys.modules.get("omegaconf")
     if package is None:
@@ -24,25 +24,25 @@ def config_kind(value: Any) -> str | None:
     return next((kind for kind in KINDS if isinstance(value, getattr(package, kind))), None)
 
 
-def write_config(config: Any) -> tuple[Any, dict[str, Any]]:
+def write_config(config: Value) -> tuple[Value, StateDict]:
     """The content in plain containers, interpolations resolved, and what `describe_config` says."""
     tools = sys.modules["omegaconf"].OmegaConf
     content = None if config._is_none() else tools.to_container(config, resolve=True, enum_to_str=False)
     return content, describe_config(config)
 
 
-def describe_config(config: Any) -> dict[str, Any]:
+def describe_config(config: Value) -> StateDict:
     """The flags that were set, and under "class" the dataclass behind a structured one."""
     tools = sys.modules["omegaconf"].OmegaConf
     flags = {name: flag for name in ("readonly", "struct") if (flag := config._get_node_flag(name)) is not None}
-    facts: dict[str, Any] = {"flags": flags} if flags else {}
+    facts: StateDict = {"flags": flags} if flags else {}
     structure = tools.get_type(config)
     if isinstance(structure, type) and structure not in (dict, list) and hasattr(structure, "__dataclass_fields__"):
         facts["class"] = structure
     return facts
 
 
-def read_config(kind: str, content: Any, structure: type | None, flags: dict[str, bool]) -> Any:
+def read_config(kind: str, content: Value, structure: type | None, flags: dict[str, bool]) -> Value:
     """Text of a file stays text: an interpolation in it could call a resolver that the program has registered."""
     package = sys.modules.get("omegaconf")
     if package is None:
@@ -59,7 +59,7 @@ def read_config(kind: str, content: Any, structure: type | None, flags: dict[str
     return config
 
 
-def _escape(content: Any) -> Any:
+def _escape(content: Value) -> Value:
     if isinstance(content, str):
         return _INTERPOLATION.sub(lambda match: match[1] * 2 + "\\${", content)
     if isinstance(content, dict):

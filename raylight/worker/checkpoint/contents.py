@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from raylight.contract.errors import CheckpointMismatch
+from raylight.contract.kinds import StateDict
 from raylight.contract.layout import MANIFEST_FILE, checkpoint_directory
 from raylight.contract.seeding import RNGState, rng_state
 from raylight.user.callback import Callback
@@ -89,7 +88,7 @@ def collect(worker: Worker) -> State:
     )
 
 
-def collect_lightning(worker: Worker) -> dict[str, Any]:
+def collect_lightning(worker: Worker) -> StateDict:
     """The state under the keys that Lightning's files have, as `on_save_checkpoint` receives it."""
     return {
         "epoch": worker.progress.current_epoch,
@@ -110,8 +109,8 @@ def state_key(callback: Callback) -> str:
 
 
 def _write_hyperparameters(
-    worker: Worker, owner: Module | DataModule | None, values: dict[str, Any], key: str
-) -> dict[str, Any]:
+    worker: Worker, owner: Module | DataModule | None, values: StateDict, key: str
+) -> StateDict:
     """The entries of a checkpoint; what it cannot hold is named once."""
     entries, unsaved = write_hyperparameters(owner, values, key)
     worker.saving.name_unsaved(unsaved, worker.outbox)
@@ -124,7 +123,7 @@ def restore_weights(worker: Worker, state: State) -> None:
     apply_weights(worker.module, checkpoint["state_dict"], strict=worker.module.strict_loading)
 
 
-def call_load_hooks(worker: Worker, state: State) -> dict[str, Any]:
+def call_load_hooks(worker: Worker, state: State) -> StateDict:
     """What `on_load_checkpoint` has made of the state."""
     progress = state.replicated.get("loop", {})
     checkpoint = {

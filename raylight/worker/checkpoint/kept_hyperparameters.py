@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter
-from typing import Any
 
 from raylight.contract.errors import CheckpointMismatch, RaylightError
+from raylight.contract.kinds import StateDict, Value
 from raylight.worker.checkpoint.named_code import NamedCode
 from raylight.worker.checkpoint.typed_values import NotStorable, read, read_filled, write, write_shell
 
@@ -15,17 +15,17 @@ MODULE_KEY, DATA_MODULE_KEY = "hyper_parameters", "datamodule_hyper_parameters"
 _UNSAVED, _ARGUMENT = "_unsaved", "_argument"
 
 
-def write_hyperparameters(owner: Any, values: Mapping[str, Any], key: str) -> tuple[dict[str, Any], dict[str, str]]:
+def write_hyperparameters(owner: Value, values: Mapping[str, Value], key: str) -> tuple[StateDict, dict[str, str]]:
     """The entries of a checkpoint for `values`, the hyperparameters of `owner` under `key`; and what cannot be stored,
     by name with the reason. That is noted in the checkpoint, so that a reader asks for it."""
-    stored: dict[str, Any] = {}
+    stored: StateDict = {}
     unsaved: dict[str, str] = {}
     for name, value in values.items():
         try:
             stored[name] = write(value, name)
         except NotStorable as error:
             unsaved[name] = str(error)
-    entries: dict[str, Any] = {key: stored}
+    entries: StateDict = {key: stored}
     argument = getattr(owner, "__dict__", {}).get("_hparams_argument")
     if argument is not None:
         name, held, keys = argument
@@ -42,12 +42,12 @@ def write_hyperparameters(owner: Any, values: Mapping[str, Any], key: str) -> tu
 class Kept:
     """What a checkpoint has kept for a class."""
 
-    values: dict[str, Any] = field(default_factory=dict)
+    values: StateDict = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     """What `save_hyperparameters` was given and is not in `values`, with the reason."""
     argument: Argument | None = None
 
-    def arguments(self, overrides: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(self, overrides: Mapping[str, Value], parameters: Mapping[str, Value]) -> StateDict:
         """What `__init__`, which takes `parameters`, is called with; `overrides` win. One for a name in the object
         that was an argument as a whole goes into that object. Raises CheckpointMismatch naming all that is missing."""
         argument = self.argument
@@ -61,7 +61,7 @@ class Kept:
         whole = argument.make(into)
         return {**outer, argument.name: whole, **{name: it for name, it in overrides.items() if name not in into}}
 
-    def _check(self, missing: Mapping[str, str], given: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+    def _check(self, missing: Mapping[str, str], given: Mapping[str, Value], parameters: Mapping[str, Value]) -> None:
         takes_all = any(getattr(it, "kind", None) is Parameter.VAR_KEYWORD for it in parameters.values())
         mistakes = [
             f"the checkpoint does not hold {name!r} ({why}), and a default may be another value than the one that was "
@@ -79,11 +79,11 @@ class Argument:
 
     name: str
     keys: list[str]
-    shell: dict[str, Any]
-    items: dict[str, Any]  # as they are stored
+    shell: StateDict
+    items: StateDict  # as they are stored
     code: NamedCode
 
-    def make(self, changes: Mapping[str, Any]) -> Any:
+    def make(self, changes: Mapping[str, Value]) -> Value:
         items = {key: self.items.get(key) for key in self.keys if key in self.items or key in changes}
         try:
             made = read_filled(self.shell, items, self.code)
@@ -99,7 +99,7 @@ class Argument:
         return made
 
 
-def read_hyperparameters(entries: Mapping[str, Any], owner: type, key: str = MODULE_KEY) -> Kept:
+def read_hyperparameters(entries: Mapping[str, Value], owner: type, key: str = MODULE_KEY) -> Kept:
     """What `entries` of a checkpoint hold under `key`, with classes and functions that `owner`'s code names."""
     code = NamedCode(owner)
     kept = Kept(missing=dict(entries.get(key + _UNSAVED, {})))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
 
+from raylight.contract.kinds import StateDict
 from raylight.user.strategy_facade import FileIO
 from raylight.worker.checkpoint.contents import collect_lightning
 from raylight.worker.worker import Worker
@@ -11,10 +12,10 @@ from raylight.worker.worker import Worker
 TRAINING_KEYS = ("optimizer_states", "lr_schedulers", "callbacks", "loops")
 
 
-def write_lightning_file(worker: Worker, path: Any, weights_only: bool) -> None:
+def write_lightning_file(worker: Worker, path: str | os.PathLike[str], weights_only: bool) -> None:
     """Rank 0 writes; the others wait, so that the file is there when any of them goes on."""
     worker.saving.finish_copying()
-    checkpoint: dict[str, Any] = {"pytorch-lightning_version": "2.0.0", **collect_lightning(worker)}
+    checkpoint: StateDict = {"pytorch-lightning_version": "2.0.0", **collect_lightning(worker)}
     if weights_only:
         checkpoint = {key: value for key, value in checkpoint.items() if key not in TRAINING_KEYS}
     with worker.metrics.outside():

@@ -17,10 +17,10 @@ import typing
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from functools import cache, partial
-from typing import Any
 
 import torch
 
+from raylight.contract.kinds import StateDict, Value
 from raylight.worker.checkpoint.typed_values import NotStorable, path_of
 
 _NOT_OWN = ("builtins", "torch", "raylight")
@@ -44,13 +44,13 @@ class NamedCode:
     `__init__`, and of the dataclasses among these. Nothing of the standard library."""
 
     def __init__(self, owner: type):
-        self._found: dict[str, Any] = {}
+        self._found: StateDict = {}
         self._own_globals: set[int] = set()
         for kind in owner.__mro__:
             if kind.__module__.partition(".")[0] not in _NOT_OWN:
                 self._read_class(kind)
 
-    def find(self, path: str) -> Any:
+    def find(self, path: str) -> Value:
         """The class or function of that path. Raises NotStorable where nothing names it. What was trained by a script
         is found in a module, and the other way round."""
         if path in _harmless():
@@ -62,7 +62,7 @@ class NamedCode:
                 return code
         raise NotStorable(f"needs {path.replace(':', '.')}, which the module's own code does not name")
 
-    def find_callable(self, path: str) -> Any:
+    def find_callable(self, path: str) -> Value:
         """Classes, and functions of the person's own: another's, called with what a file says, could do anything."""
         code = self.find(path)
         is_own = id(getattr(code, "__globals__", None)) in self._own_globals
@@ -93,7 +93,7 @@ class NamedCode:
             if function.__name__ == "__init__":
                 self._read_signature(function)
 
-    def _add_cell(self, cell: Any) -> None:
+    def _add_cell(self, cell: Value) -> None:
         try:
             self._add(cell.cell_contents)
         except ValueError:  # not assigned yet
@@ -107,7 +107,7 @@ class NamedCode:
             elif depth > 1:
                 self._read_module(value, words, depth - 1)
 
-    def _read_signature(self, function: Any) -> None:
+    def _read_signature(self, function: Value) -> None:
         for parameter in inspect.signature(function).parameters.values():
             default = parameter.default
             self._add(default.func if isinstance(default, partial) else default)
@@ -115,7 +115,7 @@ class NamedCode:
                 self._add(type(default))
         self._read_annotations(function)
 
-    def _read_annotations(self, owner: Any) -> None:
+    def _read_annotations(self, owner: Value) -> None:
         try:
             hints = typing.get_type_hints(owner)
         except Exception:  # names that exist for a type checker alone
@@ -124,7 +124,7 @@ class NamedCode:
             for part in _parts(hint):
                 self._add(part)
 
-    def _add(self, value: Any) -> None:
+    def _add(self, value: Value) -> None:
         if not isinstance(value, Code) or value.__module__ is None or "<lambda>" in value.__qualname__:
             return
         path = path_of(value)
@@ -156,7 +156,7 @@ def _words(code: types.CodeType) -> Iterator[str]:
             yield from _words(constant)
 
 
-def _parts(hint: Any) -> Iterator[Any]:
+def _parts(hint: Value) -> Iterator[Value]:
     """`A` and `B` of `A | list[B]`."""
     yield hint
     for argument in typing.get_args(hint):
@@ -164,12 +164,12 @@ def _parts(hint: Any) -> Iterator[Any]:
 
 
 @cache
-def _harmless() -> dict[str, Any]:
+def _harmless() -> StateDict:
     """By path: what can be made or called with any arguments, and computes."""
     nn, optim = torch.nn, torch.optim
     kinds = (nn.Module, optim.Optimizer, optim.lr_scheduler.LRScheduler)
     spaces = (nn, optim, optim.lr_scheduler)
-    found: list[Any] = []
+    found: list[Value] = []
     for space in spaces:
         found += [value for value in vars(space).values() if isinstance(value, type) and issubclass(value, kinds)]
     for space in (nn.functional, nn.init):
@@ -179,7 +179,7 @@ def _harmless() -> dict[str, Any]:
     return {path: value for value in found if "<" not in (path := path_of(value))}
 
 
-def _is_public_function(name: str, value: Any, space: types.ModuleType) -> bool:
+def _is_public_function(name: str, value: Value, space: types.ModuleType) -> bool:
     if name.startswith("_"):
         return False
     if isinstance(value, types.BuiltinFunctionType):

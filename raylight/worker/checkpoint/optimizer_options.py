@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from raylight.contract.kinds import StateDict, Value
 from raylight.worker.step.optimizers import SchedulerConfig
 
-Configured = dict[str, list[Any]]
+Configured = dict[str, list[Value]]
 
 SCALED = ("lr", "_last_lr")
 """What a schedule moves: the new value, times what the schedule has made of the old one so far."""
@@ -26,7 +26,7 @@ def describe(optimizers: list[Optimizer], schedulers: list[SchedulerConfig]) -> 
     }
 
 
-def renew(saved: Mapping[str, Any], configured: Configured) -> tuple[list[Any], list[Any]]:
+def renew(saved: Mapping[str, Value], configured: Configured) -> tuple[list[Value], list[Value]]:
     """The optimizer and scheduler states of a checkpoint, with those options that `configured` has and the run that
     saved it had not. Momentum and other state of the parameters stay."""
     optimizers, schedulers = list(saved["optimizers"]), list(saved["schedulers"])
@@ -39,7 +39,7 @@ def renew(saved: Mapping[str, Any], configured: Configured) -> tuple[list[Any], 
     return optimizers, _merge(schedulers, before["schedulers"], configured["schedulers"])
 
 
-def _merge(now: Any, before: Any, after: Any, name: str = "") -> Any:
+def _merge(now: Value, before: Value, after: Value, name: str = "") -> Value:
     """`now` has grown out of `before`; where `after` differs from that, it is taken."""
     if isinstance(now, dict) and isinstance(before, Mapping) and isinstance(after, Mapping):
         known = before.keys() & after.keys()
@@ -54,17 +54,17 @@ def _merge(now: Any, before: Any, after: Any, name: str = "") -> Any:
     return after
 
 
-def _is_same(one: Any, other: Any) -> bool:
+def _is_same(one: Value, other: Value) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.equal(one, other)
     return bool(one == other)
 
 
-def _options(group: dict[str, Any]) -> dict[str, Any]:
+def _options(group: StateDict) -> StateDict:
     return {name: _copy(value) for name, value in group.items() if name != "params"}
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: Value) -> Value:
     """Lists and dicts are changed in place by schedulers."""
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}

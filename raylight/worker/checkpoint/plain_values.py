@@ -7,7 +7,6 @@ import enum
 import os
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
 
 import numpy
 import torch
@@ -16,8 +15,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.kinds import Value
 
-OnTensor = Callable[[Tensor, str], Any]
+OnTensor = Callable[[Tensor, str], Value]
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size})
 _KEYS = frozenset({int, str})  # nearly all keys
@@ -32,7 +32,7 @@ _ALLOWED = (
 )
 
 
-def check_plain(value: Any, path: str) -> Any:
+def check_plain(value: Value, path: str) -> Value:
     """Return a copy of `value` in plain types; tensors stay the same objects.
 
     Paths, enums, namespaces, numpy scalars and subclasses of the plain types become their plain kind. Raises
@@ -41,7 +41,7 @@ def check_plain(value: Any, path: str) -> Any:
     return copy_plain(value, path, lambda tensor, _: tensor)
 
 
-def copy_plain(value: Any, path: str, on_tensor: OnTensor, mistakes: list[str] | None = None) -> Any:
+def copy_plain(value: Value, path: str, on_tensor: OnTensor, mistakes: list[str] | None = None) -> Value:
     """As `check_plain`, with what `on_tensor(tensor, path)` returns in place of each tensor.
 
     With `mistakes` given, they are added to it and nothing is raised.
@@ -55,7 +55,7 @@ def copy_plain(value: Any, path: str, on_tensor: OnTensor, mistakes: list[str] |
     return copied
 
 
-def restore_arrays(value: Any) -> Any:
+def restore_arrays(value: Value) -> Value:
     """Undo what `check_plain` did to numpy arrays, after loading."""
     kind = type(value)
     if kind is dict and value.keys() == {_ARRAY} and isinstance(value[_ARRAY], Tensor):
@@ -88,7 +88,7 @@ class _Copier:
         self.on_tensor = on_tensor
         self.mistakes: list[str] = []
 
-    def copy(self, value: Any, path: str, depth: int) -> Any:
+    def copy(self, value: Value, path: str, depth: int) -> Value:
         kind = type(value)
         if kind in _ATOMS:
             too_long = kind is int and value.bit_length() > _MAX_INT_BITS
@@ -104,20 +104,20 @@ class _Copier:
             return self.copy_sequence(value, path, depth + 1)
         return self.convert(value, path, depth + 1)
 
-    def copy_mapping(self, value: Mapping, path: str, depth: int) -> Any:
+    def copy_mapping(self, value: Mapping, path: str, depth: int) -> Value:
         copied = OrderedDict() if type(value) is OrderedDict else {}
         for key, item in value.items():
             plain_key = key if type(key) in _KEYS else self.copy_key(key, path, depth)
             copied[plain_key] = self.copy(item, f"{path}[{plain_key!r}]", depth)
         return Counter(copied) if type(value) is Counter else copied
 
-    def copy_key(self, key: Any, path: str, depth: int) -> Any:
+    def copy_key(self, key: Value, path: str, depth: int) -> Value:
         plain_key = self.copy(key, f"{path} key {key!r}", depth)
         if isinstance(plain_key, Hashable) and not isinstance(plain_key, Tensor):
             return plain_key
         return self.reject(path, f"has a {type(key).__name__} as a key")
 
-    def copy_sequence(self, value: Any, path: str, depth: int) -> Any:
+    def copy_sequence(self, value: Value, path: str, depth: int) -> Value:
         kind = set if isinstance(value, (set, frozenset)) else tuple if isinstance(value, tuple) else list
         if kind is set and any(isinstance(item, Tensor) for item in value):
             return self.reject(path, "is a set of tensors, which has no order")
@@ -125,7 +125,7 @@ class _Copier:
             return kind(value)
         return kind([self.copy(item, f"{path}[{index}]", depth) for index, item in enumerate(value)])
 
-    def convert(self, value: Any, path: str, depth: int) -> Any:
+    def convert(self, value: Value, path: str, depth: int) -> Value:
         if isinstance(value, (bytes, bytearray)):
             return type(value)(value) if value else bytearray()  # the reader refuses empty bytes
         if isinstance(value, enum.Enum):
@@ -138,7 +138,7 @@ class _Copier:
             return self.copy(value.item(), path, depth)
         if isinstance(value, numpy.ndarray) and value.dtype in _ARRAY_TYPES:
             return {_ARRAY: self.on_tensor(torch.tensor(value), path)}
-        kinds: tuple[Any, ...] = (int, float, complex, str)
+        kinds: tuple[Value, ...] = (int, float, complex, str)
         for kind in kinds:
             if isinstance(value, kind):
                 return self.copy(kind(value), path, depth)
@@ -148,11 +148,11 @@ class _Copier:
         self.mistakes.append(f"{path} {what}: {_ALLOWED}.")
 
 
-def _all_atoms(values: Any) -> bool:
+def _all_atoms(values: Value) -> bool:
     return all(type(item) in _ATOMS and (type(item) is not int or -(2**63) <= item < 2**63) for item in values)
 
 
-def _describe(value: Any) -> str:
+def _describe(value: Value) -> str:
     kind = type(value)
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"the {'class' if isinstance(value, type) else 'function'} {value.__module__}.{value.__qualname__}"

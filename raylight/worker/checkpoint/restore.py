@@ -10,14 +10,16 @@ import re
 import shutil
 import tempfile
 from collections import OrderedDict
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from dataclasses import dataclass, field, replace
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.serialization import MAP_LOCATION
 
 from raylight.contract.errors import CheckpointCorrupt, CheckpointMismatch, MissingFile, StorageError
+from raylight.contract.kinds import StateDict, Value
 from raylight.contract.plain_text import to_utf8
 from raylight.contract.task import SavedState
 from raylight.worker.checkpoint.plain_values import restore_arrays
@@ -27,7 +29,7 @@ from raylight.worker.checkpoint.typed_values import TAG
 _CHUNK_BYTES = 8 << 20
 _MODEL_FILE = re.compile(r"model-\d{5}-of-(\d{5})\.pt")
 _TRAINING_KEYS = {"replicated", "shared", "tensors", "own"}
-_LIGHTNING_TYPES: list[Any] = [
+_LIGHTNING_TYPES: list[Value] = [
     argparse.Namespace,
     *((dict, f"{package}.AttributeDict") for package in (
         "lightning.fabric.utilities.data", "lightning_fabric.utilities.data",
@@ -36,7 +38,7 @@ _LIGHTNING_TYPES: list[Any] = [
 ]  # fmt: skip
 
 
-def load_state(saved: SavedState, rank: int, world_size: int, map_location: Any = "cpu") -> State:
+def load_state(saved: SavedState, rank: int, world_size: int, map_location: MAP_LOCATION = "cpu") -> State:
     """Read a checkpoint of any world size as `rank` of `world_size` needs it.
 
     `own` is what the same rank saved where the world size is the same; else it is empty, and `others` holds what each
@@ -55,28 +57,26 @@ def load_state(saved: SavedState, rank: int, world_size: int, map_location: Any 
         tensors |= part["tensors"]
     if missing := [path for path in parts[0]["shared"] if path not in tensors]:
         raise CheckpointCorrupt(f"{saved.path} lacks {_enumerate(missing)}: ranks disagreed on who writes what.")
-    state.replicated = restore_arrays(_put_back(parts[0]["replicated"], "replicated", tensors))
+    replicated = restore_arrays(_put_back(parts[0]["replicated"], "replicated", tensors))
     owns = [restore_arrays(_put_back(part["own"], "own", {})) for part in parts]
     if saved_world_size == world_size:
-        state.own = owns[rank]
-    else:
-        state.others = owns
-    return state
+        return replace(state, replicated=replicated, own=owns[rank])
+    return replace(state, replicated=replicated, others=owns)
 
 
-def load_any(source: SavedState | str, map_location: Any = "cpu") -> State:
+def load_any(source: SavedState | str, map_location: MAP_LOCATION = "cpu") -> State:
     """Read what a module is rebuilt from, weights and hyperparameters, of a checkpoint or of a Lightning file."""
     if isinstance(source, str):
         return load_lightning(source, map_location)
-    state = State(model=_merge_model(source, _find_world_size(source), map_location))
+    model, module = _merge_model(source, _find_world_size(source), map_location), {}
     if MODULE_FILE in source.file_names:
-        state.module = restore_arrays(_load(source, MODULE_FILE, map_location))
-        if any(not isinstance(value, dict) for value in state.module.values()):
+        module = restore_arrays(_load(source, MODULE_FILE, map_location))
+        if any(not isinstance(value, dict) for value in module.values()):
             raise CheckpointCorrupt(f"{source.path}/{MODULE_FILE} holds something else than raylight writes there.")
-    return state
+    return State(model=model, module=module)
 
 
-def load_weights(saved: SavedState) -> dict[str, Any]:
+def load_weights(saved: SavedState) -> StateDict:
     """Read the module's state dict alone, on the CPU, mapped to the files until it is used."""
     return _merge_model(saved, _find_world_size(saved), "cpu")
 
@@ -106,7 +106,7 @@ class Report:
         return "\n".join(lines)
 
 
-def compare_weights(module: torch.nn.Module, weights: dict[str, Any]) -> Report:
+def compare_weights(module: torch.nn.Module, weights: StateDict) -> Report:
     """Compare keys and shapes; a lazy parameter takes any shape."""
     ours = module.state_dict()
     missing = [key for key in ours if key not in weights]
@@ -120,7 +120,7 @@ def compare_weights(module: torch.nn.Module, weights: dict[str, Any]) -> Report:
     return Report(_with_similar(missing, unexpected), _with_similar(unexpected, missing), misshapen)
 
 
-def apply_weights(module: torch.nn.Module, weights: dict[str, Any], strict: bool = True) -> Report:
+def apply_weights(module: torch.nn.Module, weights: StateDict, strict: bool = True) -> Report:
     """Load `weights` into `module`, and return how they differ from what it has.
 
     With `strict`, any difference raises `CheckpointMismatch` before the module is touched; without, what fits is
@@ -141,7 +141,7 @@ def apply_weights(module: torch.nn.Module, weights: dict[str, Any], strict: bool
     return Report()
 
 
-def load_lightning(path: str, map_location: Any = "cpu") -> State:
+def load_lightning(path: str, map_location: MAP_LOCATION = "cpu") -> State:
     """Read weights (`model`), hyperparameters and all else that `on_load_checkpoint` may ask for (`module`) of a
     Lightning `.ckpt` file.
 
@@ -151,7 +151,7 @@ def load_lightning(path: str, map_location: Any = "cpu") -> State:
         content = read_file(path, path, map_location)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointCorrupt(f"{path} is no Lightning checkpoint: it has no state_dict.")
-    module: dict[str, Any] = {"hyper_parameters": {}}
+    module: StateDict = {"hyper_parameters": {}}
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         if key in content:
             values = content[key]
@@ -181,7 +181,7 @@ def _find_world_size(saved: SavedState) -> int:
     return world_size
 
 
-def _merge_model(saved: SavedState, world_size: int, map_location: Any) -> dict[str, Any]:
+def _merge_model(saved: SavedState, world_size: int, map_location: MAP_LOCATION) -> StateDict:
     model = _load(saved, model_file(0, world_size), map_location)
     for name, value in model.items():
         if not isinstance(value, Tensor):  # what get_extra_state returned
@@ -191,7 +191,7 @@ def _merge_model(saved: SavedState, world_size: int, map_location: Any) -> dict[
     return model
 
 
-def _load(saved: SavedState, name: str, map_location: Any) -> dict[str, Any]:
+def _load(saved: SavedState, name: str, map_location: MAP_LOCATION) -> StateDict:
     where = f"{saved.path}/{name}"
     local = saved.local_path(name)
     if local is not None:
@@ -205,7 +205,7 @@ def _load(saved: SavedState, name: str, map_location: Any) -> dict[str, Any]:
     return content
 
 
-def _copy_here(saved: SavedState, name: str, file: Any) -> None:
+def _copy_here(saved: SavedState, name: str, file: Value) -> None:
     try:
         stream = saved.open_read(name)
     except MissingFile as error:
@@ -221,7 +221,7 @@ def _copy_here(saved: SavedState, name: str, file: Any) -> None:
             ) from error
 
 
-def read_file(file: str | BinaryIO, where: str, map_location: Any = "cpu") -> Any:
+def read_file(file: str | BinaryIO, where: str, map_location: MAP_LOCATION = "cpu") -> Value:
     """Tensors and plain values; of a path, mapped. Raises `CheckpointCorrupt`, naming `where`, and runs nothing."""
     if isinstance(file, str) and to_utf8(file) != file:  # torch cannot map a file whose name is no UTF-8
         with open(file, "rb") as opened:
@@ -251,7 +251,7 @@ def _reason(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _put_back(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _put_back(value: Value, path: str, tensors: dict[str, Tensor]) -> Value:
     """The structure with its shared tensors in their places, and every tensor in memory of its own.
 
     What an optimizer is given it writes into, at once and all of it: a mapped file would only be a slower place.

@@ -11,13 +11,13 @@ import threading
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.serialization import config as serialization
 
+from raylight.contract.kinds import StateDict, Value
 from raylight.contract.messages import Saved, SavedFile, SaveFailed
 from raylight.contract.task import Files
 from raylight.worker.checkpoint.host_buffers import HostBuffers
@@ -162,7 +162,7 @@ class Snapshots:
 
     def _stage(
         self, state: State, weights_only: bool, optimizer_owned: Collection[Tensor]
-    ) -> tuple[dict[str, Any], list[Copy]]:
+    ) -> tuple[StateDict, list[Copy]]:
         staging = Staging(self._buffers, self.rank, self.world_size, addresses(optimizer_owned))
         contents = staging.run(state, weights_only)
         if not weights_only:  # a checkpoint of weights alone leaves the buffers of the next whole one
@@ -181,7 +181,7 @@ class _Snapshot:
     weights_only: bool
     world_size: int
     carried: dict[str, int] = field(default_factory=dict)
-    contents: dict[str, Any] = field(default_factory=dict)  # by file name; tensors are host buffers
+    contents: StateDict = field(default_factory=dict)  # by file name; tensors are host buffers
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
     late: list[Copy] = field(default_factory=list)
     late_on_gpu: list[Copy] = field(default_factory=list)
@@ -252,7 +252,7 @@ class _Snapshot:
         finally:
             self.contents = {}
 
-    def write_file(self, files: Files, name: str, content: Any) -> SavedFile:
+    def write_file(self, files: Files, name: str, content: Value) -> SavedFile:
         with files.open_write(f"{self.directory}/{name}") as file, serialization.patch(_options(content)):  # type: ignore[attr-defined]
             sink = _Sink(file, self)
             try:
@@ -273,7 +273,7 @@ class _Snapshot:
 class _Sink:
     """What torch.save writes to: passes bytes on in chunks, and stops when the snapshot counts for nothing."""
 
-    def __init__(self, file: Any, snapshot: _Snapshot):
+    def __init__(self, file: Value, snapshot: _Snapshot):
         self.file, self.snapshot = file, snapshot
         self.error: Exception | None = None
 
@@ -301,11 +301,11 @@ def _copy_in_one_thread(copy: Copy) -> None:
         target.copy_(source)
 
 
-def _options(content: Any) -> dict[str, Any]:
+def _options(content: Value) -> StateDict:
     """Of torch.save: no checksums, which take 0.3 s of CPU time a gigabyte and find less than the digests of the
     manifest; and tensors on page boundaries, so that a local disk fetches large ones from memory by itself, unless
     that pads the file by more than a little."""
-    options: dict[str, Any] = {"save.compute_crc32": False}
+    options: StateDict = {"save.compute_crc32": False}
     tensors = [leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
     num_bytes = sum(tensor.nbytes for tensor in tensors)
     if len(tensors) * _PAGE_BYTES <= num_bytes * _MOST_PADDING and hasattr(serialization.save, "storage_alignment"):

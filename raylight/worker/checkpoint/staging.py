@@ -7,13 +7,13 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.kinds import StateDict, Value
 from raylight.worker.checkpoint.host_buffers import HostBuffers
 from raylight.worker.checkpoint.plain_values import OnTensor, copy_plain, find_tensor_mistake
 
@@ -24,15 +24,15 @@ MODULE_FILE = "module.pt"
 class State:
     """All that a run is continued from, as live objects when it is saved and as loaded ones when it is read."""
 
-    model: dict[str, Any] = field(default_factory=dict)
+    model: StateDict = field(default_factory=dict)
     """`module.state_dict()`; what is neither a parameter nor owned by an optimizer is rank 0's."""
-    replicated: dict[str, Any] = field(default_factory=dict)
+    replicated: StateDict = field(default_factory=dict)
     """Equal on all ranks: optimizers, schedulers, scaler, callbacks, loop."""
-    own: dict[str, Any] = field(default_factory=dict)
+    own: StateDict = field(default_factory=dict)
     """This rank's: RNG, sampler."""
-    module: dict[str, Any] = field(default_factory=dict)
+    module: StateDict = field(default_factory=dict)
     """Hyperparameters and the user's extras; rank 0's."""
-    others: list[dict[str, Any]] = field(default_factory=list)
+    others: list[StateDict] = field(default_factory=list)
     """Read from a checkpoint of another world size: what each rank there had as `own`, which is empty then."""
     parameters: list[Tensor] = field(default_factory=list)
     """The module's own; not read from a checkpoint."""
@@ -90,7 +90,7 @@ class Staging:
         self.targets: dict[str, Tensor] = {}
         self.mistakes: list[str] = []
 
-    def run(self, state: State, weights_only: bool) -> dict[str, Any]:
+    def run(self, state: State, weights_only: bool) -> StateDict:
         weights, extras = self.split_model(state.model)
         alike = self.owned | addresses(state.parameters)
         shared: dict[str, Tensor] = {}
@@ -112,7 +112,7 @@ class Staging:
             model.update(extras)
             if hasattr(state.model, "_metadata"):  # versions of the modules' layouts, which torch keeps beside the dict
                 model.__dict__["_metadata"] = self.plain(state.model._metadata, "_metadata")
-        contents: dict[str, Any] = {model_file(self.rank, self.world_size): model}
+        contents: StateDict = {model_file(self.rank, self.world_size): model}
         if not weights_only:
             contents[training_file(self.rank, self.world_size)] = {
                 "replicated": replicated if self.rank == 0 else None,
@@ -124,11 +124,11 @@ class Staging:
             contents[MODULE_FILE] = module
         return contents
 
-    def split_model(self, model: dict[str, Any]) -> tuple[dict[str, tuple[str, Tensor]], dict[str, Any]]:
+    def split_model(self, model: StateDict) -> tuple[dict[str, tuple[str, Tensor]], StateDict]:
         """Tensors with their path, tied ones under the path of the first; and the rest, plain, on rank 0."""
         weights: dict[str, tuple[str, Tensor]] = {}
-        extras: dict[str, Any] = {}
-        first: dict[Any, str] = {}
+        extras: StateDict = {}
+        first: dict[Value, str] = {}
         for name, value in model.items():
             path = f"model[{name!r}]"
             if not isinstance(value, Tensor):
@@ -140,7 +140,7 @@ class Staging:
                 weights[name] = (first.setdefault(_identity(value, path), path), value)
         return weights, extras
 
-    def plain(self, value: Any, path: str, on_tensor: OnTensor | None = None) -> Any:
+    def plain(self, value: Value, path: str, on_tensor: OnTensor | None = None) -> Value:
         return copy_plain(value, path, on_tensor or self.stage, self.mistakes)
 
     def share_or_stage(self, shared: dict[str, Tensor], tensor: Tensor, path: str) -> Tensor | None:
@@ -165,6 +165,6 @@ class Staging:
         return target
 
 
-def _identity(tensor: Tensor, path: str) -> Any:
+def _identity(tensor: Tensor, path: str) -> Value:
     address = _address(tensor)
     return (address, tensor.dtype, tensor.shape, tensor.stride()) if address else path

@@ -19,13 +19,14 @@ import uuid
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy
 import torch
 from torch import Tensor
 
 from raylight.contract.errors import RaylightError
+from raylight.contract.kinds import StateDict, Value
 from raylight.user.module import AttributeDict
 from raylight.worker.checkpoint.configurations import config_kind, describe_config, read_config, write_config
 from raylight.worker.checkpoint.plain_values import find_tensor_mistake, is_plain_array
@@ -35,7 +36,7 @@ _ATOMS = frozenset({type(None), bool, float, complex, str, torch.dtype, torch.de
 _MAX_INT_BITS = 2000  # the reader of checkpoints has no opcode for longer ones
 _MAX_DEPTH = 90  # the plain copy, which is one deeper for some kinds, ends at 100
 
-Plain = Any
+Plain = Value
 """What `torch.load(weights_only=True)` reads."""
 
 
@@ -46,17 +47,17 @@ class NotStorable(RaylightError):
 class Names(Protocol):
     """The classes and functions that may be brought back."""
 
-    def find(self, path: str) -> Any: ...  # raises NotStorable
-    def find_callable(self, path: str) -> Any: ...  # that may be called with arguments from a file
+    def find(self, path: str) -> Value: ...  # raises NotStorable
+    def find_callable(self, path: str) -> Value: ...  # that may be called with arguments from a file
 
 
-def write(value: Any, name: str) -> Plain:
+def write(value: Value, name: str) -> Plain:
     """`value` in plain types, from which `read` makes an equal one of the same type. Raises NotStorable, which says
     what is wrong with `name`, or which part of it."""
     return _write(value, name, 0)
 
 
-def read(stored: Plain, names: Names) -> Any:
+def read(stored: Plain, names: Names) -> Value:
     """What was written. Raises NotStorable where that needs a class or function that `names` has not; the text is the
     rest of a sentence that begins with what is read."""
     kind = type(stored)
@@ -71,7 +72,7 @@ def read(stored: Plain, names: Names) -> Any:
     return stored
 
 
-def write_shell(value: Any, name: str) -> dict[str, Any]:
+def write_shell(value: Value, name: str) -> StateDict:
     """The type of what holds values under names, without them; empty for a dict. Raises NotStorable."""
     if config_kind(value) is not None:
         return _write_config_facts(value, describe_config(value))
@@ -85,7 +86,7 @@ def write_shell(value: Any, name: str) -> dict[str, Any]:
     return shell
 
 
-def read_filled(shell: dict[str, Any], items: dict[str, Plain], names: Names) -> Any:
+def read_filled(shell: StateDict, items: dict[str, Plain], names: Names) -> Value:
     """What `write_shell` was given, with other values under the names."""
     if shell.get(TAG) == "attributes":
         return AttributeDict(read(items, names))
@@ -95,7 +96,7 @@ def read_filled(shell: dict[str, Any], items: dict[str, Plain], names: Names) ->
 # ---- writing
 
 
-def _write(value: Any, where: str, depth: int) -> Plain:
+def _write(value: Value, where: str, depth: int) -> Plain:
     kind = type(value)
     if kind is int:
         return value if value.bit_length() <= _MAX_INT_BITS else {TAG: "int", "value": hex(value)}
@@ -118,7 +119,7 @@ def _write(value: Any, where: str, depth: int) -> Plain:
     raise NotStorable(f"{where} is {_describe(value)}")
 
 
-def _write_container(value: Any, where: str, depth: int) -> Plain | None:
+def _write_container(value: Value, where: str, depth: int) -> Plain | None:
     kind = type(value)
     if kind in (dict, OrderedDict, Counter, AttributeDict):
         return _write_mapping(value, where, depth)
@@ -143,13 +144,13 @@ def _write_container(value: Any, where: str, depth: int) -> Plain | None:
     return None
 
 
-def _write_config_facts(config: Any, facts: dict[str, Any]) -> dict[str, Any]:
+def _write_config_facts(config: Value, facts: StateDict) -> StateDict:
     structure = {"type": path_of(facts.pop("class"))} if "class" in facts else {}
     return {TAG: config_kind(config), **structure, **facts}
 
 
 def _write_mapping(value: Mapping, where: str, depth: int) -> Plain:
-    kind: Any = type(value)
+    kind: Value = type(value)
     pairs = [(key, _write(item, f"{where}[{key!r}]", depth)) for key, item in value.items()]
     if kind is AttributeDict or TAG in value or not all(type(key) in (str, int, bool, float) for key in value):
         items = [[_write(key, f"{where} key {key!r}", depth), item] for key, item in pairs]
@@ -157,7 +158,7 @@ def _write_mapping(value: Mapping, where: str, depth: int) -> Plain:
     return {TAG: "Counter", "pairs": [list(pair) for pair in pairs]} if kind is Counter else kind(pairs)
 
 
-def _write_enum(value: Any, where: str, depth: int) -> Plain | None:
+def _write_enum(value: Value, where: str, depth: int) -> Plain | None:
     if not isinstance(value, enum.Enum):
         return None
     kind = type(value)
@@ -168,7 +169,7 @@ def _write_enum(value: Any, where: str, depth: int) -> Plain | None:
 _NAMESPACES: dict[type, str] = {argparse.Namespace: "namespace", types.SimpleNamespace: "simple namespace"}
 
 
-def _write_record(value: Any, where: str, depth: int) -> Plain | None:
+def _write_record(value: Value, where: str, depth: int) -> Plain | None:
     """What holds values under names."""
     kind = type(value)
     if kind in _NAMESPACES:
@@ -184,7 +185,7 @@ def _write_record(value: Any, where: str, depth: int) -> Plain | None:
     }  # fmt: skip
 
 
-def _write_code(value: Any, where: str, depth: int) -> Plain | None:
+def _write_code(value: Value, where: str, depth: int) -> Plain | None:
     """Classes and functions, by name, and calls that are not made yet."""
     if type(value) is functools.partial:
         return {
@@ -203,7 +204,7 @@ def _write_code(value: Any, where: str, depth: int) -> Plain | None:
     return None
 
 
-def _write_bound(value: Any, path: str, where: str) -> Plain:
+def _write_bound(value: Value, path: str, where: str) -> Plain:
     """torch's own functions are bound to a class that nobody sees."""
     if path.partition(":")[0] == "torch":
         return {TAG: "name", "path": path}
@@ -211,7 +212,7 @@ def _write_bound(value: Any, path: str, where: str) -> Plain:
 
 
 _PATHS: dict[type, str] = {pathlib.PurePosixPath: "posix path", pathlib.PureWindowsPath: "windows path"}
-_BY_TEXT: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+_BY_TEXT: dict[type, tuple[Callable[[Value], Value], Callable[[Value], Value]]] = {
     range: (lambda it: [it.start, it.stop, it.step], lambda it: range(*it)),
     slice: (lambda it: [it.start, it.stop, it.step], lambda it: slice(*it)),
     datetime.timedelta: (lambda it: [it.days, it.seconds, it.microseconds], lambda it: datetime.timedelta(*it)),
@@ -225,8 +226,8 @@ _BY_TEXT: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 _BY_NAME = {kind.__name__: readers[1] for kind, readers in _BY_TEXT.items()}
 
 
-def _write_simple(value: Any, where: str, depth: int) -> Plain | None:
-    kind: Any = type(value)
+def _write_simple(value: Value, where: str, depth: int) -> Plain | None:
+    kind: Value = type(value)
     if isinstance(value, pathlib.PurePath) and kind.__module__.partition(".")[0] == "pathlib":
         tag = "path" if isinstance(value, pathlib.Path) else _PATHS[kind]
         return {TAG: tag, "value": str(value)}
@@ -245,7 +246,7 @@ def _write_simple(value: Any, where: str, depth: int) -> Plain | None:
 # ---- reading
 
 
-def _read_tagged(stored: dict[str, Any], names: Names) -> Any:
+def _read_tagged(stored: StateDict, names: Names) -> Value:
     reader = _READERS.get(stored[TAG])
     if reader is not None:
         return reader(stored, names)
@@ -254,15 +255,15 @@ def _read_tagged(stored: dict[str, Any], names: Names) -> Any:
     raise NotStorable(f"is of the kind {stored[TAG]!r}, which a newer raylight has written")
 
 
-def _read_items(stored: dict[str, Any], names: Names) -> Any:
+def _read_items(stored: StateDict, names: Names) -> Value:
     return read(stored["items"], names)
 
 
-def _read_pairs(kind: Callable[[Iterable], Any]) -> Callable[[dict[str, Any], Names], Any]:
+def _read_pairs(kind: Callable[[Iterable], Value]) -> Callable[[StateDict, Names], Value]:
     return lambda stored, names: kind((read(key, names), read(item, names)) for key, item in stored["pairs"])
 
 
-def _find_class(stored: dict[str, Any], names: Names, kind: type | Callable[[Any], bool]) -> Any:
+def _find_class(stored: StateDict, names: Names, kind: type | Callable[[Value], bool]) -> Value:
     found = names.find(stored["type"])
     fits = isinstance(found, type) and (issubclass(found, kind) if isinstance(kind, type) else kind(found))
     if not fits:
@@ -270,7 +271,7 @@ def _find_class(stored: dict[str, Any], names: Names, kind: type | Callable[[Any
     return found
 
 
-def _read_enum(stored: dict[str, Any], names: Names) -> Any:
+def _read_enum(stored: StateDict, names: Names) -> Value:
     kind = _find_class(stored, names, enum.Enum)
     if "name" not in stored:
         return kind(read(stored["value"], names))  # flags that are set together
@@ -279,7 +280,7 @@ def _read_enum(stored: dict[str, Any], names: Names) -> Any:
     return kind.__members__[stored["name"]]
 
 
-def _read_dataclass(stored: dict[str, Any], names: Names) -> Any:
+def _read_dataclass(stored: StateDict, names: Names) -> Value:
     kind = _find_class(stored, names, is_dataclass)
     items, known = read(stored["items"], names), {item.name for item in fields(kind)}
     if missing := sorted(known - items.keys()):
@@ -290,14 +291,14 @@ def _read_dataclass(stored: dict[str, Any], names: Names) -> Any:
     return made
 
 
-def _read_named_tuple(stored: dict[str, Any], names: Names) -> Any:
+def _read_named_tuple(stored: StateDict, names: Names) -> Value:
     kind = _find_class(stored, names, tuple)
     if len(getattr(kind, "_fields", ())) != len(stored["items"]):
         raise NotStorable(f"is a {stored['type']} of {len(stored['items'])} fields, which it has not any more")
     return tuple.__new__(kind, _read_items(stored, names))
 
 
-def _read_partial(stored: dict[str, Any], names: Names) -> Any:
+def _read_partial(stored: StateDict, names: Names) -> Value:
     function = stored["function"]
     if isinstance(function, dict) and function.get(TAG) == "name":
         target = names.find_callable(function["path"])
@@ -306,22 +307,22 @@ def _read_partial(stored: dict[str, Any], names: Names) -> Any:
     return functools.partial(target, *read(stored["arguments"], names), **read(stored["keywords"], names))
 
 
-def _read_number(stored: dict[str, Any], names: Names) -> Any:
+def _read_number(stored: StateDict, names: Names) -> Value:
     return numpy.dtype(stored["dtype"]).type(stored["value"])
 
 
-def _read_defaultdict(stored: dict[str, Any], names: Names) -> Any:
+def _read_defaultdict(stored: StateDict, names: Names) -> Value:
     from collections import defaultdict
 
     return defaultdict(read(stored["factory"], names), _read_items(stored, names))
 
 
-def _read_config(stored: dict[str, Any], names: Names) -> Any:
+def _read_config(stored: StateDict, names: Names) -> Value:
     structure = _find_class(stored, names, is_dataclass) if "type" in stored else None
     return read_config(stored[TAG], _read_items(stored, names), structure, stored.get("flags", {}))
 
 
-_READERS: dict[str, Callable[[dict[str, Any], Names], Any]] = {
+_READERS: dict[str, Callable[[StateDict, Names], Value]] = {
     "int": lambda stored, names: int(stored["value"], 16),
     "bytes": lambda stored, names: bytes(stored["value"]),
     "dict": _read_pairs(dict),
@@ -352,7 +353,7 @@ _READERS: dict[str, Callable[[dict[str, Any], Names], Any]] = {
 # ---- names
 
 
-def path_of(code: Any) -> str:
+def path_of(code: Value) -> str:
     """The import path of a class or function, as "package.module:Outer.Inner"."""
     if isinstance(code, types.BuiltinFunctionType):
         name, spaces = code.__name__, ("torch", "torch.nn.functional", "math", "builtins")
@@ -362,7 +363,7 @@ def path_of(code: Any) -> str:
     return f"{code.__module__}:{code.__qualname__}"
 
 
-def _describe(value: Any) -> str:
+def _describe(value: Value) -> str:
     kind = type(value)
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"the {'class' if isinstance(value, type) else 'function'} {value.__module__}.{value.__qualname__}"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from raylight.contract.kinds import Batch
 from raylight.worker.hooks import Hooks
 from raylight.worker.step.precision import Precision
 
@@ -18,7 +17,7 @@ class BatchTransfer:
     def __init__(self, hooks: Hooks, device: torch.device, precision: Precision):
         self.hooks, self.device, self.precision = hooks, device, precision
 
-    def __call__(self, batch: Any, dataloader_idx: int = 0) -> Any:
+    def __call__(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
         hooks = self.hooks
         before, after = hooks.owner_of(_BEFORE), hooks.owner_of(_AFTER)
         if before is not None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from raylight.contract.errors import DataError
+from raylight.contract.kinds import Batch, Index, Loader
 from raylight.user.transfer import batch_size_of, move_to_device, size_guess
 from raylight.worker.data.combined import CombinedSource, is_collection_of_loaders
-from raylight.worker.data.division import divide_batch, num_limited
+from raylight.worker.data.division import Fetched, divide_batch, num_limited
 from raylight.worker.data.evaluation_batches import EvaluationBatches, describe_empty
-from raylight.worker.data.readers import Fetched, open_source
-from raylight.worker.data.streams import TrackProgress
+from raylight.worker.data.readers import open_source
+from raylight.worker.data.source import Position, Source, TrackProgress
 
 __all__ = [
     "EvaluationBatches",
@@ -26,7 +27,7 @@ __all__ = [
 
 
 class TrainBatch(NamedTuple):
-    data: Any  # None where this rank has no sample in this step
+    data: Batch  # None where this rank has no sample in this step
     index: int  # type: ignore[assignment]  # of the step in the epoch
     share: float  # multiply this rank's loss by it: the mean over ranks is then the mean over all samples of the step
     size: int  # samples in `data`
@@ -49,7 +50,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        loader: Any,
+        loader: Loader,
         *,
         rank: int,
         world_size: int,
@@ -60,14 +61,18 @@ class TrainBatches:
         overfit: bool = False,
     ):
         self.world_size = world_size
-        options = {"global_batch_size": global_batch_size, "whole": not use_distributed_sampler, "overfit": overfit}
-        self.source: Any
+        self.source: Source
+        whole = not use_distributed_sampler
         if is_collection_of_loaders(loader):
-            self.source = CombinedSource(loader, rank, world_size, seed, limit, **options)
+            self.source = CombinedSource(
+                loader, rank, world_size, seed, limit, global_batch_size=global_batch_size, whole=whole, overfit=overfit
+            )
         else:
-            self.source = open_source(loader, rank, world_size, seed, **options)
+            self.source = open_source(
+                loader, rank, world_size, seed, global_batch_size=global_batch_size, whole=whole, overfit=overfit
+            )
         self.loader = loader
-        self.knows_sizes: bool = self.source.knows_sizes  # else `TrainBatch.size` is a guess
+        self.knows_sizes = self.source.knows_sizes  # else `TrainBatch.size` is a guess
         self.accumulate = self.source.division.accumulate
         num_units = self.source.num_units
         total = None if num_units is None else self.source.own_division.num_steps(num_units)
@@ -129,13 +134,13 @@ class TrainBatches:
             return self.num_batches  # a last step that was not full has no index of its own to begin at
         return self.source.index_at(self.position)
 
-    def state_dict(self, epoch: int, index: int | None = None) -> dict[str, Any]:
+    def state_dict(self, epoch: int, index: int | None = None) -> Position:
         """Where `epoch` stands when step `index` is done; None: at its beginning, which may lie before `iterate`."""
         position = 0 if index is None else self.position_after(index)
-        state = {"position": position, "unit": self.source.unit, "world_size": self.world_size}
-        return state | self.source.state_at(position, epoch == self._epoch)
+        state = self.source.state_at(position, epoch == self._epoch)
+        return {"position": position, "unit": self.source.unit, "world_size": self.world_size, **state}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Position) -> None:
         """Puts back what `state_dict` of any number of workers returned: go on with `iterate(epoch, position)`."""
         if state["position"] and state["unit"] != self.source.unit:
             raise DataError(
@@ -147,7 +152,7 @@ class TrainBatches:
         self._entered = False
         self.source.restore(state, state["world_size"] == self.world_size)
 
-    def indices(self, epoch: int, index: int) -> list[Any] | None:
+    def indices(self, epoch: int, index: int) -> list[Index] | None:
         """This rank's samples in step `index`, as indices into the loader's dataset; None where data has no indices."""
         return self.source.indices(epoch, index, self._start if epoch == self._epoch else 0)
 
@@ -163,7 +168,7 @@ def _end_together(fetched: Iterator[Fetched], agree: Callable[[bool], bool]) -> 
         present = None if last else next(fetched, None)
 
 
-def _describe_nothing(loader: Any, epoch: int) -> str:
+def _describe_nothing(loader: Loader, epoch: int) -> str:
     text = f"the training loader ({type(loader).__name__}) gave no batch in epoch {epoch}"
     if isinstance(loader, Iterator):
         return f"{text}: an iterator can be read once; pass an object that begins anew each time it is iterated"

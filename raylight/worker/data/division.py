@@ -12,11 +12,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from raylight.contract.errors import DataError, InvalidArguments
+from raylight.contract.kinds import Batch, Index, Indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +72,16 @@ class Division:
 class Step(NamedTuple):
     """What one rank does in one step."""
 
-    units: Any  # this rank's part: indices of samples, one batch of indices, or data; empty where it has none
+    units: Indices  # this rank's part: indices of samples, one batch of indices, or data; empty where it has none
     size: int  # samples in it
     share: float  # factor on this rank's loss that makes the mean over ranks the mean over all samples
     uneven: bool  # some rank has nothing
     last: bool  # of the epoch
     position: int  # of this rank's first unit in the epoch
+
+
+Fetched = tuple[Step, Batch]
+"""A step, and the data of this rank's part in it; None if it is empty."""
 
 
 def divide_batch(global_batch_size: int, world_size: int, batch_size: int) -> tuple[int, int]:
@@ -121,7 +126,7 @@ def num_limited(limit: int | float, total: int | None) -> int | None:
     return count
 
 
-def deal(order: Any, division: Division, start: int, end: int) -> Iterator[Step]:
+def deal(order: Indices, division: Division, start: int, end: int) -> Iterator[Step]:
     """This rank's slices of `order[start:end]`, where a unit is a sample.
 
     The last step of an uneven epoch is cut into slices that differ by one sample at most.
@@ -144,7 +149,7 @@ def deal(order: Any, division: Division, start: int, end: int) -> Iterator[Step]
             yield Step(order[begin:stop], stop - begin, share, count < world_size, high == end, begin)
 
 
-def _cut(order: Any, start: int, end: int, step: int, offset: int, micro: int) -> Iterator[Any]:
+def _cut(order: Indices, start: int, end: int, step: int, offset: int, micro: int) -> Iterator[Index]:
     """`micro` units at `offset` of each full step."""
     if not isinstance(order, Tensor):
         yield from (order[low : low + micro] for low in range(start + offset, end, step))
@@ -154,7 +159,7 @@ def _cut(order: Any, start: int, end: int, step: int, offset: int, micro: int) -
         yield from order[low : min(low + block, end)].view(-1, step)[:, offset : offset + micro].unbind()
 
 
-def deal_batches(batches: Sequence[Any], division: Division, start: int, end: int) -> Iterator[Step]:
+def deal_batches(batches: Sequence[Index], division: Division, start: int, end: int) -> Iterator[Step]:
     """This rank's every `world_size`-th of `batches[start:end]`, where a unit is a batch of indices."""
     rank, world_size = division.rank, division.world_size
     for low in range(start, end, world_size):
@@ -166,7 +171,7 @@ def deal_batches(batches: Sequence[Any], division: Division, start: int, end: in
 
 
 def deal_unsized(
-    units: Iterable[Any], division: Division, start: int, end: int | None, *, are_batches: bool, drop_last: bool
+    units: Iterable[Index], division: Division, start: int, end: int | None, *, are_batches: bool, drop_last: bool
 ) -> Iterator[Step]:
     """The same from a sampler that does not say how long it is, reading one window ahead to know the last step."""
     unread = islice(units, start, end)
@@ -179,7 +184,7 @@ def deal_unsized(
         position, window = position + len(window), following
 
 
-def deal_evaluation(order: Any, division: Division, num_batches: int, are_batches: bool) -> Iterator[Step]:
+def deal_evaluation(order: Indices, division: Division, num_batches: int, are_batches: bool) -> Iterator[Step]:
     """This rank's every `world_size`-th batch of the sequence that one process would evaluate."""
     size = division.micro
     for index in range(division.rank, num_batches, division.world_size):
@@ -187,6 +192,6 @@ def deal_evaluation(order: Any, division: Division, num_batches: int, are_batche
         yield Step(units, num_samples_in(units), 1.0, False, index + division.world_size >= num_batches, index)
 
 
-def num_samples_in(unit: Any) -> int:
+def num_samples_in(unit: Index) -> int:
     """Samples behind what a sampler gave: a list of indices, or one index that stands for a whole batch."""
     return len(unit) if hasattr(unit, "__len__") and not isinstance(unit, (str, bytes)) else 1

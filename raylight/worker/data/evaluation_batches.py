@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
-from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from raylight.contract.errors import DataError
+from raylight.contract.kinds import Batch, Index, Indices, Loader
 from raylight.worker.data.division import Division, Step, deal_evaluation, num_limited, num_samples_in
 from raylight.worker.data.fetching import LoaderFetch, find_rows, is_indexed
 from raylight.worker.data.readers import StreamSource, check_iterable
 from raylight.worker.data.sampling import Sampling, length_of
+
+EvaluationBatch = tuple[int, Batch, int | None]
+"""Its index in the whole sequence, the batch, and how many samples it holds; None if only a look into it could tell."""
 
 
 class EvaluationBatches:
@@ -25,29 +28,40 @@ class EvaluationBatches:
     `limit`; None where the data has no length. Raises DataError where there is nothing to evaluate.
     """
 
-    def __init__(self, loader: Any, *, rank: int, world_size: int, limit: int | float = 1.0, seed: int = 0):
+    def __init__(self, loader: Loader, *, rank: int, world_size: int, limit: int | float = 1.0, seed: int = 0):
         self.rank, self.world_size = rank, world_size
-        kind: Any = _IndexedEvaluation if is_indexed(loader) else _StreamEvaluation
-        self.source: Any = kind(loader, rank, world_size, seed)
+        kind = _IndexedEvaluation if is_indexed(loader) else _StreamEvaluation
+        self.source: _Evaluation = kind(loader, rank, world_size, seed)
         total = self.source.num_batches
         if total == 0:
             raise DataError(describe_empty(loader, Division(rank, 1, self.source.batch_size)))
         self.num_batches = num_limited(limit, total)
 
-    def iterate(self) -> Iterator[tuple[int, Any, int | None]]:
-        """Of each batch its index in the whole sequence, the batch, and how many samples it holds, None where only a
-        look into it could tell."""
+    def iterate(self) -> Iterator[EvaluationBatch]:
         return self.source.read(self.num_batches)
 
-
-    def find_samples(self, index: int) -> list[Any] | None:
+    def find_samples(self, index: int) -> list[Index] | None:
         """The samples of a batch of the whole sequence, as indices into the loader's dataset; None where data has no
         indices."""
         return self.source.find_samples(index)
 
 
-class _IndexedEvaluation:
-    def __init__(self, loader: DataLoader, rank: int, world_size: int, seed: int):
+class _Evaluation(ABC):
+    batch_size: int
+    num_batches: int | None
+
+    @abstractmethod
+    def __init__(self, loader: Loader, rank: int, world_size: int, seed: int): ...
+
+    @abstractmethod
+    def read(self, num_batches: int | None) -> Iterator[EvaluationBatch]: ...
+
+    @abstractmethod
+    def find_samples(self, index: int) -> list[Index] | None: ...
+
+
+class _IndexedEvaluation(_Evaluation):
+    def __init__(self, loader: Loader, rank: int, world_size: int, seed: int):
         self.sampling = Sampling(loader, seed)
         self.are_batches, self.batch_size = self.sampling.are_batches, self.sampling.batch_size
         # A distributed sampler's own drop_last is there for ranks of equal length, which are not needed here.
@@ -65,7 +79,7 @@ class _IndexedEvaluation:
             return length
         return length // self.batch_size if self.drop_last else math.ceil(length / self.batch_size)
 
-    def read(self, num_batches: int | None) -> Iterator[tuple[int, Any, int | None]]:
+    def read(self, num_batches: int | None) -> Iterator[EvaluationBatch]:
         order = self.sampling.order(0)
         if self.is_whole and num_batches is not None:
             num_batches = math.ceil((num_batches - self.rank) / self.world_size)
@@ -82,10 +96,10 @@ class _IndexedEvaluation:
             yield index, data, step.size if self.sampling.knows_sizes else None
 
     @cached_property
-    def _order(self) -> Any:
+    def _order(self) -> Indices:
         return self.sampling.order(0)
 
-    def find_samples(self, index: int) -> list[Any] | None:
+    def find_samples(self, index: int) -> list[Index] | None:
         if not hasattr(self._order, "__len__"):
             return None
         # a sampler of the user's own that divides the data gives each rank an order of its own
@@ -96,7 +110,7 @@ class _IndexedEvaluation:
             return units.tolist()
         return list(units) if isinstance(units, (list, tuple, range)) else [units]
 
-    def _deal_unsized(self, units: Iterable[Any], num_batches: int | None) -> Iterator[Step]:
+    def _deal_unsized(self, units: Iterable[Index], num_batches: int | None) -> Iterator[Step]:
         unread, index = iter(units), 0
         while num_batches is None or index < num_batches:
             batch = next(unread, None) if self.are_batches else list(islice(unread, self.batch_size))
@@ -107,9 +121,10 @@ class _IndexedEvaluation:
             index += 1
 
 
-class _StreamEvaluation:
-    def __init__(self, loader: Any, rank: int, world_size: int, seed: int):
-        self.source = StreamSource(check_iterable(loader), rank, world_size, seed, for_evaluation=True)
+class _StreamEvaluation(_Evaluation):
+    def __init__(self, loader: Loader, rank: int, world_size: int, seed: int):
+        check_iterable(loader)
+        self.source = StreamSource(loader, rank, world_size, seed, for_evaluation=True)
         self.rank, self.world_size = rank, world_size
         self.batch_size = self.source.division.micro
         length = self.source.length
@@ -121,7 +136,7 @@ class _StreamEvaluation:
     def find_samples(self, index: int) -> None:
         return None
 
-    def read(self, num_batches: int | None) -> Iterator[tuple[int, Any, int | None]]:
+    def read(self, num_batches: int | None) -> Iterator[EvaluationBatch]:
         if num_batches == self.num_batches:
             num_batches = None  # the data ends it: a length may be wrong
         for arrived, (step, data) in enumerate(self.source.read_evaluation()):
@@ -134,7 +149,7 @@ class _StreamEvaluation:
                 return
 
 
-def describe_empty(loader: Any, division: Division) -> str:
+def describe_empty(loader: Loader, division: Division) -> str:
     dataset = getattr(loader, "dataset", loader)
     length = length_of(dataset)
     name = type(dataset).__name__

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from torch.utils.data._utils import collate
 
 from raylight.contract.errors import DataError
+from raylight.contract.kinds import Indices, Loader
 from raylight.contract.main_module import make_context
-from raylight.worker.data.division import Step
+from raylight.worker.data.division import Fetched, Step
 from raylight.worker.data.random_stream import derive_seed, seed_process
 
 
@@ -25,14 +26,14 @@ class Request:
     batches that this worker happened to fetch before: an epoch that is entered in its middle sees the same values.
     """
 
-    def __init__(self, units: Any, seed: int):
+    def __init__(self, units: Indices, seed: int):
         self.units, self.seed = units, seed
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, int]]:
+    def __reduce__(self) -> tuple[Callable[..., Indices], tuple[Indices, int]]:
         return _receive, (self.units, self.seed)
 
 
-def _receive(units: Any, seed: int) -> Any:
+def _receive(units: Indices, seed: int) -> Indices:
     seed_process(seed)
     return units
 
@@ -41,9 +42,9 @@ class Requests:
     """Stands in for the loader's batch sampler; persistent loader workers ask the same object in every epoch."""
 
     def __init__(self) -> None:
-        self.current: Iterator[Any] = iter(())
+        self.current: Iterator[Indices] = iter(())
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Indices]:
         return self.current
 
 
@@ -59,7 +60,7 @@ def copy_loader(loader: DataLoader, seeds: torch.Generator, **replaced: Any) -> 
     if context is not None:
         vars(copied)["_DataLoader__multiprocessing_context"] = context
     if "in_order" in vars(copied):
-        copied.in_order = True  # a batch is told apart by its place alone
+        vars(copied)["in_order"] = True  # a batch is told apart by its place alone
     return copied
 
 
@@ -69,7 +70,7 @@ def keeps_torchs_iteration(loader: DataLoader) -> bool:
     return all(getattr(type(loader), name) is getattr(DataLoader, name) for name in names)
 
 
-def is_indexed(loader: Any) -> bool:
+def is_indexed(loader: Loader) -> bool:
     """Whether samples are found by index, so that those of a rank can be fetched without the others."""
     is_map_style = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     return is_map_style and keeps_torchs_iteration(loader)
@@ -101,7 +102,7 @@ class LoaderFetch:
             replaced["batch_sampler"] = self.requests
         self.loader = copy_loader(loader, self.seeds, **replaced)
 
-    def fetch(self, steps: Iterable[Step], *epoch: int) -> Iterator[tuple[Step, Any]]:
+    def fetch(self, steps: Iterable[Step], *epoch: int) -> Iterator[Fetched]:
         waiting: deque[Step] = deque()
         self.requests.current = self._request(steps, waiting, epoch)
         self.seeds.manual_seed(derive_seed(*self.seed_parts, *epoch, self.rank, "loader workers"))
@@ -114,7 +115,7 @@ class LoaderFetch:
         if waiting:
             raise DataError(f"{type(self.loader).__name__} ended {len(waiting)} batches before its sampler did")
 
-    def _request(self, steps: Iterable[Step], waiting: deque[Step], epoch: tuple[int, ...]) -> Iterator[Any]:
+    def _request(self, steps: Iterable[Step], waiting: deque[Step], epoch: tuple[int, ...]) -> Iterator[Indices]:
         in_workers = self.loader.num_workers > 0
         for step in steps:
             waiting.append(step)
@@ -127,7 +128,7 @@ class LoaderFetch:
                 yield Request(units, derive_seed(*self.seed_parts, *epoch, step.position)) if in_workers else units
 
 
-def _take_empty(waiting: deque[Step]) -> Iterator[tuple[Step, Any]]:
+def _take_empty(waiting: deque[Step]) -> Iterator[Fetched]:
     while waiting and not waiting[0].size:
         yield waiting.popleft(), None
 
@@ -147,7 +148,7 @@ class Rows:
         assert isinstance(dataset, TensorDataset)
         self.tensors = dataset.tensors
 
-    def place(self, order: Any) -> Any:
+    def place(self, order: Indices) -> Indices:
         """Rows of the tensors for an epoch's order; None where the order holds something else than whole numbers."""
         if isinstance(order, list):
             if not all(type(index) is int for index in order):
@@ -163,7 +164,7 @@ class Rows:
             order = order.to(self.tensors[0].device)
         return order
 
-    def fetch(self, steps: Iterable[Step]) -> Iterator[tuple[Step, Any]]:
+    def fetch(self, steps: Iterable[Step]) -> Iterator[Fetched]:
         tensors, pins = self.tensors, self.pins
         for step in steps:
             rows = step[0]
@@ -193,7 +194,7 @@ def find_rows(loader: DataLoader) -> Rows | None:
     return Rows(loader.dataset, pins=pins_memory(loader))
 
 
-def _is_plain_dataset(dataset: Any) -> bool:
+def _is_plain_dataset(dataset: Dataset) -> bool:
     while type(dataset) is Subset:
         try:
             indices = torch.as_tensor(dataset.indices)

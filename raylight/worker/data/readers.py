@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from raylight.contract.errors import DataError, InvalidArguments
+from raylight.contract.kinds import Index, Indices, Loader
 from raylight.user.transfer import pin
-from raylight.worker.data.division import Division, Step, deal, deal_batches, deal_unsized, divide_batch, num_samples_in
+from raylight.worker.data.division import (
+    Division,
+    Fetched,
+    Step,
+    deal,
+    deal_batches,
+    deal_unsized,
+    divide_batch,
+    num_samples_in,
+)
 from raylight.worker.data.fetching import (
     LoaderFetch,
     copy_loader,
@@ -23,36 +32,8 @@ from raylight.worker.data.fetching import (
 )
 from raylight.worker.data.random_stream import derive_seed
 from raylight.worker.data.sampling import Sampling, has_distributed_sampler, length_of
-from raylight.worker.data.streams import InitWorker, Pass, Stream, TrackProgress, give
-
-Fetched = tuple[Step, Any]
-
-
-class Source:
-    """What both kinds have: positions count units of all ranks, `own_division` those that this rank goes through."""
-
-    unit: str  # "samples" or "batches"
-    num_units: int | None = None  # of an epoch, after drop_last
-    exact_length: int | None = None  # of an epoch, where it cannot be wrong
-    may_end_apart = False  # ranks may come to the end at different steps
-    knows_sizes = True  # how many samples a batch holds is known, not guessed from what is in it
-
-    def __init__(self, division: Division, is_whole: bool):
-        self.division = division
-        self.own_division = division.alone() if is_whole else division
-        self.replicas = division.world_size if is_whole else 1
-
-    def index_at(self, position: int) -> int:
-        return self.own_division.index_at(position // self.replicas)
-
-    def position_after(self, start: int, index: int) -> int:
-        position = self.own_division.position_after(start // self.replicas, index)
-        if self.exact_length is not None:
-            position = min(position, self.exact_length)
-        return position * self.replicas
-
-    def _in_whole_windows(self, total: int, start: int = 0) -> int:
-        return total - (total - start) % self.own_division.window
+from raylight.worker.data.source import Source, SourceState, StreamState, TrackProgress
+from raylight.worker.data.streams import InitWorker, Pass, Stream, give
 
 
 class IndexedSource(Source):
@@ -90,9 +71,9 @@ class IndexedSource(Source):
         self.num_units = self._in_whole_windows(length) if length is not None and self.drop_last else length
         self.rows = find_rows(loader)
         self.slow: LoaderFetch | None = None
-        self.known: tuple[tuple[int, int], Any] | None = None  # the present epoch and its order
+        self.known: tuple[tuple[int, int], Indices] | None = None  # the present epoch and its order
 
-    def order(self, epoch: int, cycle: int = 0) -> Any:
+    def order(self, epoch: int, cycle: int = 0) -> Indices:
         if self.known is not None and self.known[0] == (epoch, cycle):
             return self.known[1]
         order = self.sampling.order(epoch, cycle)
@@ -106,8 +87,10 @@ class IndexedSource(Source):
         division, order, start = self.own_division, self.order(epoch, cycle), start // self.replicas
         limit = None if num_steps is None else division.units_in(num_steps)
         if not hasattr(order, "__len__"):
-            options = {"are_batches": self.are_batches, "drop_last": self.drop_last}
-            return self._fetch(deal_unsized(order, division, start, limit, **options), epoch, cycle)
+            steps = deal_unsized(
+                order, division, start, limit, are_batches=self.are_batches, drop_last=self.drop_last
+            )
+            return self._fetch(steps, epoch, cycle)
         end = len(order) if limit is None else min(len(order), limit)
         if self.drop_last:
             end = self._in_whole_windows(end, start)
@@ -124,7 +107,7 @@ class IndexedSource(Source):
             self.slow = LoaderFetch(self.loader, self.rank, self.seed, "train", *own)
         return self.slow.fetch(steps, epoch, cycle)
 
-    def indices(self, epoch: int, index: int, start: int) -> list[Any] | None:
+    def indices(self, epoch: int, index: int, start: int) -> list[Index] | None:
         """This rank's samples in step `index` of an epoch that was entered at `start`; None where it has no such."""
         division, order, start = self.own_division, self.order(epoch), start // self.replicas
         if not hasattr(order, "__len__"):
@@ -139,14 +122,14 @@ class IndexedSource(Source):
             return step.units.tolist()
         return list(step.units) if isinstance(step.units, (list, tuple, range)) else [step.units]
 
-    def state_at(self, position: int, has_begun: bool) -> dict[str, Any]:
+    def state_at(self, position: int, has_begun: bool) -> SourceState:
         """Of a sampler with a state: as it was when the epoch began, from where positions are counted."""
         sampling = self.sampling
         if not sampling.is_stateful:
             return {}
         return {"sampler": sampling.sampler_state if has_begun else sampling.sampler.state_dict()}
 
-    def restore(self, state: dict[str, Any], same_world_size: bool) -> None:
+    def restore(self, state: SourceState, same_world_size: bool) -> None:
         if "sampler" in state and self.sampling.is_stateful:
             self.sampling.sampler.load_state_dict(state["sampler"])
             self.known = None
@@ -157,7 +140,7 @@ class StreamSource(Source):
 
     def __init__(
         self,
-        loader: Any,
+        loader: Loader,
         rank: int,
         world_size: int,
         seed: int,
@@ -198,14 +181,14 @@ class StreamSource(Source):
         length = self.length = length_of(source)
         self.num_units = self._in_whole_windows(length) if length is not None and self.drop_last else length
         self.pins = reads_dataset and pins_memory(loader)
-        self.restored: dict[str, Any] | None = None  # state of a stateful source, for the next pass
+        self.restored: StreamState | None = None  # state of a stateful source, for the next pass
         self.worker_loader = self._copy_loader() if reads_dataset and loader.num_workers > 0 else None
 
     def _copy_loader(self) -> DataLoader:
         """The user's loader, which gives what its loader workers take from the stream."""
         self.seeds = torch.Generator()
         self.stream.clock.share_memory_()
-        self.stream.is_stateful = False  # the state is in other processes, each with batches read ahead
+        self.stream.forget_state()  # it is in other processes, each with batches read ahead
         init = self.loader.worker_init_fn
         replaced = {
             "dataset": self.stream,
@@ -255,20 +238,21 @@ class StreamSource(Source):
                 step, data = fetched
                 yield Step(*step), data  # pinning makes another kind of tuple of it
 
-    def indices(self, epoch: int, index: int, start: int) -> list[Any] | None:
+    def indices(self, epoch: int, index: int, start: int) -> list[Index] | None:
         return None
 
-    def state_at(self, position: int, has_begun: bool) -> dict[str, Any]:
+    def state_at(self, position: int, has_begun: bool) -> SourceState:
         if not position:
             return {}
         found = [state for at, state in self.stream.captured if at == position]
         return {"stream": found[0]} if found else {}
 
-    def restore(self, state: dict[str, Any], same_world_size: bool) -> None:
+    def restore(self, state: SourceState, same_world_size: bool) -> None:
         """A stream that gives each rank its own part has no state that another number of ranks could use."""
         stream = state.get("stream") if self.stream.is_stateful else None
-        usable = stream is not None and (same_world_size or not stream["is_whole"])
-        self.restored = stream if usable else None
+        if stream is not None and not same_world_size and stream["is_whole"]:
+            stream = None
+        self.restored = stream
 
 
 def make_division(rank: int, world_size: int, batch_size: int, global_batch_size: int | None) -> Division:
@@ -289,17 +273,27 @@ def mark_last(fetched: Iterable[Fetched], num_steps: int | None) -> Iterator[Fet
         present = following
 
 
-def open_source(loader: Any, rank: int, world_size: int, seed: int, **options: Any) -> IndexedSource | StreamSource:
+def open_source(
+    loader: Loader,
+    rank: int,
+    world_size: int,
+    seed: int,
+    *,
+    global_batch_size: int | None = None,
+    whole: bool = False,
+    overfit: bool = False,
+) -> IndexedSource | StreamSource:
     if is_indexed(loader):
-        return IndexedSource(loader, rank, world_size, seed, **options)
-    options.pop("overfit", None)
-    return StreamSource(check_iterable(loader), rank, world_size, seed, **options)
+        return IndexedSource(
+            loader, rank, world_size, seed, global_batch_size=global_batch_size, whole=whole, overfit=overfit
+        )
+    check_iterable(loader)
+    return StreamSource(loader, rank, world_size, seed, global_batch_size=global_batch_size, whole=whole)
 
 
-def check_iterable(loader: Any) -> Any:
+def check_iterable(loader: Loader) -> None:
     if not hasattr(loader, "__iter__"):
         raise DataError(
             f"{type(loader).__name__} is no loader: pass a torch DataLoader, or an object that gives batches when it "
             "is iterated"
         )
-    return loader

@@ -5,37 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
+from raylight.contract.kinds import Index, Indices, Loader, Sampler, StateDict
 from raylight.contract.seeding import isolate_rng
 from raylight.worker.data.random_stream import RandomStream, derive_seed, seed_process
 
 BLOCK = 1024  # indices read at once from a sampler without length
 
 
-def length_of(sized: Any) -> int | None:
+def length_of(sized: Loader) -> int | None:
     try:
         return len(sized)
     except (TypeError, NotImplementedError):
         return None
 
 
-def has_distributed_sampler(source: Any) -> bool:
+def has_distributed_sampler(source: Loader) -> bool:
     """Whether a DataLoader gives each rank its part already."""
     return any(isinstance(sampler, DistributedSampler) for sampler in samplers_of(source))
 
 
-def samplers_of(source: Any) -> list[Any]:
+def samplers_of(source: Loader) -> list[Sampler]:
     """Those of a DataLoader, the outer first."""
     if not isinstance(source, DataLoader):
         return []
     return _layers(source.batch_sampler if source.batch_sampler is not None else source.sampler)
 
 
-def is_stateful(source: Any) -> bool:
+def is_stateful(source: Loader) -> bool:
     return all(callable(getattr(source, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
@@ -54,7 +54,7 @@ class Sampling:
         self.are_batches = type(batch_sampler) is not BatchSampler
         self.batch_size = 1 if self.are_batches else batch_sampler.batch_size  # type: ignore[union-attr]
         self.drop_last = False if self.are_batches else batch_sampler.drop_last  # type: ignore[union-attr]
-        self.sampler: Any = loader.sampler if batch_sampler is None else batch_sampler
+        self.sampler: Sampler = loader.sampler if batch_sampler is None else batch_sampler
         if not self.are_batches:
             self.sampler = batch_sampler.sampler  # type: ignore[union-attr]
         # An index that stands for a whole batch does not say how many samples that holds.
@@ -66,7 +66,7 @@ class Sampling:
         known = self.shuffled if self.shuffled is not None else self.in_order
         self.length = known if known is not None else length_of(self.sampler)
         self.is_stateful = is_stateful(self.sampler)
-        self.sampler_state: Any = None  # of a stateful sampler when the epoch began
+        self.sampler_state: StateDict | None = None  # of a stateful sampler when the epoch began
 
     def _read_known_samplers(self, replace_distributed: bool) -> None:
         sampler, kind = self.sampler, type(self.sampler)
@@ -85,7 +85,7 @@ class Sampling:
             self.divides_itself = any(isinstance(layer, DistributedSampler) for layer in _layers(sampler))
         self.shuffled, self.in_order = shuffled, in_order
 
-    def order(self, epoch: int, cycle: int = 0) -> Any:
+    def order(self, epoch: int, cycle: int = 0) -> Indices:
         """The units of an epoch: a tensor, range or list; an iterator where the sampler has no length.
 
         `cycle` counts how often this loader ended within the epoch, beside a longer one.
@@ -103,7 +103,7 @@ class Sampling:
         # A sampler whose state counts what it gave gives nothing where that was the whole of the epoch before.
         return self._read_sized(self.length, seed) or self._read_sized(self.length, seed)
 
-    def _read_sized(self, length: int, seed: int) -> list[Any]:
+    def _read_sized(self, length: int, seed: int) -> list[Index]:
         with isolate_rng(), _seeded_generators(self.sampler, seed):
             seed_process(seed)
             return list(islice(self.sampler, length))
@@ -116,12 +116,12 @@ class Sampling:
                 sampler.set_epoch(epoch)
 
 
-def _layers(sampler: Any) -> list[Any]:
+def _layers(sampler: Sampler) -> list[Sampler]:
     inner = getattr(sampler, "sampler", None)
     return [sampler] if inner is None else [sampler, inner]
 
 
-def _read_unsized(sampler: Any, seed: int) -> Iterator[Any]:
+def _read_unsized(sampler: Sampler, seed: int) -> Iterator[Index]:
     stream, generators = RandomStream(seed), ExitStack()
     with generators:
         generators.enter_context(_seeded_generators(sampler, seed))
@@ -136,7 +136,7 @@ def _read_unsized(sampler: Any, seed: int) -> Iterator[Any]:
 
 
 @contextmanager
-def _seeded_generators(sampler: Any, seed: int) -> Iterator[None]:
+def _seeded_generators(sampler: Sampler, seed: int) -> Iterator[None]:
     """The generators that samplers own, seeded; the user finds them afterwards as they were."""
     generators = [getattr(layer, "generator", None) for layer in _layers(sampler)]
     owned = [(each, each.get_state()) for each in generators if isinstance(each, torch.Generator)]

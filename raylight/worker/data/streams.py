@@ -25,19 +25,20 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as loader_worker
 
+from raylight.contract.kinds import Batch, Dataset, Index
 from raylight.user.transfer import batch_size_of
-from raylight.worker.data.division import Division, Step
+from raylight.worker.data.division import Division, Fetched, Step
 from raylight.worker.data.random_stream import RandomStream, derive_seed, seed_process
 from raylight.worker.data.sampling import is_stateful, length_of, samplers_of
+from raylight.worker.data.source import StreamState, TrackProgress
 
-TrackProgress = Callable[[int, int], None]  # items passed over, items to pass over
 PROGRESS_EVERY_S = 0.5
 
 
 class ShardInfo:
     """What get_worker_info() answers to a user's stream; remembers whether it was asked how many share it."""
 
-    def __init__(self, shard: int, num_shards: int, seed: int, dataset: Any):
+    def __init__(self, shard: int, num_shards: int, seed: int, dataset: Dataset):
         self.id, self.seed, self.dataset = shard, seed, dataset
         self.asked = False
         self._num_shards = num_shards
@@ -58,7 +59,7 @@ class Pass:
     worker: int = 0
     num_workers: int = 1
     track: TrackProgress | None = None
-    state: dict[str, Any] | None = None  # what Stream.captured held at `start`, where the source is stateful
+    state: StreamState | None = None  # what Stream.captured held at `start`, where the source is stateful
 
 
 class Stream(IterableDataset):
@@ -66,11 +67,11 @@ class Stream(IterableDataset):
 
     def __init__(
         self,
-        source: Any,
+        source: Dataset,
         division: Division,
         seed: int,
         *,
-        collate: Callable[[Any], Any] | None = None,
+        collate: Callable[[list[Index]], Batch] | None = None,
         makes_batches: bool = False,
         drop_last: bool = False,
         is_whole: bool = False,
@@ -85,15 +86,19 @@ class Stream(IterableDataset):
         self.info: ShardInfo | None = None
         self.is_stateful = is_stateful(source)
         # Newest states of a stateful source, each with the position that it belongs to.
-        self.captured: deque[tuple[int, dict[str, Any]]] = deque(maxlen=3)
+        self.captured: deque[tuple[int, StreamState]] = deque(maxlen=3)
         # Epoch, cycle and start, where loader workers that outlive an epoch find them.
         self.clock = torch.zeros(3, dtype=torch.int64)
 
-    def collate_units(self, units: list[Any]) -> Any:
+    def forget_state(self) -> None:
+        """The source's state is of no use here."""
+        self.is_stateful = False
+
+    def collate_units(self, units: list[Index]) -> Batch:
         batch = units if self.makes_batches else units[0]
         return batch if self.collate is None else self.collate(batch)
 
-    def weigh(self, item: Any) -> int:
+    def weigh(self, item: Index) -> int:
         return 1 if self.makes_batches else batch_size_of(item) or 1
 
     def shard_info(self, worker: int, num_workers: int) -> ShardInfo:
@@ -103,10 +108,11 @@ class Stream(IterableDataset):
             self.info = ShardInfo(shard, num_shards, derive_seed(self.seed, shard, "shard"), self.source)
         return self.info
 
-    def __iter__(self) -> Iterator[tuple[Step, Any] | None]:
+    def __iter__(self) -> Iterator[Fetched | None]:
         """In a loader worker: its batches, each with its step; None takes the place of one from before `start`."""
         epoch, cycle, start = self.clock.tolist()
-        place: Any = get_worker_info()
+        place = get_worker_info()
+        assert place is not None
         for step in self.read(Pass(epoch, cycle, start, place.id, place.num_workers)):
             if step is not None:
                 shard = self.info.id if self.info is not None and self.is_whole else self.division.rank
@@ -151,8 +157,7 @@ class Stream(IterableDataset):
                 return
             if self.is_stateful:
                 replicas = self.division.world_size if self.is_whole else 1
-                state = reader.state_dict() | {"is_whole": self.is_whole}
-                self.captured.append(((position + num_read) * replicas, state))
+                self.captured.append(((position + num_read) * replicas, reader.state_dict(self.is_whole)))
             factor = division.world_size * division.accumulate
             for at, mine, weight, count in taken:
                 if self.is_whole or number % way.num_workers == way.worker:
@@ -193,7 +198,7 @@ class Reader:
         with self:
             if way.state is not None:
                 source.load_state_dict(way.state["source"])
-            self.items: Iterator[Any] = iter(source)
+            self.items: Iterator[Index] = iter(source)
         length = length_said(source)
         if length is not None:  # what would come after it is never asked for
             self.items = islice(self.items, max(length - (way.start if way.state is not None else 0), 0))
@@ -218,7 +223,7 @@ class Reader:
                 seed_process(self.info.seed)  # or every shard would be augmented alike
         return self.answers and self.info.asked
 
-    def take(self, count: int, division: Division, weigh: Callable[[Any], int]) -> tuple[list[Any], int, int, int]:
+    def take(self, count: int, division: Division, weigh: Callable[[Index], int]) -> tuple[list[Index], int, int, int]:
         """Of the next `count` items this rank's, their weight, and number and weight of all that there were."""
         mine, weight, num_read, total = [], 0, 0, 0
         with self:
@@ -231,7 +236,7 @@ class Reader:
                     weight += weight_of_item
         return mine, weight, num_read, total
 
-    def next_items(self, count: int) -> list[Any]:
+    def next_items(self, count: int) -> list[Index]:
         with self:
             return list(islice(self.items, count))
 
@@ -243,14 +248,14 @@ class Reader:
                     track(passed, count)
                     next_report = time.monotonic() + PROGRESS_EVERY_S
 
-    def state_dict(self) -> dict[str, Any]:
-        state = {"source": self.source.state_dict()}
+    def state_dict(self, is_whole: bool) -> StreamState:
+        state: StreamState = {"source": self.source.state_dict(), "is_whole": is_whole}
         if isinstance(self.random, RandomStream):
             state["random"] = self.random.state_dict()
         return state
 
 
-def length_said(source: Any) -> int | None:
+def length_said(source: Dataset) -> int | None:
     """How many items the author of a stream says that it has. DataLoader's own `__len__` says nothing about an
     `__iter__` that somebody else wrote."""
     if isinstance(source, DataLoader) and type(source).__len__ is DataLoader.__len__:
@@ -265,14 +270,17 @@ class InitWorker:
         self.function = function
 
     def __call__(self, worker: int) -> None:
-        torchs_info: Any = get_worker_info()
-        loader_worker._worker_info = torchs_info.dataset.shard_info(worker, torchs_info.num_workers)
+        torchs_info = get_worker_info()
+        assert torchs_info is not None
+        assert isinstance(torchs_info.dataset, Stream)
+        info = torchs_info.dataset.shard_info(worker, torchs_info.num_workers)
+        loader_worker._worker_info = info  # type: ignore[assignment]
         try:
             self.function(worker)
         finally:
             loader_worker._worker_info = torchs_info
 
 
-def give(data: Any) -> Any:
+def give(data: Index) -> Batch:
     """The collate function of a loader whose dataset gives finished batches."""
     return data

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from raylight.contract.config import Config
 from raylight.contract.errors import DataError
+from raylight.contract.kinds import Loader
 from raylight.contract.task import Loaders, Place
 from raylight.worker.data.batches import EvaluationBatches, TrainBatches
+from raylight.worker.data.source import Position
 from raylight.worker.hooks import Hooks
-
-Position = dict[str, Any]
-"""What `TrainBatches.state_dict` returns."""
 
 
 class TrainingData:
@@ -19,7 +16,7 @@ class TrainingData:
 
     def __init__(self, config: Config, seed: int):
         self.config, self.seed = config, seed
-        self.loader: Any = None
+        self.loader: Loader = None
         self.batches: TrainBatches | None = None
         self.accumulate = config.accumulate_grad_batches
         """Batches in one optimizer step."""
@@ -34,7 +31,7 @@ class TrainingData:
         """The next `open` enters the epoch there."""
         self._position = position
 
-    def open(self, loader: Any, rank: int, world_size: int) -> int | None:
+    def open(self, loader: Loader, rank: int, world_size: int) -> int | None:
         """Divides the loader anew; returns the batch at which a position was entered, if there was one."""
         if loader is None:
             raise DataError("fit needs training data: pass train_dataloaders or define train_dataloader()")
@@ -65,7 +62,7 @@ class TrainingData:
 class EvaluationData:
     """The loaders of one stage, dealt to the ranks."""
 
-    def __init__(self, given: Any, place: Place, limit: int | float, seed: int):
+    def __init__(self, given: Loader, place: Place, limit: int | float, seed: int):
         self.given = given
         """As the user gave it: one loader, a list or a dict of them; None if there is none."""
         self.batches = [
@@ -85,7 +82,7 @@ class EvaluationData:
         return None if None in counts else sum(count for count in counts if count is not None)
 
 
-def find_loader(given: Loaders, hooks: Hooks, stage: str) -> Any:
+def find_loader(given: Loaders, hooks: Hooks, stage: str) -> Loader:
     """What the caller passed for this stage, else the data module's hook, else the module's; None where none."""
     passed = getattr(given, stage)
     if passed is not None:
@@ -99,7 +96,7 @@ def find_loader(given: Loaders, hooks: Hooks, stage: str) -> Any:
     return None
 
 
-def _list_loaders(given: Any) -> list[Any]:
+def _list_loaders(given: Loader) -> list[Loader]:
     if given is None:
         return []
     if isinstance(given, dict):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from raylight.contract.kinds import Value
 from raylight.contract.layout import FAILURES
 from raylight.contract.seeding import rng_state
 from raylight.worker.checkpoint.plain_values import check_plain
@@ -41,7 +41,7 @@ def keep_evidence(worker: Worker, step: Step, suspect: int | None, kind: str, te
         return None
 
 
-def _describe(worker: Worker, step: Step, batches: TrainBatches, index: int) -> dict[str, Any]:
+def _describe(worker: Worker, step: Step, batches: TrainBatches, index: int) -> dict[str, Value]:
     batch, progress = step.batch, worker.progress
     behind = progress.batch_idx - index  # 0 for the batch in hand, whose number is that of the finished ones
     has_rng = batch is not None and step.torch_rng is not None
@@ -62,7 +62,7 @@ def _describe(worker: Worker, step: Step, batches: TrainBatches, index: int) -> 
     }
 
 
-def _plain_batch(data: Any) -> Any:
+def _plain_batch(data: Value) -> Value:
     """The batch on the CPU, where it is plain and small enough to be kept."""
     tensors: list[Tensor] = []
     try:
@@ -75,7 +75,7 @@ def _plain_batch(data: Any) -> Any:
     return _to_cpu(plain)
 
 
-def _collect(value: Any, tensors: list[Tensor]) -> None:
+def _collect(value: Value, tensors: list[Tensor]) -> None:
     if isinstance(value, Tensor):
         tensors.append(value)
     elif isinstance(value, dict):
@@ -86,7 +86,7 @@ def _collect(value: Any, tensors: list[Tensor]) -> None:
             _collect(item, tensors)
 
 
-def _to_cpu(value: Any) -> Any:
+def _to_cpu(value: Value) -> Value:
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()  # of a view, no more than the view
     if isinstance(value, dict):
@@ -94,7 +94,7 @@ def _to_cpu(value: Any) -> Any:
     return type(value)(_to_cpu(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-def _plain_or_text(value: Any, name: str) -> Any:
+def _plain_or_text(value: Value, name: str) -> Value:
     try:
         return check_plain(value, name)
     except (TypeError, ValueError):

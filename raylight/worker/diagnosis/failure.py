@@ -7,7 +7,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import raylight
 from raylight.contract.errors import (
@@ -26,6 +26,8 @@ PERMANENT = (
     NotImplementedError, ImportError, SyntaxError, NameError,
 )  # fmt: skip
 """User code or arguments get these wrong the same way every time, so that trying again would only hide them."""
+P = ParamSpec("P")
+T = TypeVar("T")
 LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
 
 
@@ -80,10 +82,10 @@ class Aftermath:
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def attempt(self, what: str, action: Callable[..., Any], *arguments: Any) -> Any:
+    def attempt(self, what: str, action: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T | None:
         """What `action` returns; None where it fails."""
         try:
-            return action(*arguments)
+            return action(*arguments, **keywords)
         except (Exception, SystemExit) as another:  # an exit would end the worker, and with it the first error
             self.notes.append(describe_beside(what, another))
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -17,7 +17,7 @@ class Profiler(Protocol):
     after each step, `stop`, and at the end `summary` for a person to read."""
 
     def start(self) -> None: ...
-    def section(self, name: str) -> AbstractContextManager[Any]: ...
+    def section(self, name: str) -> AbstractContextManager[object]: ...
     def step(self) -> None: ...
     def stop(self) -> None: ...
     def summary(self) -> str: ...
@@ -41,7 +41,7 @@ class SimpleProfiler:
     def start(self) -> None:
         self._started = perf_counter()
 
-    def section(self, name: str) -> AbstractContextManager[Any]:
+    def section(self, name: str) -> AbstractContextManager[object]:
         return _Section(self, name)
 
     def step(self) -> None:
@@ -111,7 +111,7 @@ class TorchProfiler:
     def start(self) -> None:
         self._profile.start()
 
-    def section(self, name: str) -> AbstractContextManager[Any]:
+    def section(self, name: str) -> AbstractContextManager[object]:
         return torch.profiler.record_function(name)
 
     def step(self) -> None:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from raylight.contract.kinds import ProcessGroup, Value
 
-def gather_objects(value: Any, world_size: int) -> list[Any]:
+
+def gather_objects(value: Value, world_size: int) -> list[Value]:
     """Every rank's picklable value, in rank order."""
     if world_size == 1:
         return [value]
-    gathered: list[Any] = [None] * world_size
+    gathered: list[Value] = [None] * world_size
     dist.all_gather_object(gathered, value)
     return gathered
 
 
-def broadcast_object(value: Any, world_size: int, src: int = 0) -> Any:
+def broadcast_object(value: Value, world_size: int, src: int = 0) -> Value:
     if world_size == 1:
         return value
     box = [value]
@@ -88,7 +89,7 @@ def broadcast_tensors(tensors: Iterable[Tensor], world_size: int, src: int = 0) 
             tensor.copy_(piece.view_as(tensor))
 
 
-def all_gather(data: Any, world_size: int, group: Any = None, sync_grads: bool = False) -> Any:
+def all_gather(data: Value, world_size: int, group: ProcessGroup = None, sync_grads: bool = False) -> Value:
     """Tensors (in nested containers too) stacked along a new first dimension of size world_size; of one worker as they
     are, as Lightning has it."""
     if isinstance(data, Tensor):
@@ -110,7 +111,7 @@ def all_gather(data: Any, world_size: int, group: Any = None, sync_grads: bool =
     return data
 
 
-def reduce_tensor(tensor: Tensor, world_size: int, group: Any = None, is_mean: bool = True) -> Tensor:
+def reduce_tensor(tensor: Tensor, world_size: int, group: ProcessGroup = None, is_mean: bool = True) -> Tensor:
     """Its mean over the ranks of `group`, or its sum; the tensor given is not changed."""
     if world_size == 1:
         return tensor

@@ -7,14 +7,14 @@ one step at most, and the furthest one's state is that of all.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from raylight.contract.errors import CheckpointMismatch, StorageError
+from raylight.contract.kinds import Value
 from raylight.contract.messages import Message, Saved, SaveFailed
 from raylight.contract.task import Place, Rejoin, Task
 from raylight.contract.user_error import say
@@ -68,11 +68,10 @@ def _meet(session: Session, mode: Rejoin) -> None:
         return
     source = standings.index(furthest)
     collected = contents.collect(worker)  # by all, as at every checkpoint: on_save_checkpoint may ask the other ranks
-    mine = collected if worker.rank == source else None
-    if mine is not None:
-        mine.own = {
-            "data": mine.own["data"], "saved_at": _saved_at(worker), "ends": (worker.should_stop, worker.status)
-        }  # fmt: skip
+    mine = None
+    if worker.rank == source:
+        ends = (worker.should_stop, worker.status)
+        mine = replace(collected, own={"data": collected.own["data"], "saved_at": _saved_at(worker), "ends": ends})
     received = broadcast_state(mine, worker.world_size, source)
     if standings[worker.rank] != furthest:
         before = progress.global_step
@@ -175,11 +174,11 @@ def broadcast_state(mine: State | None, world_size: int, source: int) -> State:
         return mine
     tensors: list[Tensor] = []
 
-    def take(tensor: Tensor, path: str) -> Any:
+    def take(tensor: Tensor, path: str) -> Value:
         tensors.append(tensor.detach())
         return _Slot(len(tensors) - 1, tuple(tensor.shape), tensor.dtype, tensor.is_cuda)
 
-    parts: Any = None
+    parts: Value = None
     if mine is not None:
         parts = [copy_plain(part, "state", take) for part in (mine.model, mine.replicated, mine.own, mine.module)]
     parts, slots = broadcast_object((parts, [_slot(t, i) for i, t in enumerate(tensors)]), world_size, source)
@@ -215,7 +214,7 @@ def _chunks(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return chunks
 
 
-def _fill(value: Any, tensors: list[Tensor]) -> Any:
+def _fill(value: Value, tensors: list[Tensor]) -> Value:
     if isinstance(value, _Slot):
         return tensors[value.index]
     if isinstance(value, dict):

@@ -4,13 +4,15 @@ rank that takes over from another goes on from."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Reduce = str | Callable[[Tensor], Any]
+from raylight.contract.kinds import Value
+
+Reduce = str | Callable[[Tensor], Value]
 Pairs = list[tuple[float, float]]
 """(value, weight); of what is reduced by its mean, (value times weight, weight). Then a sum has the same digits in
 whatever portions it is made."""
@@ -73,13 +75,23 @@ def merge_newest(of_ranks: list[dict[str, NewestValue]]) -> dict[str, float]:
     return values
 
 
-def pack(share: Share) -> dict[str, Any]:
+class PackedValues(TypedDict):
+    """One name of a share, as a checkpoint can hold it."""
+
+    flags: list[str | bool]
+    pairs: np.ndarray
+
+
+PackedShare = dict[str, PackedValues]
+
+
+def pack(share: Share) -> PackedShare:
     """As a checkpoint can hold it."""
-    return {name: {"flags": list(flags), "pairs": np.array(pairs)} for name, (flags, pairs) in share.items()}
+    return {name: PackedValues(flags=list(flags), pairs=np.array(pairs)) for name, (flags, pairs) in share.items()}
 
 
-def unpack(packed: dict[str, Any]) -> Share:
+def unpack(packed: PackedShare) -> Share:
     return {
-        name: (tuple(it["flags"]), [(value, weight) for value, weight in it["pairs"].tolist()])
+        name: (cast(Flags, tuple(it["flags"])), [(value, weight) for value, weight in it["pairs"].tolist()])
         for name, it in packed.items()
     }

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.kinds import Output, Value
 from raylight.contract.plain_numbers import to_python
 from raylight.worker.diagnosis.failure import is_users
 
+_MEETS, _REMEMBERED = "_to_sync", "_computed"
+"""torchmetrics' own attributes: whether `compute` gathers over the ranks, and what it returned last."""
+Number = float | Tensor
+"""A tensor has one element, and stays on its device until numbers are read."""
 
-def is_metric(value: Any) -> bool:
+
+class Metric(Protocol):
+    """A torchmetrics object: it collects, reduces itself over the ranks, and begins anew."""
+
+    def compute(self) -> Output: ...
+    def reset(self) -> None: ...
+
+
+def is_metric(value: Value) -> TypeGuard[Metric]:
     """Whether it is an object as torchmetrics has them: it collects, computes and begins anew."""
     return hasattr(value, "compute") and hasattr(value, "update") and hasattr(value, "reset")
 
 
-def take(name: str, value: Any) -> Any:
+def take(name: str, value: Value) -> Number | Metric:
     """What to keep of a logged value: a float, a tensor of its own on a GPU, or the torchmetrics object.
 
     User code may write into a tensor after it was logged, so none is kept as it is. Reading one on the CPU is cheaper
@@ -51,7 +64,7 @@ def take(name: str, value: Any) -> Any:
         ) from None
 
 
-def take_batch_size(name: str, batch_size: Any) -> Any:
+def take_batch_size(name: str, batch_size: Value) -> Number:
     """The samples that a logged value stands for; a tensor on a GPU stays there."""
     if isinstance(batch_size, Tensor) and batch_size.numel() == 1:
         batch_size = batch_size.reshape(())
@@ -63,7 +76,7 @@ def take_batch_size(name: str, batch_size: Any) -> Any:
     return number
 
 
-def read(values: list[Any]) -> list[float]:
+def read(values: Sequence[Number]) -> list[float]:
     """Numbers and one-element tensors as floats, in one device sync for all tensors."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors:
@@ -74,7 +87,7 @@ def read(values: list[Any]) -> list[float]:
     return [next(numbers) if isinstance(value, Tensor) else float(value) for value in values]
 
 
-def newest_of(name: str, metric: Any) -> Any:
+def newest_of(name: str, metric: Metric) -> Number:
     """What a metric says of the last batch alone, where its `forward` was called; else of this rank's batches so far.
 
     The ranks do not meet here: one that has no sample in this step would not come.
@@ -82,17 +95,17 @@ def newest_of(name: str, metric: Any) -> Any:
     cached = getattr(metric, "_forward_cache", None)
     if cached is not None:
         return _as_number(name, metric, cached)
-    meets = getattr(metric, "_to_sync", False)
+    meets = getattr(metric, _MEETS, False)
     if meets:
-        metric._to_sync = False
+        setattr(metric, _MEETS, False)
     try:
         return _as_number(name, metric, metric.compute())
     finally:
         if meets:
-            metric._to_sync, metric._computed = True, None
+            vars(metric).update({_MEETS: True, _REMEMBERED: None})
 
 
-def compute(name: str, metric: Any) -> float:
+def compute(name: str, metric: Metric) -> float:
     """The metric over all batches of all ranks; every rank calls it, for torchmetrics gathers in it."""
     try:
         computed = metric.compute()
@@ -103,7 +116,7 @@ def compute(name: str, metric: Any) -> float:
     return float(number.item() if isinstance(number, Tensor) else number)
 
 
-def _as_number(name: str, metric: Any, computed: Any) -> Any:
+def _as_number(name: str, metric: Metric, computed: Output) -> Number:
     """A number or a one-element tensor of its own."""
     if isinstance(computed, Tensor) and computed.numel() == 1:
         return computed.detach().clone()

@@ -6,9 +6,9 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Any
 
 from raylight.contract.errors import StorageError
+from raylight.contract.kinds import Value
 from raylight.contract.messages import EpochMetrics, Hyperparameters
 from raylight.worker.worker import Worker
 
@@ -20,8 +20,8 @@ class LoggerProxy:
 
     def __init__(self, worker: Worker):
         self._worker = worker
-        self._experiment: Any = None
-        self._directory: Any = None
+        self._experiment: Value = None
+        self._directory: Value = None
         self._copying: threading.Thread | None = None
         self._closing = threading.Event()
 
@@ -35,7 +35,7 @@ class LoggerProxy:
     def name(self) -> str:
         return self._worker.config.name
 
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+    def log_metrics(self, metrics: dict[str, Value], step: int | None = None) -> None:
         """Rank 0's values alone are kept; `step` counts optimizer steps and defaults to the present one."""
         worker = self._worker
         if not worker.is_first:
@@ -46,7 +46,7 @@ class LoggerProxy:
         epoch = worker.progress.current_epoch
         worker.outbox.put(EpochMetrics(worker.stage, epoch, step, time.time(), values, logged, frozenset()))
 
-    def log_hyperparams(self, params: Any, metrics: dict[str, Any] | None = None) -> None:
+    def log_hyperparams(self, params: Value, metrics: dict[str, Value] | None = None) -> None:
         """Adds to the hyperparameters that the run records; `params` is a dict or a namespace. `metrics` are logged."""
         if self._worker.is_first:
             self._worker.outbox.put(Hyperparameters(dict(vars(params) if isinstance(params, Namespace) else params)))
@@ -54,7 +54,7 @@ class LoggerProxy:
             self.log_metrics(metrics)
 
     @property
-    def experiment(self) -> Any:
+    def experiment(self) -> Value:
         """A torch SummaryWriter on rank 0 for images, histograms and text, which reach the version's storage every few
         seconds; on other ranks it swallows every call."""
         if self._experiment is None:

@@ -5,18 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.kinds import Value
 from raylight.contract.messages import EpochMetrics, StepMetrics, StepRow, StepValue
 from raylight.contract.plain_text import has_control, to_utf8
 from raylight.worker.group.collectives import gather_objects
 from raylight.worker.metrics.epoch_shares import Flags, NewestValue, Pairs, Share, merge, merge_newest, reduce_pairs
-from raylight.worker.metrics.logged_values import compute, is_metric, read, say_no_epoch, take, take_batch_size
-from raylight.worker.metrics.series import Series
+from raylight.worker.metrics.logged_values import (
+    Metric,
+    Number,
+    compute,
+    is_metric,
+    read,
+    say_no_epoch,
+    take,
+    take_batch_size,
+)
+from raylight.worker.metrics.series import NewestNumber, Series
 
 STAGES = ("train", "validate", "test")
 REDUCTIONS = ("mean", "sum", "min", "max")
@@ -42,17 +51,17 @@ class Metrics:
         self.batch_size: int | Callable[[], int | None] = 1
         self.at = 0
         self.size_is_guessed = False
-        self.rows: list[tuple[int, int, float, list[tuple[Series, Any, Any]]]] = []
+        self.rows: list[tuple[int, int, float, list[tuple[Series, Number, Number]]]] = []
         self.epoch_values: dict[str, float] = {}
         self.measured_at: dict[str, int] = {}  # by name: the step
         self.logged_values: dict[str, float] = {}
         self.shown_values: dict[str, float] = {}
         self.carried: Share = {}  # logged in this epoch of training by ranks that are gone, or before a resume
         self._ending: Share | None = None  # what this rank has logged in an epoch whose end is on its way
-        self._last_steps: list[tuple[Series, tuple[Any, Any] | None, int]] = []  # of that epoch, what steps logged
+        self._last_steps: list[tuple[Series, NewestNumber | None, int]] = []  # of that epoch, what steps logged
         self._whole: dict[Key, int] = {}
-        self._undone: list[tuple[Series, list[Any], list[Any]]] = []  # what the newest rollback took away
-        self._computed: list[Any] = []  # torchmetrics objects whose epoch is over, and whose hooks may still read them
+        self._undone: list[tuple[Series, list[Number], list[Number]]] = []  # what the newest rollback took away
+        self._computed: list[Metric] = []  # whose epoch is over, and which hooks may still read
         self._num_batches = 0
         self._said: set[str] = set()  # names whose guessed batch size was told
 
@@ -61,14 +70,14 @@ class Metrics:
     def log(
         self,
         name: str,
-        value: Any,
+        value: Value,
         prog_bar: bool,
         logger: bool | None,
         on_step: bool | None,
         on_epoch: bool | None,
-        reduce_fx: Any,
+        reduce_fx: Value,
         add_dataloader_idx: bool,
-        batch_size: Any,
+        batch_size: Value,
         metric_attribute: str | None,
     ) -> None:
         value = take(name, value)
@@ -77,17 +86,16 @@ class Metrics:
         is_number = type(value) is float or isinstance(value, Tensor)
         if series is None or (series.metric is None) is not is_number:
             series = self._begin(key, value, prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx)
-        series.at, series.fresh = self.at, True
         if not is_number:
-            series.metric, series.touched = value, True  # it may be another object than in the epoch before
+            series.add_metric(value, self.at)
             return
         if batch_size is None:
             batch_size = self.batch_size if isinstance(self.batch_size, int) else self._find_batch_size()
-            series.guessed |= self.size_is_guessed
+            if self.size_is_guessed:
+                series.note_guess()
         elif type(batch_size) is not int:
             batch_size = take_batch_size(name, batch_size)
-        series.values.append(value)
-        series.weights.append(batch_size)
+        series.add(value, batch_size, self.at)
 
     def enter(self, stage: str, in_step: bool = False) -> None:
         """What is logged from here on belongs to the epoch of this stage; with an empty one, to none."""
@@ -162,12 +170,12 @@ class Metrics:
         ending = self._ending
         if ending is not None:
             for series in self.series.values():
-                if series.stage == "train" and any(series.metric is metric for metric in self._computed):
+                is_kept = series.stage == "train" and any(series.metric is metric for metric in self._computed)
+                if is_kept:
                     self._computed = [metric for metric in self._computed if metric is not series.metric]
-                    series.touched = True
-                series.values, series.weights, series.folded = [], [], []
+                series.reopen(is_kept)
             for series, last, at in self._last_steps:
-                series.last, series.at = last, at
+                series.stand_at(last, at)
             self.carried = ending
         self.end_epoch()
         self._undone = []
@@ -175,8 +183,7 @@ class Metrics:
             if series.stage == "train":
                 count = self._whole.get(key, 0)
                 if len(series.values) > count:
-                    self._undone.append((series, series.values[count:], series.weights[count:]))
-                    del series.values[count:], series.weights[count:]
+                    self._undone.append((series, *series.cut(count)))
             else:
                 series.begin_anew()
 
@@ -184,21 +191,16 @@ class Metrics:
         """The step that was rolled back here has come to its end on another rank, and so it counts."""
         undone, self._undone = self._undone, []
         for series, values, weights in undone:
-            series.values += values
-            series.weights += weights
-            series.fresh = True
+            series.put_back(values, weights)
         self.end_step()
 
     def record(self, step: int, epoch: int) -> None:
         """Notes the newest step values as the row of this step; nothing is read from the device yet."""
         row = []
         for series in self.series.values():
-            newest = series.newest() if series.on_step and series.fresh else None
+            newest = series.take_fresh()
             if newest is not None:
                 row.append((series, *newest))
-                series.fresh = False
-                if not series.on_epoch:
-                    del series.values[:-1], series.weights[:-1]
         if row:
             self.rows.append((step, epoch, time.time(), row))
 
@@ -346,8 +348,8 @@ class Metrics:
     # ---- inner
 
     def _begin(
-        self, key: Key, value: Any, prog_bar: bool, logger: bool | None, on_step: bool | None, on_epoch: bool | None,
-        reduce_fx: Any, add_dataloader_idx: bool,
+        self, key: Key, value: Value, prog_bar: bool, logger: bool | None, on_step: bool | None, on_epoch: bool | None,
+        reduce_fx: Value, add_dataloader_idx: bool,
     ) -> Series:  # fmt: skip
         stage, name, *_ = key
         if not isinstance(name, str):
@@ -381,10 +383,10 @@ class Metrics:
         on_step = in_step and on_step is not False
         if self.dataloader_idx is not None and add_dataloader_idx:
             name = f"{name}/dataloader_idx_{self.dataloader_idx}"
-        series = Series(stage, name, on_step, on_epoch, reduce, bool(prog_bar), logger is None or bool(logger))
-        series.metric = value if is_metric(value) else None
-        series.both = both or (on_step and on_epoch)
-        self.series[key] = series
+        series = self.series[key] = Series(
+            stage, name, on_step, on_epoch, reduce, bool(prog_bar), logger is None or bool(logger),
+            metric=value if is_metric(value) else None, both=both or (on_step and on_epoch),
+        )  # fmt: skip
         return series
 
     def _find_batch_size(self) -> int:
@@ -405,15 +407,16 @@ class Metrics:
 
     def _compute(self, name: str, mine: list[Series], path: str | None) -> float:
         """A rank that has logged nothing in this epoch finds the metric by its path: it may be a new object."""
-        metric: Any = next((s.metric for s in mine if s.name == name and s.metric is not None), None)
+        metric = next((s.metric for s in mine if s.name == name and s.metric is not None), None)
         if metric is None and path is not None:
-            metric = self.module.get_submodule(path)
+            found = self.module.get_submodule(path)
+            metric = found if is_metric(found) else None
         if metric is None:
             raise InvalidArguments(f"log({name!r}): assign the metric to the module (self.x = Metric()) to log it")
         self._retire(metric)
         return compute(name, metric)
 
-    def _retire(self, metric: Any) -> None:
+    def _retire(self, metric: Metric) -> None:
         """Its epoch is over: it begins anew once the hooks that may still read it are done."""
         if all(metric is not found for found in self._computed):
             self._computed.append(metric)

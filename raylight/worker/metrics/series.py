@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from raylight.worker.metrics.epoch_shares import Flags, Pairs, Reduce, fold, make_pairs
-from raylight.worker.metrics.logged_values import newest_of, read
+from raylight.worker.metrics.logged_values import Metric, Number, newest_of, read
+
+NewestNumber = tuple[Number, Number]
+"""The value of the last step that logged it, and its weight."""
 
 
 @dataclass(slots=True, eq=False)
@@ -20,16 +22,29 @@ class Series:
     reduce: Reduce
     prog_bar: bool
     logger: bool
-    metric: Any = None  # a torchmetrics object, which reduces itself
-    values: list[Any] = field(default_factory=list)
-    weights: list[Any] = field(default_factory=list)
+    metric: Metric | None = None  # which reduces itself
+    both: bool = False  # asked for per step and per epoch, so that the names carry a suffix
+    values: list[Number] = field(default_factory=list)
+    weights: list[Number] = field(default_factory=list)
     folded: Pairs = field(default_factory=list)
-    last: tuple[Any, Any] | None = None  # of the values that are folded: the newest, and its weight
+    last: NewestNumber | None = None  # of the values that are folded: the newest, and its weight
     at: int = 0  # the batch in which it was logged last
     fresh: bool = False  # logged since the last row
     touched: bool = False  # the metric was logged since its last reset
-    both: bool = False  # asked for per step and per epoch, so that the names carry a suffix
     guessed: bool = False  # a value was weighted by a batch size that nobody has given
+
+    def add(self, number: Number, weight: Number, at: int) -> None:
+        """Logged in batch `at`."""
+        self.values.append(number)
+        self.weights.append(weight)
+        self.at, self.fresh = at, True
+
+    def add_metric(self, metric: Metric, at: int) -> None:
+        """Logged in batch `at`; it may be another object than in the epoch before."""
+        self.metric, self.touched, self.at, self.fresh = metric, True, at, True
+
+    def note_guess(self) -> None:
+        self.guessed = True
 
     @property
     def step_reduce(self) -> str:
@@ -49,11 +64,41 @@ class Series:
         """Whether anything was logged in this epoch."""
         return bool(self.values or self.folded or self.last or self.touched)
 
-    def newest(self) -> tuple[Any, Any] | None:
+    def newest(self) -> NewestNumber | None:
         """The value of the last step that logged it, and its weight."""
         if self.metric is not None:
             return (newest_of(self.name, self.metric), 1.0) if self.touched else None
         return (self.values[-1], self.weights[-1]) if self.values else self.last
+
+    def take_fresh(self) -> NewestNumber | None:
+        """What belongs into the next row, once; of what is logged per step alone nothing older is kept."""
+        newest = self.newest() if self.on_step and self.fresh else None
+        if newest is not None:
+            self.fresh = False
+            if not self.on_epoch:
+                del self.values[:-1], self.weights[:-1]
+        return newest
+
+    def cut(self, count: int) -> tuple[list[Number], list[Number]]:
+        """Takes away the values after the first `count`, and their weights."""
+        cut = self.values[count:], self.weights[count:]
+        del self.values[count:], self.weights[count:]
+        return cut
+
+    def put_back(self, values: list[Number], weights: list[Number]) -> None:
+        """What `cut` took away."""
+        self.values += values
+        self.weights += weights
+        self.fresh = True
+
+    def reopen(self, has_metric_kept: bool) -> None:
+        """Its epoch has not ended after all. The numbers are with who carries them; the metric has its own."""
+        self.values, self.weights, self.folded = [], [], []
+        self.touched |= has_metric_kept
+
+    def stand_at(self, last: NewestNumber | None, at: int) -> None:
+        """The newest step value again, and its batch."""
+        self.last, self.at = last, at
 
     def fold(self) -> Pairs:
         """Replaces the values by their reduction so far; a callable needs them all, so they only leave the device.
@@ -73,6 +118,6 @@ class Series:
         self.fresh = self.touched = False
 
     def begin_anew(self) -> None:
-        if self.touched:
+        if self.metric is not None and self.touched:
             self.metric.reset()
         self.forget()

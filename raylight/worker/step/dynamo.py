@@ -9,13 +9,15 @@ backward have run, and what is wrong in them is known.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+
+from raylight.contract.kinds import Hook, Output
 
 _SHIELDED: dict[type, tuple[str, ...]] = {
     torch.optim.Optimizer: ("add_param_group", "zero_grad", "state_dict", "load_state_dict"),
@@ -31,16 +33,16 @@ def postpone_dynamo() -> None:
         return
     for owner, names in _SHIELDED.items():
         for name in names:
-            shield: Any = getattr(owner, name, None)
+            shield: Hook | None = getattr(owner, name, None)
             while shield is not None and not shield.__code__.co_filename.endswith("_compile.py"):
                 shield = getattr(shield, "__wrapped__", None)
             method = getattr(shield, "__wrapped__", None)
-            if method is not None and not hasattr(method, _SHIELD):
+            if shield is not None and method is not None and not hasattr(method, _SHIELD):
                 setattr(method, _SHIELD, _shield_late(shield, method))
 
 
-def _shield_late(shield: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any, **keywords: Any) -> Any:
+def _shield_late(shield: Hook, method: Hook) -> Hook:
+    def call(*arguments: Any, **keywords: Any) -> Output:
         if "torch._dynamo" not in sys.modules:
             return method(*arguments, **keywords)
         delattr(method, _SHIELD)

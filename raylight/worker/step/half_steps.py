@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from raylight.contract.kinds import Value
 from raylight.worker.step.optimizers import Optimizers
 
 
@@ -36,7 +36,7 @@ class StepUndo:
         self.optimizer.state.update(self.state)
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: Value) -> Value:
     """What LBFGS remembers of earlier steps is a list that grows, of tensors that do not change."""
     return value.clone() if isinstance(value, Tensor) else copy.copy(value)
 

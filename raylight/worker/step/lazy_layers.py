@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from raylight.worker.group.collectives import agree, broadcast_object, broadcast_tensors, gather_objects
 
@@ -32,12 +32,12 @@ def waits_for_shapes(module: nn.Module, world_size: int) -> bool:
     everywhere = gather_objects(unshaped, world_size)
     source = everywhere.index(min(everywhere, key=len))
     differing = sorted({name for names in everywhere for name in names} - set(everywhere[source]))
-    tensors: dict[str, Any] = dict(_named_tensors(module))
+    tensors: dict[str, Tensor] = dict(_named_tensors(module))
     shapes = broadcast_object([tuple(tensors[name].shape) if name not in unshaped else () for name in differing],
                               world_size, source)  # fmt: skip
     for name, shape in zip(differing, shapes, strict=True):
         if is_lazy(tensors[name]):
-            tensors[name].materialize(shape)
+            tensors[name].materialize(shape)  # type: ignore[attr-defined]
     broadcast_tensors((tensors[name] for name in differing), world_size, source)
     for layer in module.modules():
         if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
@@ -54,9 +54,9 @@ class _Share:
             share = cls()
             share.handle = layer.register_forward_pre_hook(share)
 
-    handle: Any
+    handle: RemovableHandle
 
-    def __call__(self, layer: nn.Module, arguments: Any) -> None:
+    def __call__(self, layer: nn.Module, arguments: tuple[object, ...]) -> None:
         self.handle.remove()
         own = chain(layer.parameters(recurse=False), layer.buffers(recurse=False))
         broadcast_tensors(shaped(own), dist.get_world_size())

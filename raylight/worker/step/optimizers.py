@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.kinds import Closure, Output, Scheduler, Value
 from raylight.contract.plain_numbers import to_python
 from raylight.worker.step.raw_backward import RawBackward
 
@@ -27,7 +28,7 @@ SCHEDULER_KEYS = ("scheduler", "interval", "frequency", "monitor", "strict", "na
 class SchedulerConfig:
     """One scheduler and when it steps: every `frequency` "step"s or "epoch"s, given `monitor` where it asks for it."""
 
-    scheduler: Any
+    scheduler: Scheduler
     interval: str = "epoch"
     frequency: int = 1
     monitor: str | None = None
@@ -36,7 +37,7 @@ class SchedulerConfig:
     reduce_on_plateau: bool = False
 
 
-def make_optimizers(returned: Any, automatic: bool = True) -> tuple[list[Optimizer], list[SchedulerConfig]]:
+def make_optimizers(returned: Value, automatic: bool = True) -> tuple[list[Optimizer], list[SchedulerConfig]]:
     """What `configure_optimizers` returned, as lists; raises InvalidArguments for anything else. `automatic`: the loop
     steps the schedulers, and must know what one on a plateau watches."""
     optimizers, schedulers = _split(returned)
@@ -52,7 +53,7 @@ def make_optimizers(returned: Any, automatic: bool = True) -> tuple[list[Optimiz
     return optimizers, configs
 
 
-def _split(returned: Any) -> tuple[list[Any], list[Any]]:
+def _split(returned: Value) -> tuple[list[Value], list[Value]]:
     if returned is None:
         return [], []
     if isinstance(returned, dict):
@@ -68,12 +69,12 @@ def _split(returned: Any) -> tuple[list[Any], list[Any]]:
     return [returned], []
 
 
-def _split_dicts(dicts: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+def _split_dicts(dicts: list[dict[str, Value]]) -> tuple[list[Value], list[Value]]:
     unknown = sorted({key for d in dicts for key in d} - {"optimizer", "lr_scheduler", "frequency", "monitor"})
     if unknown or any("optimizer" not in d for d in dicts):
         reason = f"unknown keys {unknown}" if unknown else 'a dict without "optimizer"'
         raise InvalidArguments(f"configure_optimizers: {reason}. It may return {FORMS}.")
-    schedulers: list[Any] = []
+    schedulers: list[Value] = []
     for d in dicts:
         given = d.get("lr_scheduler")
         if given is not None and "monitor" in d and not isinstance(given, dict):
@@ -84,7 +85,7 @@ def _split_dicts(dicts: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
     return [d["optimizer"] for d in dicts], schedulers
 
 
-def _scheduler_config(given: Any, automatic: bool) -> SchedulerConfig:
+def _scheduler_config(given: Value, automatic: bool) -> SchedulerConfig:
     if not isinstance(given, dict):
         given = {"scheduler": given}
     unknown = sorted(set(given) - set(SCHEDULER_KEYS))
@@ -122,7 +123,7 @@ class Optimizers:
     def __init__(self) -> None:
         self.all: list[Optimizer] = []
         self.schedulers: list[SchedulerConfig] = []
-        self.configured: dict[str, list[Any]] = {}
+        self.configured: dict[str, list[Value]] = {}
         """Their options before the first step, as optimizer_options.describe gives them."""
 
         self._raw_backward: RawBackward | None = None
@@ -139,7 +140,7 @@ class Optimizers:
         if self._raw_backward is not None:
             self._raw_backward.watch(False)
 
-    def configure(self, described: dict[str, list[Any]]) -> None:
+    def configure(self, described: dict[str, list[Value]]) -> None:
         self.configured = described
 
     def take(self, optimizers: list[Optimizer], schedulers: list[SchedulerConfig]) -> None:
@@ -160,10 +161,8 @@ class Optimizers:
         return any(config.interval == interval for config in self.schedulers)
 
 
-def needs_closure(optimizer: Optimizer | None) -> bool:
+def needs_closure(optimizer: Optimizer) -> bool:
     """Whether `optimizer.step` cannot do without a function that evaluates the loss."""
-    if optimizer is None:
-        return False
     parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
     return bool(parameters) and parameters[0].default is parameters[0].empty and parameters[0].kind in POSITIONAL
 
@@ -174,16 +173,16 @@ class SteppingOptimizer:
     Everything else is the wrapped optimizer's own.
     """
 
-    def __init__(self, optimizer: Optimizer, step: Callable[[Optimizer, Any], Any]):
+    def __init__(self, optimizer: Optimizer, step: Callable[[Optimizer, Closure | None], Output]):
         self.optimizer = optimizer
         self._step = step
 
-    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+    def step(self, closure: Closure | None = None, **_: Any) -> Output:
         return self._step(self.optimizer, closure)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Value:
         return getattr(self.optimizer, name)
 
 
-def _what(value: Any) -> str:
+def _what(value: Value) -> str:
     return f"{value!r:.80} ({type(value).__name__})" if isinstance(value, (str, int, float)) else type(value).__name__

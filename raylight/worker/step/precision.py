@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from raylight.contract.errors import InvalidArguments
+from raylight.contract.kinds import Batch, Closure, Output, StateDict, Value
 
 _TRUE_DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 _AUTOCAST_DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
@@ -40,11 +40,11 @@ class Precision:
         """Casts parameters and buffers in place; before the optimizers are made."""
         return module if self.dtype is None else module.to(dtype=self.dtype)
 
-    def convert_batch(self, batch: Any) -> Any:
+    def convert_batch(self, batch: Batch) -> Batch:
         """Casts floating-point tensors in nested containers; the containers given are not changed."""
         return batch if self.dtype is None else _cast(batch, self.dtype)
 
-    def forward_context(self) -> AbstractContextManager[Any]:
+    def forward_context(self) -> AbstractContextManager[object]:
         if self.autocast_dtype is not None:
             # Without the cache of cast weights: weights cached under a no_grad (a teacher, a target) would be reused
             # without their gradient by a forward after it.
@@ -59,7 +59,7 @@ class Precision:
         if self.scaler is not None and _has_gradients(optimizer):
             self.scaler.unscale_(optimizer)
 
-    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, optimizer: Optimizer, closure: Closure | None = None) -> Output:
         """Steps the optimizer; with a scaler not where a gradient is inf or NaN. Returns what `closure` returned."""
         if self.scaler is None:
             return optimizer.step() if closure is None else optimizer.step(closure)
@@ -81,17 +81,17 @@ class Precision:
             self.scaler.update()
             self._has_stepped = False
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Plain numbers. With a scaler it costs one device sync."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         if self.scaler is not None and state:  # empty: saved under a precision without a scaler
             self.scaler.load_state_dict(state)
 
 
 def make_precision(
-    name: str, device_type: str, *, scaler: torch.amp.GradScaler | None = None, plugins: tuple[Any, ...] = ()
+    name: str, device_type: str, *, scaler: torch.amp.GradScaler | None = None, plugins: tuple[Value, ...] = ()
 ) -> Precision:
     """The precision of that name for "cpu" or "cuda".
 
@@ -131,7 +131,7 @@ def _has_gradients(optimizer: Optimizer) -> bool:
     return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _cast(batch: Any, dtype: torch.dtype) -> Any:
+def _cast(batch: Batch, dtype: torch.dtype) -> Batch:
     if isinstance(batch, Tensor):
         return batch.to(dtype) if batch.is_floating_point() else batch
     if isinstance(batch, Mapping):
@@ -146,7 +146,7 @@ def _cast(batch: Any, dtype: torch.dtype) -> Any:
     if isinstance(batch, (list, tuple)):
         return type(batch)(_cast(value, dtype) for value in batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        same_fields: Any = copy.copy(batch)
+        same_fields: Batch = copy.copy(batch)
         for field in dataclasses.fields(batch):
             # object.__setattr__: a frozen dataclass too, and this copy is nobody else's yet.
             object.__setattr__(same_fields, field.name, _cast(getattr(batch, field.name), dtype))

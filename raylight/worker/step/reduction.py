@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raylight.contract.errors import DataError, InvalidArguments
+from raylight.contract.kinds import Hook, Output
 from raylight.worker.group.collectives import average_gradients, broadcast_tensors
 from raylight.worker.step.dynamo import default_compiler_settings
 from raylight.worker.step.lazy_layers import find_unshaped, shaped, waits_for_shapes
@@ -23,12 +24,12 @@ FIND_UNUSED = "strategy=pl.DDP(find_unused_parameters=True)"
 class StepModule(nn.Module):
     """Lets DDP, which wraps `forward`, wrap `training_step`."""
 
-    def __init__(self, module: nn.Module, step: Callable[..., Any]):
+    def __init__(self, module: nn.Module, step: Hook):
         super().__init__()
         self.module = module
         self.step = step
 
-    def forward(self, *arguments: Any) -> Any:
+    def forward(self, *arguments: Any) -> Output:
         return self.step(*arguments)
 
 
@@ -39,9 +40,9 @@ class Reduction:
     `step` is training_step, within DDP where there is one.
     """
 
-    def __init__(self, worker: Worker, step: Callable[..., Any]):
+    def __init__(self, worker: Worker, step: Hook):
         self.worker = worker
-        self.step: Any = step
+        self.step: Hook = step
         self.plain_step = step
         self.ddp: DistributedDataParallel | None = None
         self.names: list[str] = []
@@ -100,7 +101,8 @@ class Reduction:
                 broadcast_tensors(shaped([*module.parameters(), *module.buffers()]), worker.world_size)
             self.waits_for_shapes &= is_automatic
             return
-        given: dict[str, Any] = {}  # what differs from torch's defaults, some of which torch has begun to rename
+        # What differs from torch's defaults, some of which torch has begun to rename.
+        given: dict[str, Any] = {}
         if worker.config.deterministic:
             # DDP lays its buckets out anew after its first step, and with three ranks or more the place of a value in
             # a bucket decides in which order it is summed. A bucket for each parameter cannot be laid out otherwise.
@@ -129,7 +131,7 @@ class Reduction:
             )
 
 
-def mean_loss(loss: Any, share: float, worker: Worker) -> Any:
+def mean_loss(loss: Output, share: float, worker: Worker) -> Output:
     """What a closure returns to an optimizer: the same on all ranks, so that all branch alike. `loss` is None on a rank
     without a sample; where it is None on all ranks, so is what is returned."""
     if worker.world_size == 1:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from raylight.arguments.checks import check_loss
 from raylight.contract.errors import DataError, InvalidArguments
+from raylight.contract.kinds import Batch, Closure, Hook, Output
 from raylight.contract.seeding import seed_step
 from raylight.user.transfer import size_guess
 from raylight.worker.data.batches import TrainBatch
@@ -32,10 +33,14 @@ class Step:
     What a step needs is looked up once. It ends with its group: DDP holds on to the process group.
     """
 
+    optimizer: Optimizer
+    """The one that the loop steps; a module that optimizes manually may have none."""
+
     def __init__(self, worker: Worker):
         self.worker, self.config, hooks, module = worker, worker.config, worker.hooks, worker.module
         self.automatic, self.several = module.automatic_optimization, worker.world_size > 1
-        self.optimizer: Any = worker.optimizers.all[0] if worker.optimizers.all else None
+        if worker.optimizers.all:
+            self.optimizer = worker.optimizers.all[0]
         self.window = 0  # batches accumulated since the last optimizer step
         self.reduction = Reduction(worker, bind_step(module.training_step))
         self.follow()
@@ -44,12 +49,12 @@ class Step:
         self.on_after_backward = hooks.of("on_after_backward")
         self.on_before_optimizer_step = hooks.of("on_before_optimizer_step")
         self.zero_grad = hooks.of_module("optimizer_zero_grad")
-        self.backward: Callable[..., Any] | None = module.backward if hooks.overrides("backward") else None
+        self.backward: Hook | None = module.backward if hooks.overrides("backward") else None
         self.clips = hooks.overrides("configure_gradient_clipping") or bool(self.config.gradient_clip_val)
-        self.uses_closure = hooks.overrides("optimizer_step") or needs_closure(self.optimizer)
+        self.uses_closure = hooks.overrides("optimizer_step") or any(map(needs_closure, worker.optimizers.all[:1]))
         self.losses: list[Tensor] = []  # since the last report
         self.loss_is_checked = False
-        self._last_data: Any = None  # of manual optimization with several ranks
+        self._last_data: Batch = None  # of manual optimization with several ranks
         self.filled = 0.0  # what their losses were weighted with, all in all
         self.uneven = False  # a batch of this window is missing on some rank, so that DDP cannot average
         self.stepping_optimizers = [SteppingOptimizer(o, self.step_optimizer) for o in worker.optimizers.all]
@@ -155,7 +160,7 @@ class Step:
         self.num_groups = len(groups)
         self.reduction.follow(self.parameters)
 
-    def make(self, batch: TrainBatch, data: Any, complete: bool) -> Any:
+    def make(self, batch: TrainBatch, data: Batch, complete: bool) -> Output:
         """training_step on one batch and, where it completes an accumulation window, the optimizer step."""
         worker, reduction = self.worker, self.reduction
         self.uneven |= batch.uneven
@@ -186,7 +191,7 @@ class Step:
         self.is_done = True
         return outputs
 
-    def forward(self, data: Any, index: int) -> Any:
+    def forward(self, data: Batch, index: int) -> Output:
         # DDP's forward may enter a collective, which a rank without a sample would not join
         step = self.reduction.plain_step if self.uneven else self.reduction.step
         if self.worker.precision.is_plain:
@@ -194,7 +199,7 @@ class Step:
         with self.worker.precision.forward_context():
             return step(data, index, 0)
 
-    def compute(self, batch: TrainBatch, data: Any, scale: float) -> Any:
+    def compute(self, batch: TrainBatch, data: Batch, scale: float) -> Output:
         """training_step and backward; the gradients are those of the loss times `scale`."""
         if not batch.size:  # this rank has no sample in the epoch's last batch; the others do
             self._zero(batch.index)
@@ -245,7 +250,7 @@ class Step:
         if gradients:
             torch._foreach_mul_(gradients, 1.0 / self.filled)
 
-    def step_optimizer(self, optimizer: Any, closure: Callable[[], Any] | None = None) -> Any:
+    def step_optimizer(self, optimizer: Optimizer, closure: Closure | None = None) -> Output:
         """The one place where parameters change."""
         worker = self.worker
         if not self.automatic:
@@ -289,11 +294,11 @@ class Step:
         for hook in self.on_after_backward:
             hook()
 
-    def _step_by_closure(self, batch: TrainBatch, data: Any, scale: float) -> Any:
+    def _step_by_closure(self, batch: TrainBatch, data: Batch, scale: float) -> Output:
         """For optimizers that evaluate the loss themselves, and for modules that override optimizer_step."""
         worker, last, evaluations, num_losses = self.worker, [None], 0, len(self.losses)
 
-        def closure() -> Any:
+        def closure() -> Output:
             nonlocal evaluations
             evaluations += 1
             if evaluations > 1:
@@ -302,7 +307,7 @@ class Step:
             self.finish()
             return mean_loss(outputs["loss"] if isinstance(outputs, dict) else outputs, batch.share, worker)
 
-        final: Callable[[], Any] = closure
+        final: Closure = closure
         if worker.precision.scaler is not None:  # a scaler must see the gradients before the step
             loss = closure()
             final = lambda: loss  # noqa: E731
@@ -320,11 +325,11 @@ class Step:
         self._show_life()
         del self.losses[num_losses:]
 
-    def _make_common(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _make_common(self, closure: Closure) -> Closure:
         """The closure of manual optimization, whose value is the mean over the ranks."""
         worker = self.worker
 
-        def evaluate() -> Any:
+        def evaluate() -> Output:
             self._show_life()
             loss = closure()
             if self.raw_backward is not None:
@@ -341,7 +346,7 @@ class Step:
     def _show_life(self) -> None:
         self.worker.control.show_life_again()
 
-    def _take_manually(self, batch: TrainBatch, data: Any) -> Any:
+    def _take_manually(self, batch: TrainBatch, data: Batch) -> Output:
         worker = self.worker
         if worker.optimizers.schedulers:
             self._schedules = Schedules(worker.optimizers)
@@ -378,7 +383,7 @@ class Step:
         for parameter in self.parameters:  # what optimizer.zero_grad() does, without its bookkeeping
             parameter.grad = None
 
-    def _check(self, loss: Any) -> None:
+    def _check(self, loss: Output) -> None:
         if loss is not None:
             check_loss(loss)
             self.loss_is_checked = True
