@@ -157,7 +157,8 @@ def gather_outputs(worker: Worker, outputs: list[Output]) -> list[Output]:
     if worker.world_size == 1:
         return outputs
     shares = gather_objects(_to_cpu(outputs), worker.world_size)
-    return move_to_device(interleave(shares), worker.device)
+    moved: list[Output] = move_to_device(interleave(shares), worker.device)
+    return moved
 
 
 def _gather_in_order(worker: Worker, outputs: Outputs) -> list[list[Output]]:

@@ -20,7 +20,7 @@ from raylight.contract.task import Begin, Place, Rejoin, Rescue, Task
 from raylight.user.run_view import PLAIN
 from raylight.worker.checkpoint import contents, optimizer_options
 from raylight.worker.checkpoint.restore import load_lightning, load_state
-from raylight.worker.checkpoint.snapshot import State
+from raylight.worker.checkpoint.state import State
 from raylight.worker.diagnosis.evidence import keep_evidence
 from raylight.worker.diagnosis.failure import Aftermath, describe_failure
 from raylight.worker.diagnosis.out_of_memory import advise
@@ -220,8 +220,7 @@ def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
         yield PeerLost(0, failure.text) if lost_peer else failure
         return
     worker, loop, aftermath = session.worker, session.loop, Aftermath()
-    step, stage = worker.progress.global_step, RECOVERY if session.is_meeting else worker.stage
-    stage = ENDING if worker.has_ended and not session.is_meeting else stage
+    step, stage = worker.progress.global_step, _stage_of_failure(session)
     if lost_peer:
         failure = describe_failure(error, step, stage)
     else:
@@ -243,6 +242,12 @@ def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
         yield from rejoin.drain_rows(worker)
     failure = replace(failure, notes=(*failure.notes, *aftermath.notes))
     yield PeerLost(step, failure.text) if lost_peer else failure
+
+
+def _stage_of_failure(session: Session) -> str:
+    if session.is_meeting:
+        return RECOVERY
+    return ENDING if session.worker.has_ended else session.worker.stage
 
 
 def _begin_random_numbers(task: Task, place: Place) -> None:

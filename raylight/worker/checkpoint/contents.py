@@ -17,7 +17,7 @@ from raylight.worker.checkpoint.kept_hyperparameters import (
     write_hyperparameters,
 )
 from raylight.worker.checkpoint.restore import apply_weights
-from raylight.worker.checkpoint.snapshot import State
+from raylight.worker.checkpoint.state import OwnState, State
 from raylight.worker.metrics.epoch_shares import merge, pack, unpack
 from raylight.worker.worker import Worker
 
@@ -77,7 +77,7 @@ def collect(worker: Worker) -> State:
         },
         own={
             "rng": rng_state(),
-            "data": batches.state_dict(progress.current_epoch, finished) if batches is not None else {},
+            "data": batches.state_dict(progress.current_epoch, finished) if batches is not None else None,
             "logged": pack(worker.metrics.epoch_share()),
         },
         module={
@@ -171,9 +171,10 @@ def restore_training(worker: Worker, state: State) -> RNGState | None:
     progress.load_state_dict(saved["loop"])
     is_saved = worker.task.attempt > 0 or is_committed(worker)
     worker.saving.note_saved(progress.num_batches_seen if is_saved else -1)
-    own = state.own or (state.others[0] if state.others else {})
-    if own.get("data"):
-        worker.data.enter_at(own["data"])
+    own = state.own or (state.others[0] if state.others else OwnState())
+    position = own.get("data")
+    if position:
+        worker.data.enter_at(position)
     mine = [state.own] if state.own else state.others[worker.rank :: worker.world_size]
     if progress.batch_idx and any("logged" in its for its in mine):
         worker.metrics.carry(merge(*(unpack(its["logged"]) for its in mine)))

@@ -20,7 +20,7 @@ class HostBuffers:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
-        self._layouts: dict[str, tuple] = {}
+        self._layouts: dict[str, tuple[object, ...]] = {}
         self._unprepared: list[tuple[Tensor, bool]] = []
 
     def get(self, path: str, source: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from raylight.contract.kinds import StateDict, Value
+from raylight.worker.checkpoint.state import Configured, ReplicatedState
 from raylight.worker.step.optimizers import SchedulerConfig
-
-Configured = dict[str, list[Value]]
 
 SCALED = ("lr", "_last_lr")
 """What a schedule moves: the new value, times what the schedule has made of the old one so far."""
@@ -26,7 +25,7 @@ def describe(optimizers: list[Optimizer], schedulers: list[SchedulerConfig]) -> 
     }
 
 
-def renew(saved: Mapping[str, Value], configured: Configured) -> tuple[list[Value], list[Value]]:
+def renew(saved: ReplicatedState, configured: Configured) -> tuple[list[StateDict], list[StateDict]]:
     """The optimizer and scheduler states of a checkpoint, with those options that `configured` has and the run that
     saved it had not. Momentum and other state of the parameters stay."""
     optimizers, schedulers = list(saved["optimizers"]), list(saved["schedulers"])

@@ -104,7 +104,7 @@ class _Copier:
             return self.copy_sequence(value, path, depth + 1)
         return self.convert(value, path, depth + 1)
 
-    def copy_mapping(self, value: Mapping, path: str, depth: int) -> Value:
+    def copy_mapping(self, value: Mapping[Value, Value], path: str, depth: int) -> Value:
         copied = OrderedDict() if type(value) is OrderedDict else {}
         for key, item in value.items():
             plain_key = key if type(key) in _KEYS else self.copy_key(key, path, depth)

@@ -23,7 +23,8 @@ from raylight.contract.kinds import StateDict, Value
 from raylight.contract.plain_text import to_utf8
 from raylight.contract.task import SavedState
 from raylight.worker.checkpoint.plain_values import restore_arrays
-from raylight.worker.checkpoint.staging import MODULE_FILE, State, model_file, training_file
+from raylight.worker.checkpoint.staging import MODULE_FILE, model_file, training_file
+from raylight.worker.checkpoint.state import State
 from raylight.worker.checkpoint.typed_values import TAG
 
 _CHUNK_BYTES = 8 << 20

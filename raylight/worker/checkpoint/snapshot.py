@@ -22,7 +22,8 @@ from raylight.contract.messages import Saved, SavedFile, SaveFailed
 from raylight.contract.task import Files
 from raylight.worker.checkpoint.host_buffers import HostBuffers
 from raylight.worker.checkpoint.plain_values import check_plain
-from raylight.worker.checkpoint.staging import Copy, Staging, State, addresses, share
+from raylight.worker.checkpoint.staging import Copy, Staging, addresses, share
+from raylight.worker.checkpoint.state import State
 
 __all__ = ["Snapshots", "State", "check_plain", "share"]
 
@@ -259,7 +260,8 @@ class _Snapshot:
                 torch.save(content, sink)  # type: ignore[arg-type]
             except Exception as error:
                 raise sink.error or error from None  # torch tells what broke in its archive, not why
-        return replace(file.saved, path=name)
+        saved: SavedFile = file.saved
+        return replace(saved, path=name)
 
     def result(self) -> Saved | SaveFailed:
         if self.reason is not None:

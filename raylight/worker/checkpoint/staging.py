@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,26 +16,9 @@ from raylight.contract.errors import InvalidArguments
 from raylight.contract.kinds import StateDict, Value
 from raylight.worker.checkpoint.host_buffers import HostBuffers
 from raylight.worker.checkpoint.plain_values import OnTensor, copy_plain, find_tensor_mistake
+from raylight.worker.checkpoint.state import State
 
 MODULE_FILE = "module.pt"
-
-
-@dataclass(slots=True)
-class State:
-    """All that a run is continued from, as live objects when it is saved and as loaded ones when it is read."""
-
-    model: StateDict = field(default_factory=dict)
-    """`module.state_dict()`; what is neither a parameter nor owned by an optimizer is rank 0's."""
-    replicated: StateDict = field(default_factory=dict)
-    """Equal on all ranks: optimizers, schedulers, scaler, callbacks, loop."""
-    own: StateDict = field(default_factory=dict)
-    """This rank's: RNG, sampler."""
-    module: StateDict = field(default_factory=dict)
-    """Hyperparameters and the user's extras; rank 0's."""
-    others: list[StateDict] = field(default_factory=list)
-    """Read from a checkpoint of another world size: what each rank there had as `own`, which is empty then."""
-    parameters: list[Tensor] = field(default_factory=list)
-    """The module's own; not read from a checkpoint."""
 
 
 def model_file(rank: int, world_size: int) -> str:

@@ -78,7 +78,7 @@ def write_shell(value: Value, name: str) -> StateDict:
         return _write_config_facts(value, describe_config(value))
     if type(value) in (dict, AttributeDict):
         return {} if type(value) is dict else {TAG: "attributes"}
-    shell = _write_record(type(value)(), name, 0) if type(value) in _NAMESPACES else None
+    shell: StateDict | None = _write_record(type(value)(), name, 0) if type(value) in _NAMESPACES else None
     if is_dataclass(value) and not isinstance(value, type):
         shell = {TAG: "dataclass", "type": path_of(type(value))}
     if shell is None:
@@ -149,7 +149,7 @@ def _write_config_facts(config: Value, facts: StateDict) -> StateDict:
     return {TAG: config_kind(config), **structure, **facts}
 
 
-def _write_mapping(value: Mapping, where: str, depth: int) -> Plain:
+def _write_mapping(value: Mapping[Value, Value], where: str, depth: int) -> Plain:
     kind: Value = type(value)
     pairs = [(key, _write(item, f"{where}[{key!r}]", depth)) for key, item in value.items()]
     if kind is AttributeDict or TAG in value or not all(type(key) in (str, int, bool, float) for key in value):
@@ -259,7 +259,7 @@ def _read_items(stored: StateDict, names: Names) -> Value:
     return read(stored["items"], names)
 
 
-def _read_pairs(kind: Callable[[Iterable], Value]) -> Callable[[StateDict, Names], Value]:
+def _read_pairs(kind: Callable[[Iterable[tuple[Value, Value]]], Value]) -> Callable[[StateDict, Names], Value]:
     return lambda stored, names: kind((read(key, names), read(item, names)) for key, item in stored["pairs"])
 
 

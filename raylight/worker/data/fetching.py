@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from torch.utils.data._utils import collate
 
 from raylight.contract.errors import DataError
-from raylight.contract.kinds import Indices, Loader
+from raylight.contract.kinds import Batch, Indices, Loader
 from raylight.contract.main_module import make_context
 from raylight.worker.data.division import Fetched, Step
 from raylight.worker.data.random_stream import derive_seed, seed_process
@@ -48,7 +48,7 @@ class Requests:
         return self.current
 
 
-def copy_loader(loader: DataLoader, seeds: torch.Generator, **replaced: Any) -> DataLoader:
+def copy_loader(loader: DataLoader[Batch], seeds: torch.Generator, **replaced: Any) -> DataLoader[Batch]:
     """The user's loader, of its own class and with all it was given, but for what is replaced.
 
     `seeds` is where the loader draws the seed of its workers, which it would take from the process otherwise.
@@ -64,7 +64,7 @@ def copy_loader(loader: DataLoader, seeds: torch.Generator, **replaced: Any) -> 
     return copied
 
 
-def keeps_torchs_iteration(loader: DataLoader) -> bool:
+def keeps_torchs_iteration(loader: DataLoader[Batch]) -> bool:
     """Whether a subclass of DataLoader leaves alone how it is iterated: then a batch is what its sampler says."""
     names = ("__iter__", "_get_iterator", "_index_sampler")
     return all(getattr(type(loader), name) is getattr(DataLoader, name) for name in names)
@@ -76,7 +76,7 @@ def is_indexed(loader: Loader) -> bool:
     return is_map_style and keeps_torchs_iteration(loader)
 
 
-def with_context(loader: DataLoader) -> DataLoader:
+def with_context(loader: DataLoader[Batch]) -> DataLoader[Batch]:
     """A loader that is iterated as it is; its loader workers find what the script defined."""
     context = make_context(loader.multiprocessing_context) if loader.num_workers > 0 else None
     if context is None:
@@ -86,14 +86,14 @@ def with_context(loader: DataLoader) -> DataLoader:
     return copied
 
 
-def pins_memory(loader: DataLoader) -> bool:
+def pins_memory(loader: DataLoader[Batch]) -> bool:
     return loader.pin_memory and torch.accelerator.is_available()
 
 
 class LoaderFetch:
     """Fetches by the user's DataLoader, its samplers replaced by what this rank is to have."""
 
-    def __init__(self, loader: DataLoader, rank: int, *seed_parts: int | str):
+    def __init__(self, loader: DataLoader[Batch], rank: int, *seed_parts: int | str):
         self.rank, self.seed_parts = rank, seed_parts
         self.seeds = torch.Generator()
         self.requests = Requests()
@@ -139,7 +139,7 @@ class Rows:
     Found by `find_rows` only where no code of the user's would be skipped.
     """
 
-    def __init__(self, dataset: Dataset, pins: bool):
+    def __init__(self, dataset: Dataset[Batch], pins: bool):
         self.selections: list[Tensor] = []  # of nested Subsets, outermost first
         self.pins = pins
         while isinstance(dataset, Subset):
@@ -178,7 +178,7 @@ class Rows:
             yield step, data if step[1] else None
 
 
-def find_rows(loader: DataLoader) -> Rows | None:
+def find_rows(loader: DataLoader[Batch]) -> Rows | None:
     """The fast way to the batches of `loader`, where it gives exactly what the slow one gives."""
     changed = collate.default_collate_fn_map
     plain = (
@@ -194,7 +194,7 @@ def find_rows(loader: DataLoader) -> Rows | None:
     return Rows(loader.dataset, pins=pins_memory(loader))
 
 
-def _is_plain_dataset(dataset: Dataset) -> bool:
+def _is_plain_dataset(dataset: Dataset[Batch]) -> bool:
     while type(dataset) is Subset:
         try:
             indices = torch.as_tensor(dataset.indices)

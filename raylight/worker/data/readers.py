@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from raylight.contract.errors import DataError, InvalidArguments
-from raylight.contract.kinds import Index, Indices, Loader
+from raylight.contract.kinds import Batch, Index, Indices, Loader
 from raylight.user.transfer import pin
 from raylight.worker.data.division import (
     Division,
@@ -44,7 +44,7 @@ class IndexedSource(Source):
 
     def __init__(
         self,
-        loader: DataLoader,
+        loader: DataLoader[Batch],
         rank: int,
         world_size: int,
         seed: int,
@@ -184,7 +184,7 @@ class StreamSource(Source):
         self.restored: StreamState | None = None  # state of a stateful source, for the next pass
         self.worker_loader = self._copy_loader() if reads_dataset and loader.num_workers > 0 else None
 
-    def _copy_loader(self) -> DataLoader:
+    def _copy_loader(self) -> DataLoader[Batch]:
         """The user's loader, which gives what its loader workers take from the stream."""
         self.seeds = torch.Generator()
         self.stream.clock.share_memory_()
@@ -225,7 +225,7 @@ class StreamSource(Source):
             yield step, pin(data) if self.pins else data
 
     def _read_in_workers(
-        self, loader: DataLoader, epoch: int, cycle: int, start: int, track: TrackProgress | None
+        self, loader: DataLoader[Batch], epoch: int, cycle: int, start: int, track: TrackProgress | None
     ) -> Iterator[Fetched]:
         self.seeds.manual_seed(derive_seed(self.seed, epoch, cycle, self.division.rank, "loader workers"))
         self.stream.clock.copy_(torch.tensor([epoch, cycle, start]))

@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
-from raylight.contract.kinds import Index, Indices, Loader, Sampler, StateDict
+from raylight.contract.kinds import Batch, Index, Indices, Loader, Sampler, StateDict
 from raylight.contract.seeding import isolate_rng
 from raylight.worker.data.random_stream import RandomStream, derive_seed, seed_process
 
@@ -48,7 +48,9 @@ class Sampling:
     the first one, in order.
     """
 
-    def __init__(self, loader: DataLoader, seed: int, *, overfit: bool = False, replace_distributed: bool = True):
+    def __init__(
+        self, loader: DataLoader[Batch], seed: int, *, overfit: bool = False, replace_distributed: bool = True
+    ):
         self.seed, self.overfit = seed, overfit
         batch_sampler = loader.batch_sampler
         self.are_batches = type(batch_sampler) is not BatchSampler

@@ -62,7 +62,7 @@ class Pass:
     state: StreamState | None = None  # what Stream.captured held at `start`, where the source is stateful
 
 
-class Stream(IterableDataset):
+class Stream(IterableDataset[Fetched | None]):
     """The user's stream as this rank's steps; in a loader worker, as the batches that fall to that worker."""
 
     def __init__(

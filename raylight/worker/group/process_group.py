@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -19,6 +20,8 @@ from torch.distributed import distributed_c10d
 from raylight.contract.task import Place
 
 Endpoint = tuple[str, int]
+Address = tuple[Any, ...]
+"""Of a socket: host, port, and what its family adds."""
 
 CONNECT_TIMEOUT_S = 30.0
 """For what `abort` cannot break: opening connections, once all ranks are known to be there."""
@@ -212,7 +215,7 @@ def find_interface(host: str) -> str | None:
     return None
 
 
-def _resolve(host: str) -> tuple[socket.AddressFamily, tuple]:
+def _resolve(host: str) -> tuple[socket.AddressFamily, Address]:
     """The family and address of a host, with a port that nobody connects to."""
     found = socket.getaddrinfo(host, 9, type=socket.SOCK_STREAM)[0]
     return found[0], found[4]
@@ -274,7 +277,7 @@ def _sockets() -> Iterator[socket.socket]:
                 yield connection
 
 
-def _endpoint(address: tuple) -> Endpoint:
+def _endpoint(address: Address) -> Endpoint:
     return address[0].removeprefix("::ffff:"), address[1]
 
 

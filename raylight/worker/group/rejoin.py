@@ -20,8 +20,8 @@ from raylight.contract.task import Place, Rejoin, Task
 from raylight.contract.user_error import say
 from raylight.worker.checkpoint import contents
 from raylight.worker.checkpoint.plain_values import copy_plain
-from raylight.worker.checkpoint.snapshot import State
 from raylight.worker.checkpoint.spare import keep_locally
+from raylight.worker.checkpoint.state import State
 from raylight.worker.group.collectives import broadcast_object, gather_objects
 from raylight.worker.group.control import Control
 from raylight.worker.metrics.epoch_shares import merge
@@ -85,9 +85,10 @@ def _meet(session: Session, mode: Rejoin) -> None:
         contents.call_load_hooks(worker, received)  # as the others do, which they may ask for something
     worker.saving.note_saved(received.own["saved_at"])
     worker.end_as(*received.own["ends"])
-    if received.own["data"]:
-        worker.data.enter_at(received.own["data"])
-        progress.note_position(received.own["data"]["position"])
+    position = received.own["data"]
+    if position:
+        worker.data.enter_at(position)
+        progress.note_position(position["position"])
     if worker.is_first:
         for epoch, share in mode.carried:
             if epoch == progress.current_epoch:
@@ -176,7 +177,7 @@ def broadcast_state(mine: State | None, world_size: int, source: int) -> State:
 
     def take(tensor: Tensor, path: str) -> Value:
         tensors.append(tensor.detach())
-        return _Slot(len(tensors) - 1, tuple(tensor.shape), tensor.dtype, tensor.is_cuda)
+        return _slot(tensor, len(tensors) - 1)
 
     parts: Value = None
     if mine is not None:

@@ -69,7 +69,8 @@ def take_batch_size(name: str, batch_size: Value) -> Number:
     if isinstance(batch_size, Tensor) and batch_size.numel() == 1:
         batch_size = batch_size.reshape(())
         if not batch_size.is_cpu:
-            return batch_size.detach().clone()
+            kept: Tensor = batch_size.detach().clone()
+            return kept
     number = to_python(batch_size)
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise InvalidArguments(f"log({name!r}, batch_size={batch_size!r}): a number of samples is needed")
