@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
+from raylight.contract.kinds import Index, Loader, ProcessGroup, Scheduler, Value
 from raylight.user.states import RunningStage, TrainerStatus
 
 if TYPE_CHECKING:
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-# A loader is whatever the user wrote: any iterable, or a collection of them.
-Loader = Any
 Count = int | float | None
 """Batches of a loader; `inf` where the data has no length, None where no loader was opened yet."""
 
@@ -26,7 +26,7 @@ Count = int | float | None
 class SchedulerEntry(Protocol):
     """A learning rate scheduler and when it steps: every `frequency` "step"s or "epoch"s."""
 
-    scheduler: Any
+    scheduler: Scheduler
     interval: str
     frequency: int
     monitor: str | None
@@ -151,7 +151,7 @@ class RunView(Protocol):
         """Batches in one optimizer step."""
 
     @property
-    def scaler(self) -> Any:
+    def scaler(self) -> torch.amp.GradScaler | None:
         """The gradient scaler of 16-bit training, else None."""
 
     @property
@@ -218,26 +218,26 @@ class RunView(Protocol):
     def request_checkpoint(self) -> None:
         """Saves at the end of this step. Call it on every rank at the same step."""
 
-    def save_checkpoint(self, path: Any, weights_only: bool) -> None:
+    def save_checkpoint(self, path: str | os.PathLike[str], weights_only: bool) -> None:
         """Writes one file with the present state to `path`. Call it on every rank at the same step."""
 
     def manual_backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:
         """Backward under the run's precision, with gradients averaged over the ranks."""
 
     def log(
-        self, name: str, value: Any, prog_bar: bool, logger: bool | None, on_step: bool | None, on_epoch: bool | None,
-        reduce_fx: Any, add_dataloader_idx: bool, batch_size: Any, metric_attribute: str | None,
+        self, name: str, value: Value, prog_bar: bool, logger: bool | None, on_step: bool | None, on_epoch: bool | None,
+        reduce_fx: Value, add_dataloader_idx: bool, batch_size: Value, metric_attribute: str | None,
     ) -> None:  # fmt: skip
         """Keeps a value that a hook has logged; the arguments are those of `Module.log`."""
 
-    def log_hyperparameters(self, values: dict[str, Any]) -> None:
+    def log_hyperparameters(self, values: dict[str, Value]) -> None:
         """Adds to what the run records."""
 
     @property
     def stepping_optimizers(self) -> list[Any]:
         """The optimizers as manual optimization sees them: a step is counted, scaled and told to the hooks."""
 
-    def find_samples(self, dataloader_idx: int, batch_idx: int) -> list[Any] | None:
+    def find_samples(self, dataloader_idx: int, batch_idx: int) -> list[Index] | None:
         """The samples of a batch of the evaluation that is on, as indices into the loader's dataset; None where the
         data has no indices."""
 
@@ -251,13 +251,13 @@ class RunView(Protocol):
     def barrier(self) -> None:
         """Returns once every rank has called it."""
 
-    def broadcast(self, value: Any, src: int) -> Any:
+    def broadcast(self, value: Value, src: int) -> Value:
         """The value of rank `src`, on every rank."""
 
-    def all_gather(self, data: Any, group: Any, sync_grads: bool) -> Any:
+    def all_gather(self, data: Value, group: ProcessGroup, sync_grads: bool) -> Value:
         """Tensors of all ranks, stacked."""
 
-    def reduce(self, tensor: Any, group: Any, reduce_op: str) -> Tensor:
+    def reduce(self, tensor: Tensor | float, group: ProcessGroup, reduce_op: str) -> Tensor:
         """The mean or sum over all ranks."""
 
 
@@ -318,7 +318,7 @@ class Record:
     optimizers: list[Optimizer] = field(default_factory=list)
     lr_scheduler_configs: Sequence[SchedulerEntry] = ()
     stepping_optimizers: list[Any] = field(default_factory=list)
-    scaler: Any = None
+    scaler: torch.amp.GradScaler | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -339,20 +339,20 @@ class Record:
     def request_checkpoint(self) -> None:
         raise RuntimeError(NO_RUN)
 
-    def save_checkpoint(self, path: Any, weights_only: bool) -> None:
+    def save_checkpoint(self, path: str | os.PathLike[str], weights_only: bool) -> None:
         raise RuntimeError(NO_RUN)
 
     def manual_backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:
         raise RuntimeError(NO_RUN)
 
-    def log(self, name: str, value: Any, *options: Any) -> None:
+    def log(self, name: str, value: Value, *options: Any) -> None:
         """Outside a run nothing is logged, as in Lightning."""
 
-    def log_hyperparameters(self, values: dict[str, Any]) -> None:
+    def log_hyperparameters(self, values: dict[str, Value]) -> None:
         for logger in self.loggers:
             logger.log_hyperparams(values)
 
-    def find_samples(self, dataloader_idx: int, batch_idx: int) -> list[Any] | None:
+    def find_samples(self, dataloader_idx: int, batch_idx: int) -> list[Index] | None:
         return None
 
     def finish_copying(self) -> None:
@@ -364,25 +364,25 @@ class Record:
     def barrier(self) -> None:
         """Nobody to wait for."""
 
-    def broadcast(self, value: Any, src: int) -> Any:
+    def broadcast(self, value: Value, src: int) -> Value:
         return value
 
-    def all_gather(self, data: Any, group: Any, sync_grads: bool) -> Any:
+    def all_gather(self, data: Value, group: ProcessGroup, sync_grads: bool) -> Value:
         return data
 
-    def reduce(self, tensor: Any, group: Any, reduce_op: str) -> Tensor:
+    def reduce(self, tensor: Tensor | float, group: ProcessGroup, reduce_op: str) -> Tensor:
         return torch.as_tensor(tensor)
 
 
 class WorkersRecord(Record):
     """What a run on workers has left; asking for an object that was theirs says where it is."""
 
-    def __getattribute__(self, name: str) -> Any:
+    def __getattribute__(self, name: str) -> Value:
         if name in LIVE:
             raise AttributeError(IN_WORKERS.format(f"trainer.{name}"))
         return super().__getattribute__(name)
 
 
-def facts_of(view: RunView) -> dict[str, Any]:
+def facts_of(view: RunView) -> dict[str, Value]:
     """Everything that a `Record` holds, live objects included, as it is now."""
     return {item.name: getattr(view, item.name) for item in fields(Record)}

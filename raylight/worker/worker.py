@@ -1,4 +1,4 @@
-"""Worker: one rank of a run. It holds its place, what it was given to do, and the parts that own its state."""
+"""Worker: one process of a run. It holds its place, what it was given to do, and the parts that own its state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from raylight.worker.step.precision import make_precision
 
 
 class Worker:
-    """Everything of one rank that outlives a generation of its group."""
+    """Everything of one worker that outlives a generation of its group."""
 
     def __init__(self, task: Task, place: Place, control: Control):
         self.task, self.place, self.control, self.config = task, place, control, task.config
@@ -94,7 +94,7 @@ class Worker:
         return self.task.stage == "fit"
 
     def move(self, task: Task, place: Place, control: Control) -> None:
-        """Takes another place, in the group that goes on after a failure."""
+        """Take another place, in the group that goes on after a failure."""
         if (place.rank, place.world_size) != (self.rank, self.world_size):
             self.evaluation_data.clear()  # and so the loaders are dealt anew
             self.saving.move(place.rank, place.world_size)

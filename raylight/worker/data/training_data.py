@@ -32,7 +32,7 @@ class TrainingData:
         self._position = position
 
     def open(self, loader: Loader, rank: int, world_size: int) -> int | None:
-        """Divides the loader anew; returns the batch at which a position was entered, if there was one."""
+        """Divides the loader; returns the batch at which a position was entered, if there was one."""
         if loader is None:
             raise DataError("fit needs training data: pass train_dataloaders or define train_dataloader()")
         config = self.config
