@@ -226,6 +226,8 @@ def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
     else:
         for hook in worker.hooks.of("on_exception"):
             aftermath.attempt("on_exception", hook, error)
+        if worker.data_module is not None:
+            aftermath.attempt("on_exception", worker.data_module.on_exception, error)
         aftermath.attempt("trainer.logger", session.close_logger)
         failure = describe_failure(error, step, stage)
         if stage == "train" and loop is not None:

@@ -323,3 +323,27 @@ def test_what_fails_when_training_has_ended_is_said_at_once(num_workers, tmp_pat
             train(tmp_path / hook, num_workers, module=FailAtTheEnd(hook))
         assert "goes on" not in capsys.readouterr().out
         assert pl.open_run(str(tmp_path / hook)).last.step == 8
+
+
+class Rows(pl.DataModule):
+    """Notes the exception of a run beside its data."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.randn(16, 4), batch_size=2)
+
+    def on_exception(self, exception: BaseException) -> None:
+        (self.folder / "heard").write_text(type(exception).__name__)
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.ray)])
+def test_a_data_module_hears_of_an_exception(num_workers, tmp_path):
+    with pytest.raises(Mistake):
+        pl.fit(
+            Net(), Rows(tmp_path), num_workers=num_workers, use_gpu=False, max_restarts=0,
+            storage_path=str(tmp_path), enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+    assert (tmp_path / "heard").read_text() == "Mistake"
