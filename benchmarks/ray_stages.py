@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -41,7 +42,7 @@ def step_until_stopped(task: Task, place: Place, control: Control) -> Iterator[M
         while True:
             torch.distributed.all_reduce(torch.ones(1000))
             step += 1
-            if place.generation > task.options["generation"] or control.tick(step) is not None:
+            if task.attempt or control.tick(step) is not None:
                 yield Finished("stopped", step, 0)
                 return
             if step % 100 == 0:
@@ -65,7 +66,7 @@ def main() -> None:
     mark("room is reserved, actors are asked for")
     len(group.places)
     mark("actors are up")
-    task = Task("fit", torch.nn.Linear(784, 10), Loaders(), CONFIG, [], "", None, 0, options={"generation": 99})
+    task = Task("fit", torch.nn.Linear(784, 10), Loaders(), CONFIG, [], None, "", None, 0)
     stream = group.run(task)
     mark("torch is imported, the task is handed over")
     next(stream)
@@ -82,7 +83,6 @@ def main() -> None:
 def lose_one(task: Task, with_standby: bool) -> None:
     group = ray_actors.acquire_group(CONFIG, entry=step_until_stopped)
     group.steady_after_s = 0.0 if with_standby else 1e9
-    task.options["generation"] = group.generation + 1
     pids: dict[int, int] = {}
     killed_at, began = 0.0, time.perf_counter()
     stream = group.run(task)
@@ -96,7 +96,7 @@ def lose_one(task: Task, with_standby: bool) -> None:
         if isinstance(message, Died):
             print(f"{time.perf_counter() - killed_at:7.3f} s  from kill -9 to knowing it")
     group.replace(1)
-    for _, message in group.rejoin(task):
+    for _, message in group.rejoin(replace(task, attempt=1)):
         if isinstance(message, Finished):
             took = time.perf_counter() - killed_at
             print(f"{took:7.3f} s  from kill -9 to the next step, {'with' if with_standby else 'without'} a standby")
