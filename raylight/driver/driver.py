@@ -91,17 +91,8 @@ class Driver:
 
     def handle(self, rank: int, message: m.Message) -> None:
         """Raises Superseded once another driver has taken over the version, and what a logger has raised."""
-        if self.record.superseded is not None:
-            raise self.record.superseded
-        error = self.metrics.logger_error
-        if error is not None and not isinstance(message, m.Failure | m.Died | m.PeerLost | m.Notice):
-            raise error
+        self._check_cut_short(message)
         self.goodput_clock.follow(rank, message)
-        self._route(rank, message)
-        for sink in self._sinks:
-            sink.handle(rank, message)
-
-    def _route(self, rank: int, message: m.Message) -> None:
         if isinstance(message, m.StepMetrics):
             self.metrics.add_steps(rank, message)
         elif isinstance(message, m.Progress):
@@ -119,6 +110,15 @@ class Driver:
             self._note_hyperparameters(message)
         elif isinstance(message, m.Started | m.Finished | m.Failure | m.Died | m.PeerLost):
             self.outcome.note(rank, message)
+        for sink in self._sinks:
+            sink.handle(rank, message)
+
+    def _check_cut_short(self, message: m.Message) -> None:
+        if self.record.superseded is not None:
+            raise self.record.superseded
+        error = self.metrics.logger_error
+        if error is not None and not isinstance(message, m.Failure | m.Died | m.PeerLost | m.Notice):
+            raise error
 
     def _note_progress(self, rank: int, message: m.Progress) -> None:
         if message.stage == "train":

@@ -372,9 +372,6 @@ class RayGroup(Group):
                 return  # a rank is gone, which the stream will say, or too busy to answer: it is asked again
             self._requests.pop(0)
 
-    def on_broken(self, rank: int, reason: str) -> None:
-        self.halt([other for other in self._running() if other != rank], reason, broken=True)
-
     def on_death(self, rank: int) -> str | None:
         member = self._roster.members[rank]
         if self._daemons.dead is not None or self._daemons.look():

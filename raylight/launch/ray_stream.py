@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeAlias
 
 import ray
@@ -33,7 +33,7 @@ class StreamOwner(Protocol):
     """The group of a stream, as far as the stream acts on it."""
 
     def perform_requests(self) -> None: ...
-    def on_broken(self, rank: int, reason: str) -> None: ...
+    def halt(self, ranks: Iterable[int] | None, reason: str, broken: bool) -> None: ...
     def on_death(self, rank: int) -> str | None: ...  # the id of the node; None if Ray itself is broken
     def on_steady(self) -> None: ...
     def on_end(self, is_whole: bool) -> None: ...
@@ -152,7 +152,7 @@ class Stream(Iterator[tuple[int, Message]]):
         """The others cannot finish without this rank: they are asked to leave, and given time for it."""
         if self._broken_at is None:
             self._broken_at, self._grace_s, self._training_since = time.monotonic(), grace_s, None
-            self._owner.on_broken(rank, reason)
+            self._owner.halt([other for other in self.running if other != rank], reason, broken=True)
 
     def _watch_the_clock(self) -> None:
         now = time.monotonic()

@@ -76,12 +76,21 @@ class Session:
         """With it goes DDP, which holds on to the group."""
         self.loop = None
 
-    def settle_step(self) -> None:
-        """Takes back a step that broke."""
+    def settle(self) -> None:
+        """Takes back what a broken step or evaluation left, so that this rank stands at its last whole step."""
+        worker = self.worker
         if self.loop is not None:
             self.num_undone = self.loop.step.num_broken
             self.is_torn = self.loop.step.undo()
             self.drop_loop()
+        for parameter in worker.module.parameters():
+            parameter.grad = None
+        worker.metrics.rollback()
+        worker.module._restore_modes()
+        worker.saving.finish_copying()  # what is being copied may be overwritten when the ranks meet
+        worker.saving.drop_request()
+        worker.request_validation(False)
+        worker.enter("train")
 
     @contextmanager
     def meeting(self) -> Iterator[None]:

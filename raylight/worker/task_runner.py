@@ -97,7 +97,8 @@ def _rejoin(
         session.worker.move(task, place, control)
         session.begin()
     _join(place, task, stack)
-    rejoin.meet(session, mode)
+    with session.meeting():
+        rejoin.meet(session, mode)
     return session
 
 
@@ -238,7 +239,7 @@ def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
         yield from worker.outbox.take()
     if worker.is_fitting:
         num_notes = len(aftermath.notes)
-        aftermath.attempt("taking the broken step back", rejoin.settle, session)
+        aftermath.attempt("taking the broken step back", session.settle)
         if len(aftermath.notes) > num_notes:
             session.lose(aftermath.notes[-1])
         yield from rejoin.drain_rows(worker)

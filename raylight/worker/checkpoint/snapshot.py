@@ -118,8 +118,10 @@ class Snapshots:
         if snapshot is not None:
             if self._pending is not None and snapshot.copied.is_set():
                 self.wait()
-            if self._pending is None and not snapshot.thread.is_alive():
-                self._finish(snapshot)
+            if self._pending is None and (snapshot.is_abandoned or not snapshot.thread.is_alive()):
+                self._in_flight = None
+                self.has_failed = snapshot.reason is not None
+                self._results.append(snapshot.result())
         results, self._results = self._results, []
         return results
 
@@ -131,7 +133,7 @@ class Snapshots:
             snapshot.thread.join(timeout_s)
             if snapshot.thread.is_alive():
                 snapshot.reason = f"it was not written within {timeout_s:g} s of the end of the run"
-                self._finish(snapshot)
+                snapshot.is_abandoned = True
         return self.poll()
 
     def move(self, rank: int, world_size: int) -> None:
@@ -144,11 +146,6 @@ class Snapshots:
         ]
         if self._in_flight is not None and self._in_flight.reason is None:
             self._in_flight.reason = reason
-
-    def _finish(self, snapshot: _Snapshot) -> None:
-        self._in_flight = None
-        self.has_failed = snapshot.reason is not None
-        self._results.append(snapshot.result())
 
     def _make_room(self, wait: bool) -> bool:
         snapshot = self._in_flight
@@ -190,6 +187,7 @@ class _Snapshot:
     copied: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread = field(default_factory=threading.Thread)
     reason: str | None = None  # why it counts for nothing
+    is_abandoned: bool = False  # its thread may go on, and nobody waits for it
     is_torn: bool = False  # user code wrote into what was being copied
     files: list[SavedFile] = field(default_factory=list)
     stall_s: float = 0.0

@@ -32,28 +32,9 @@ CHUNK_BYTES = 64 << 20
 FINAL_WRITE_TIMEOUT_S = 3600.0
 
 
-def settle(session: Session) -> None:
-    """Takes back what a broken step or evaluation left, so that this rank stands at its last whole step."""
-    worker = session.worker
-    session.settle_step()
-    for parameter in worker.module.parameters():
-        parameter.grad = None
-    worker.metrics.rollback()
-    worker.module._restore_modes()
-    worker.saving.finish_copying()  # what is being copied may be overwritten when the ranks meet
-    worker.saving.drop_request()
-    worker.request_validation(False)
-    worker.enter("train")
-
-
 def meet(session: Session, mode: Rejoin) -> None:
     """Gives every rank the state of the one that is furthest; a replacement has none of its own. What those that are
     gone have logged in this epoch goes to rank 0."""
-    with session.meeting():
-        _meet(session, mode)
-
-
-def _meet(session: Session, mode: Rejoin) -> None:
     worker, progress = session.worker, session.worker.progress
     standing = (
         progress.num_batches_seen, progress.steps_ahead, progress.current_epoch, progress.validated_at,
