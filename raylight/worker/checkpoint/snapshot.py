@@ -119,9 +119,16 @@ class Snapshots:
             if self._pending is not None and snapshot.copied.is_set():
                 self.wait()
             if self._pending is None and (snapshot.is_abandoned or not snapshot.thread.is_alive()):
-                self._in_flight = None
-                self.has_failed = snapshot.reason is not None
-                self._results.append(snapshot.result())
+                self._in_flight, self.has_failed = None, snapshot.reason is not None
+                if snapshot.reason is not None:
+                    failed = SaveFailed(snapshot.directory, snapshot.step, snapshot.reason, snapshot.is_torn)
+                    self._results.append(failed)
+                else:
+                    self._results.append(Saved(
+                        snapshot.directory, snapshot.step, snapshot.epoch, tuple(snapshot.files), snapshot.metrics,
+                        snapshot.weights_only, snapshot.stall_s, snapshot.write_s, snapshot.world_size,
+                        snapshot.carried,
+                    ))  # fmt: skip
         results, self._results = self._results, []
         return results
 
@@ -260,14 +267,6 @@ class _Snapshot:
                 raise sink.error or error from None  # torch tells what broke in its archive, not why
         saved: SavedFile = file.saved
         return replace(saved, path=name)
-
-    def result(self) -> Saved | SaveFailed:
-        if self.reason is not None:
-            return SaveFailed(self.directory, self.step, self.reason, self.is_torn)
-        return Saved(
-            self.directory, self.step, self.epoch, tuple(self.files), self.metrics, self.weights_only,
-            self.stall_s, self.write_s, self.world_size, self.carried,
-        )  # fmt: skip
 
 
 class _Sink:
