@@ -295,6 +295,22 @@ def test_what_others_logged_counts_once():
     assert values_of(metrics) == {}
 
 
+def test_the_share_of_a_training_epoch_is_that_of_its_epoch_values_alone():
+    metrics = make()
+    log(metrics, "step", 1.0)
+    log(metrics, "epoch", 1.0, on_step=False, on_epoch=True)
+    log(metrics, "total", Total(), on_epoch=True)
+    metrics.enter("validate")
+    log(metrics, "val", 1.0)
+    metrics.enter("train", in_step=True)
+    metrics.end_step()
+    assert set(metrics.epoch_share()) == set(metrics.keep_share()) == {"epoch"}
+    assert metrics.finish_epoch("train", 0, 1).values["step"] == 1.0
+    metrics.rollback()
+    assert metrics.newest()["step"] == 1.0
+    assert set(values_of(metrics, "validate")) == set()
+
+
 # ---- torchmetrics
 
 
