@@ -22,7 +22,8 @@ PLACE = Place(rank=2, local_rank=1, node_rank=1, world_size=4, num_nodes=2)
 
 
 def make(train: Any = None, place: Place | None = None, **arguments: Any) -> Session:
-    return Session(make_task(Line(), make_loader() if train is None else train, **arguments), place or Place(), Control())
+    task = make_task(Line(), make_loader() if train is None else train, **arguments)
+    return Session(task, place or Place(), Control())
 
 
 def open_loop(**arguments: Any) -> Session:
