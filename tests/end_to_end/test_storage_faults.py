@@ -732,6 +732,7 @@ def kill_repeatedly(numbers: random.Random, forker: Forker, path: Path, most: in
     raise AssertionError("unreachable")
 
 
+@pytest.mark.timeout(900)  # some fifty fits, one after the other
 def test_killed_again_and_again(forker, memory_path, undisturbed):
     """Also while what the kill before has left is swept and gone on from."""
     effects = count_effects(forker, memory_path)

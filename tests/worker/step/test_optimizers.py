@@ -177,7 +177,6 @@ def test_which_optimizers_cannot_do_without_a_closure():
     assert needs_closure(torch.optim.LBFGS([weight]))
     assert needs_closure(Required([weight]))
     assert not any(needs_closure(kind([weight])) for kind in (torch.optim.SGD, Keyword, Bare))
-    assert not needs_closure(None)
 
 
 def test_the_optimizer_of_manual_optimization_steps_through_raylight():
