@@ -227,14 +227,6 @@ def test_loggers(logger):
     session.close_logger()
 
 
-class Counting(Line):
-    num_steps = 0
-
-    def training_step(self, batch):
-        self.num_steps += 1
-        return super().training_step(batch)
-
-
 def test_the_training_data_is_gone_through_without_a_trace():
     session = open_loop()
     session.worker.metrics.enter("validate")
