@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Generator, Iterator
@@ -94,6 +95,7 @@ def _rejoin(
         _part_random_numbers(session.worker)
         control.keep(session)
     else:
+        gc.collect()  # the DDP of the generation before, which lies in a cycle, would still reduce gradients
         session.worker.move(task, place, control)
         session.begin()
     _join(place, task, stack)
