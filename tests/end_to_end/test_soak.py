@@ -17,6 +17,12 @@ def test_a_run_survives_what_a_seed_draws(tmp_path):
     assert "1 of the driver" in report
 
 
+@pytest.mark.slow
+def test_an_exception_between_forward_and_backward_costs_no_number(tmp_path):
+    """The DDP of the group before must not reduce beside the new one; seed 9101 has such a fault."""
+    soak(tmp_path, seed=9101, num_steps=60, num_faults=6)
+
+
 def test_a_seed_draws_the_same_faults_again():
     assert draw_plan(7, 200, 30) == draw_plan(7, 200, 30)
     assert draw_plan(7, 200, 30) != draw_plan(8, 200, 30)
