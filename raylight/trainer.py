@@ -30,6 +30,7 @@ from raylight.contract.kinds import Loader, Output, Value
 from raylight.contract.task import Loaders
 from raylight.contract.user_error import beside
 from raylight.user.callback import Callback
+from raylight.user.checkpoint_io import find_checkpoint_io
 from raylight.user.checkpoint_reader import CheckpointPath
 from raylight.user.data_module import DataModule
 from raylight.user.module import Module
@@ -272,17 +273,20 @@ class Trainer(TrainerNames):
             self._fill(found)
         return found
 
-    def save_checkpoint(self, filepath: FilePath, weights_only: bool = False, storage_options: object = None) -> None:
-        """In a hook, writes the present state to one file, as `TrainerNames.save_checkpoint` says. After a fit, copies
-        its last checkpoint to `filepath`, a directory that must not exist."""
-        from raylight.loading import copy_checkpoint
+    def save_checkpoint(self, filepath: FilePath, weights_only: bool = False, storage_options: Value = None) -> None:
+        """Writes one file, at a path or a URI, whole or not at all; `torch.load` opens it, and Lightning goes on from
+        it. In a hook it holds the present state, as `TrainerNames.save_checkpoint` says; after a fit, the state at its
+        end. With `weights_only` optimizers, schedulers and callbacks are left out."""
+        from raylight.worker.checkpoint.lightning_file import make_from_saved
 
         if self.state.status is TrainerStatus.RUNNING:
             super().save_checkpoint(filepath, weights_only, storage_options)
             return
         if self.result is None or self.result.last_checkpoint is None:
             raise InvalidArguments("save_checkpoint: there is no checkpoint yet; call fit first, with checkpoint=True")
-        copy_checkpoint(self.result.last_checkpoint, os.fspath(filepath), weights_only)
+        owner = type(self.lightning_module) if self.lightning_module is not None else object
+        checkpoint = make_from_saved(self.result.last_checkpoint, weights_only, owner)
+        find_checkpoint_io(self.config.plugins).save_checkpoint(checkpoint, filepath, storage_options)
 
 
 # Not written into the class, because editors read the plain docstring there.

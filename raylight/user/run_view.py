@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
+from raylight.contract.config import FilePath
 from raylight.contract.kinds import Index, Loader, ProcessGroup, Scheduler, Value
 from raylight.user.states import RunningStage, TrainerStatus
 
@@ -218,7 +218,7 @@ class RunView(Protocol):
     def request_checkpoint(self) -> None:
         """Saves at the end of this step. Call it on every rank at the same step."""
 
-    def save_checkpoint(self, path: str | os.PathLike[str], weights_only: bool) -> None:
+    def save_checkpoint(self, path: FilePath, weights_only: bool, storage_options: Value) -> None:
         """Writes one file with the present state to `path`. Call it on every rank at the same step."""
 
     def manual_backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:
@@ -339,7 +339,7 @@ class Record:
     def request_checkpoint(self) -> None:
         raise RuntimeError(NO_RUN)
 
-    def save_checkpoint(self, path: str | os.PathLike[str], weights_only: bool) -> None:
+    def save_checkpoint(self, path: FilePath, weights_only: bool, storage_options: Value) -> None:
         raise RuntimeError(NO_RUN)
 
     def manual_backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from raylight.contract.kinds import Value
 from raylight.user.accelerators import Accelerator, accelerator_of
+from raylight.user.checkpoint_io import find_checkpoint_io
 from raylight.user.forwarding import Fact, Setting
 from raylight.user.loop_facades import EvaluationLoopFacade, FitLoopFacade
 from raylight.user.overriding import overrides
@@ -223,7 +224,7 @@ class TrainerNames:
     @property
     def strategy(self) -> StrategyFacade:
         """How the ranks act together."""
-        return StrategyFacade(self._view)
+        return StrategyFacade(self._view, find_checkpoint_io(self.config.plugins))
 
     @property
     def precision_plugin(self) -> Self:
@@ -294,12 +295,13 @@ class TrainerNames:
         self._view.request_checkpoint()
 
     def save_checkpoint(self, filepath: FilePath, weights_only: bool = False, storage_options: object = None) -> None:
-        """Writes the present state to one file that `torch.load(path)["state_dict"]` opens.
+        """Writes the present state to one file, at a path or a URI, whole or not at all. `torch.load` opens it, and
+        Lightning goes on from it.
 
         Call it on every rank at the same step; rank 0 writes. With `weights_only` optimizers, schedulers and callbacks
-        are left out. `storage_options` changes nothing.
+        are left out. `storage_options` is for a CheckpointIO among the plugins.
         """
-        self._view.save_checkpoint(filepath, weights_only)
+        self._view.save_checkpoint(filepath, weights_only, storage_options)
 
     def find_samples(self, dataloader_idx: int, batch_idx: int) -> list[Value] | None:
         """The samples of a batch of the evaluation that is on, as indices into the loader's dataset; None if the
