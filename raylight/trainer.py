@@ -203,8 +203,6 @@ class Trainer(TrainerNames):
             self.result, self._kept = execution.result or self.result, execution.kept
         facts = self._collect_facts(execution, execution.driver)
         self.follow(Record(**facts) if execution.group.is_local else WorkersRecord(**facts), execution.stage)
-        for callback in self.callbacks:
-            self._fill(callback)
 
     def _collect_facts(self, execution: Execution, driver: Run) -> dict[str, Value]:
         """The end of a run by the names of `Record`: live objects if it was in this process, else what workers sent."""
@@ -229,11 +227,6 @@ class Trainer(TrainerNames):
             "global_step": step,
             "current_epoch": epoch,
         }
-
-    def _fill(self, callback: Value) -> None:
-        """Gives a checkpoint callback the checkpoints that were kept."""
-        if self._kept is not None and hasattr(callback, "take_kept"):
-            callback.take_kept(self._kept.checkpoints, self._kept.best, self._kept.last)
 
     # ---- names that can be read before a run, too
 
@@ -263,14 +256,15 @@ class Trainer(TrainerNames):
 
     @property
     def checkpoint_callback(self) -> Value:
-        """The ModelCheckpoint among the callbacks; one is made if none was passed. Has best_model_path and
-        last_model_path after a fit."""
+        """The first ModelCheckpoint among the callbacks. If none was passed, one with the paths of raylight's own
+        checkpoints."""
         from raylight.callbacks import ModelCheckpoint
 
         found = super().checkpoint_callback
         if found is None and self.config.checkpoint is not None:
             found = ModelCheckpoint()
-            self._fill(found)
+            if self._kept is not None:
+                found.take_kept(self._kept.best, self._kept.last)
         return found
 
     def save_checkpoint(self, filepath: FilePath, weights_only: bool = False, storage_options: Value = None) -> None:

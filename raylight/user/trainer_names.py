@@ -7,6 +7,7 @@ are missing here, with what to use.
 from __future__ import annotations
 
 import difflib
+import os
 import pickle
 from dataclasses import replace
 from datetime import timedelta
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from raylight.contract.config import Config, FilePath
+    from raylight.contract.messages import FileOrder
     from raylight.user.run_view import Loader, SchedulerEntry
 
 INSTEAD = {
@@ -302,6 +304,17 @@ class TrainerNames:
         are left out. `storage_options` is for a CheckpointIO among the plugins.
         """
         self._view.save_checkpoint(filepath, weights_only, storage_options)
+
+    def order_file(self, order: FileOrder) -> None:
+        """Asks for a file with the present state, a link or a deletion; done in this order, behind the loop.
+
+        Call it on every rank at the same step.
+        """
+        self._view.order_file(order)
+
+    def is_file_wanted(self, path: FilePath) -> bool | None:
+        """Whether a file that was asked for will be at this path; None if nobody asked for one there."""
+        return self._view.is_file_wanted(os.fspath(path))
 
     def find_samples(self, dataloader_idx: int, batch_idx: int) -> list[Value] | None:
         """The samples of a batch of the evaluation that is on, as indices into the loader's dataset; None if the

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from raylight.contract.config import FilePath
 from raylight.contract.errors import InvalidArguments
 from raylight.contract.kinds import Index, Loader, ProcessGroup, StateDict, Value
-from raylight.contract.messages import Hyperparameters
+from raylight.contract.messages import FileOrder, FileWanted, Hyperparameters
 from raylight.contract.seeding import RNGState
 from raylight.contract.task import Place, Task
 from raylight.user.callback import Callback
@@ -355,6 +355,15 @@ class Session:
         batch = step.batch.index if step is not None and step.batch is not None and step.is_done else None
         io = find_checkpoint_io(self.worker.config.plugins)
         save_run(self.worker, io, path, weights_only, batch, step is None or not step.window, storage_options)
+
+    def order_file(self, order: FileOrder) -> None:
+        if isinstance(order, FileWanted) and self.step is not None and self.step.window:
+            self.save_checkpoint(order.path, order.weights_only, None)  # checkpoints lie between two optimizer steps
+        else:
+            self.worker.saving.order(order)
+
+    def is_file_wanted(self, path: str) -> bool | None:
+        return self.worker.saving.is_wanted(path)
 
     def finish_copying(self) -> None:
         self.worker.saving.finish_copying()

@@ -248,7 +248,6 @@ class Opening(pl.Callback):
     [
         ({"checkpoint": pl.Checkpointing(every_n_steps=1, keep_last=-1)}, [1, 2, 3, 4, 5, 6]),
         ({"checkpoint": pl.Checkpointing(every_n_steps=2, keep_best=-1)}, [2, 4, 6]),
-        ({"callbacks": [pl.callbacks.ModelCheckpoint(every_n_train_steps=3, save_top_k=-1)]}, [3, 6]),
         ({"checkpoint": pl.Checkpointing(keep_best=9), "val_check_interval": 1}, [1, 2, 3, 4, 5, 6]),
         ({"checkpoint": pl.Checkpointing(every_n_steps=1, keep_best=9), "val_check_interval": 2}, [2, 4, 6]),
     ],
