@@ -248,6 +248,9 @@ class Loop:
             worker.open_evaluation_data("validate")
         worker.enter("validate")
         worker.request_validation(False)
+        if not self.step.window:  # what is accumulated is not thrown away
+            hooks = worker.hooks.of("on_validation_model_zero_grad")
+            hooks[0]() if hooks else worker.module.zero_grad()
         yield from evaluate(worker, "validate")
         worker.enter("train")
         worker.metrics.enter("train", in_step=True)

@@ -328,7 +328,7 @@ SPELLINGS = [
     (dict(callbacks=KeepBest(monitor="acc")), "checkpoint", Checkpointing(monitor="acc")),
     (dict(callbacks=KeepBest(mode="max"), checkpoint={"keep_last": 3}), "checkpoint", Checkpointing(keep_last=3)),
     (
-        dict(callbacks=[KeepBest(every_s=60.0, every_n_steps=9), KeepBest(monitor="a", mode="max"), KeepBest(every_s=7)]),
+        dict(callbacks=[KeepBest(every_s=60, every_n_steps=9), KeepBest(monitor="a", mode="max"), KeepBest(every_s=7)]),
         "checkpoint",
         Checkpointing(every_n_steps=9, every_s=7.0, monitor="a", mode="max"),
     ),
