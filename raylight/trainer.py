@@ -179,6 +179,8 @@ class Trainer(TrainerNames):
 
         if model is None and ckpt_path is None and self.result is not None and self.result.best_checkpoint:
             ckpt_path = "best"
+        if ckpt_path == "best":
+            ckpt_path = getattr(super().checkpoint_callback, "best_model_path", "") or "best"
         module = model if model is not None else self.lightning_module
         if module is None:
             raise InvalidArguments(f"{stage} needs a model: pass one, or call fit first")
