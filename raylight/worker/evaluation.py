@@ -118,9 +118,7 @@ def _run_loader(
     yield Progress(stage, progress.current_epoch, progress.global_step, finished, num_samples)
 
 
-def _finish(
-    worker: Worker, stage: str, prefix: str, outputs: Outputs
-) -> Generator[Message, None, dict[str, float]]:
+def _finish(worker: Worker, stage: str, prefix: str, outputs: Outputs) -> Generator[Message, None, dict[str, float]]:
     hook, metrics, progress = _epoch_end_hook(worker, stage), worker.metrics, worker.progress
     if hook is not None:
         gathered = _gather_in_order(worker, outputs)

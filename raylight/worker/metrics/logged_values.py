@@ -41,9 +41,7 @@ def take(name: str, value: Value) -> Number | Metric:
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:
-            raise InvalidArguments(
-                f"log({name!r}): one element is needed, the tensor has shape {tuple(value.shape)}"
-            )
+            raise InvalidArguments(f"log({name!r}): one element is needed, the tensor has shape {tuple(value.shape)}")
         if value.is_complex():
             raise InvalidArguments(f"log({name!r}): a real number is needed, the tensor is {value.dtype}")
         return float(value.item()) if value.is_cpu else value.detach().clone()
