@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from raylight.callbacks.checkpoint import Checkpoint
 from raylight.callbacks.checkpoint_names import fill_in, find_free, join_path
 from raylight.contract.config import FilePath
 from raylight.contract.messages import FileDropped, FileWanted, LinkWanted
 from raylight.storage import single_file
-from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
     from raylight.user.trainer_names import TrainerNames
@@ -22,7 +22,7 @@ Candidates = dict[str, Tensor]
 """The newest value of everything logged, with epoch and step."""
 
 
-class CheckpointFiles(Callback):
+class CheckpointFiles(Checkpoint):
     """Names files after metrics, and asks the driver to write, link and delete them; on every rank alike."""
 
     CHECKPOINT_JOIN_CHAR = "-"
