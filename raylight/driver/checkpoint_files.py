@@ -40,6 +40,7 @@ class CheckpointFiles:
         self._maker, self._warn, self._after = maker, warn, after
         self._left_out: set[str] = set()
         self._waiting: dict[str, list[FileOrders]] = {}  # by the name of the checkpoint's folder
+        self._lost: list[FileOrders] = []  # their checkpoint will not come; the next one has to do
         self._ready: list[FileOrders] = []  # to be done, or being done
         self._thread: ThreadPoolExecutor | None = None
         self._jobs: list[Future[None]] = []
@@ -61,7 +62,23 @@ class CheckpointFiles:
         else:
             self._begin(orders, committed)
 
+    def note_lost(self, directory: str | None = None) -> None:
+        """The checkpoint in `directory`, or any that is waited for, will not come."""
+        names = [*self._waiting] if directory is None else [directory.rpartition("/")[2]]
+        self._lost += [orders for name in names for orders in self._waiting.pop(name, [])]
+
+    def redo_from(self, step: int) -> None:
+        """The steps after this one are made again, and their files are asked for again."""
+        self.note_lost()
+        self._lost = [orders for orders in self._lost if orders.step <= step]
+
     def note_commit(self, checkpoint: Checkpoint) -> None:
+        lost, self._lost = self._lost, []
+        for orders in lost:
+            if _name_of(orders) != checkpoint.name:
+                paths = ", ".join(order.path for order in orders.orders if isinstance(order, FileWanted))
+                self._warn(f"the state of step {orders.step} is lost; that of step {checkpoint.step} goes to {paths}")
+            self._begin(orders, checkpoint)
         for orders in self._waiting.pop(checkpoint.name, []):
             self._begin(orders, checkpoint)
 
@@ -74,10 +91,10 @@ class CheckpointFiles:
     def close(self) -> None:
         """Returns once all files are written; those whose checkpoint did not come are named."""
         self.wait()
-        for waiting in self._waiting.values():
-            for orders in waiting:
-                self._give_up(orders.orders, f"there is no checkpoint of step {orders.step}")
-        self._waiting.clear()
+        self.note_lost()
+        lost, self._lost = self._lost, []
+        for orders in lost:
+            self._give_up(orders.orders, f"there is no checkpoint of step {orders.step}")
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
