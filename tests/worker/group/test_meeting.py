@@ -12,7 +12,7 @@ import torch.distributed as dist
 import raylight as pl
 from raylight.contract.config import Checkpointing
 from raylight.contract.layout import MANIFEST_FILE
-from raylight.contract.messages import EpochMetrics, Failure, Message, Notice, Saved, StepMetrics
+from raylight.contract.messages import EpochMetrics, Failure, Message, Notice, StepMetrics
 from raylight.contract.task import Place, Rejoin, Rescue
 from raylight.storage.filesystem import Storage
 from raylight.worker import loop
@@ -77,9 +77,7 @@ def summarize(found: list[Message], module: Breaking, callback: Count) -> dict[s
         "trained": module.trained,
         "loaded": module.loaded,
         "count": callback.count,
-        "rows": {
-            row.step: row.values["loss_step"].value for m in found if isinstance(m, StepMetrics) for row in m.rows
-        },
+        "rows": {row.step: row.values["loss_step"].value for row in rows},
         "epochs": [(m.epoch, m.step, m.values["loss"]) for m in found if isinstance(m, EpochMetrics)],
     }
 
