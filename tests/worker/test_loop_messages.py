@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from raylight.contract.config import Checkpointing
 from raylight.contract.messages import (
@@ -21,6 +23,7 @@ from raylight.contract.messages import (
     StageStarted,
 )
 from raylight.contract.requests import Request
+from raylight.contract.task import Place, Rejoin
 from raylight.storage.filesystem import Storage
 from raylight.worker import loop
 from raylight.worker.group.control import Control
@@ -118,6 +121,31 @@ def test_signs_of_life_name_where_the_loop_stands(tmp_path):
         ("first training batch", 0), ("train", 1), ("save", 2), ("train", 2), ("train", 3),
         ("first batch of validate", 4), ("save", 4), ("train", 4), ("save", 4), ("end", 4),
     ]  # fmt: skip
+
+
+class Numbers(IterableDataset):
+    def __iter__(self):
+        return iter([number] for number in torch.arange(8.0).unsqueeze(1))
+
+
+def test_a_stream_that_is_read_again_shows_life_and_says_how_far():
+    class Breaking(Asked):
+        def training_step(self, batch):
+            if self.global_step == 2 and self.request is not None:
+                raise KeyError("broken")
+            return super().training_step(batch)
+
+    module, control = Breaking(Request.SAVE), Recorded()
+    task = make_task(module, DataLoader(Numbers(), batch_size=2), max_epochs=1)
+    run_task(task, control=control)
+    module.request, control.signs = None, []
+    control.resume()
+    found = run_task(replace(task, mode=Rejoin()), Place(generation=1), control)
+    assert [it.text for it in found if isinstance(it, Notice) and "again" in it.text] == [
+        "read 4 items of the stream again to go on where the run had stopped"
+    ]
+    assert control.signs[:2] == [("train", 2), ("first training batch", 2)]
+    assert module.trained == [0.0, 2.0, 4.0, 6.0]
 
 
 # ---- reports and stages
