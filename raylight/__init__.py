@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from raylight.contract.seeding import seed_everything
     from raylight.driver.result import Result
     from raylight.runs import Run, open_run
+    from raylight.speed.benchmark import benchmark
+    from raylight.speed.result import Benchmark
     from raylight.sweep import sweep
     from raylight.trainer import Trainer, fit, predict, test, validate
     from raylight.user.callback import Callback
@@ -59,6 +61,8 @@ _NAMES = {
     "open_run": ("runs", "open_run"),
     "Run": ("runs", "Run"),
     "Result": ("driver.result", "Result"),
+    "benchmark": ("speed.benchmark", "benchmark"),
+    "Benchmark": ("speed.result", "Benchmark"),
     "Callback": ("user.callback", "Callback"),
     "Checkpointing": ("contract.config", "Checkpointing"),
     "DDP": ("contract.config", "DDP"),
@@ -74,10 +78,10 @@ _NAMES = {
 # Written out, because type checkers read it: of a typed package they let users import these names alone.
 __all__ = [  # noqa: RUF022  (in the order of the table)
     "Module", "LightningModule", "DataModule", "LightningDataModule", "Trainer", "fit", "validate", "test", "predict",
-    "sweep", "open_run", "Run", "Result", "Callback", "Checkpointing", "DDP", "seed_everything", "rank_zero_only",
-    "rank_zero_info", "rank_zero_warn", "callbacks", "loggers", "RaylightError", "InvalidArguments", "WorkerFailed",
-    "WorkerHung", "CheckpointCorrupt", "CheckpointMismatch", "StorageError", "ClusterError", "NotEnoughResources",
-    "DataError",
+    "sweep", "open_run", "Run", "Result", "benchmark", "Benchmark", "Callback", "Checkpointing", "DDP",
+    "seed_everything", "rank_zero_only", "rank_zero_info", "rank_zero_warn", "callbacks", "loggers", "RaylightError",
+    "InvalidArguments", "WorkerFailed", "WorkerHung", "CheckpointCorrupt", "CheckpointMismatch", "StorageError",
+    "ClusterError", "NotEnoughResources", "DataError",
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("worker", "storage"),
     ("driver",),
     ("launch", "report", "callbacks", "loading", "loggers"),
-    ("execution", "replay", "runs"),
+    ("execution", "replay", "runs", "speed"),
     ("trainer",),
     ("sweep", "tuning", "cli", "doctor", "lightning.script", "supervise"),
 )

@@ -108,9 +108,7 @@ def state_key(callback: Callback) -> str:
     return callback.state_key
 
 
-def _write_hyperparameters(
-    worker: Worker, owner: Module | DataModule | None, values: StateDict, key: str
-) -> StateDict:
+def _write_hyperparameters(worker: Worker, owner: Module | DataModule | None, values: StateDict, key: str) -> StateDict:
     """The entries of a checkpoint; what it cannot hold is named once."""
     entries, unsaved = write_hyperparameters(owner, values, key)
     worker.saving.name_unsaved(unsaved, worker.outbox)
