@@ -41,12 +41,12 @@ def check_run(stage: str, module: object, loaders: Loaders, config: Config, call
     for callback in callbacks:
         if isinstance(callback, Callback):
             mistakes += find_misspelt_hooks(callback, Callback).values()
-            mistakes += callback.find_mistakes(config) if stage == "fit" else []
+            mistakes += callback._find_mistakes(config) if stage == "fit" else []
     if config.checkpoint is not None:
         check_checkpointing(config.checkpoint, "checkpoint", mistakes)
     if isinstance(module, Module):
         misspelt = find_misspelt_hooks(module, Module)
-        missing = _find_missing_hooks(stage, module, loaders, config)
+        missing = _find_missing_hooks(stage, module)
         mistakes += (missing | misspelt).values()
     else:
         mistakes.append(_say_no_module(module))
@@ -100,8 +100,9 @@ def _find_manual_mistakes(config: Config) -> list[str]:
     return mistakes
 
 
-def _find_missing_hooks(stage: str, module: Module, loaders: Loaders, config: Config) -> dict[str, str]:
+def _find_missing_hooks(stage: str, module: Module) -> dict[str, str]:
     """The missing hooks that `stage` needs, each with the sentence to show."""
+
     def has(hook: str) -> bool:
         return is_overridden(module, hook, Module)
 
@@ -117,13 +118,6 @@ def _find_missing_hooks(stage: str, module: Module, loaders: Loaders, config: Co
         missing["configure_optimizers"] = (
             f"{name} has no configure_optimizers(self): fit needs it, to return an optimizer"
             f"{_say_similar(module, 'configure_optimizers')}"
-        )
-    brings_validation = loaders.validate is not None or has("val_dataloader")
-    if stage == "fit" and brings_validation and config.limit_val_batches and not has("validation_step"):
-        source = "val_dataloaders was passed" if loaders.validate is not None else f"{name} has a val_dataloader"
-        missing["validation_step"] = (
-            f"{source}, and {name} has no validation_step(self, batch): add it, or leave the loader out"
-            f"{_say_similar(module, 'validation_step')}"
         )
     return missing
 

@@ -257,7 +257,7 @@ def _find_conflicts(given: dict[str, Value], config: Config, scale: Scale) -> li
 
 
 def _find_validation_conflicts(given: dict[str, Value], config: Config) -> list[str]:
-    if config.fast_dev_run:
+    if config.fast_dev_run or not config.limit_val_batches:
         return []
     if config.check_val_every_n_epoch is None and isinstance(config.val_check_interval, float):
         return [

@@ -104,6 +104,8 @@ def _run_loader(
             hook(batch, index, *arguments)
         with precision.forward_context():
             output = step(batch, index, loader_index)
+        if returns and output is None and not finished:
+            worker.warn_once("predict_step returned None, and so the predictions hold None")
         for hook in on_end:
             hook(output, batch, index, *arguments)
         if keeps:
@@ -118,9 +120,7 @@ def _run_loader(
     yield Progress(stage, progress.current_epoch, progress.global_step, finished, num_samples)
 
 
-def _finish(
-    worker: Worker, stage: str, prefix: str, outputs: Outputs
-) -> Generator[Message, None, dict[str, float]]:
+def _finish(worker: Worker, stage: str, prefix: str, outputs: Outputs) -> Generator[Message, None, dict[str, float]]:
     hook, metrics, progress = _epoch_end_hook(worker, stage), worker.metrics, worker.progress
     if hook is not None:
         gathered = _gather_in_order(worker, outputs)

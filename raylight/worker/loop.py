@@ -135,7 +135,7 @@ class Loop:
                 self.obey(action)
             if self.pause is not None and not saving.is_requested:
                 yield from self.stand_still()
-            if schedule.validates_after_batch(batch.last):
+            if schedule.validates_after_batch(batch.last) or schedule.validates_before_stop(step.window):
                 yield from self.validate()
             if not batch.last and schedule.saves_after_step(step.window):
                 yield from self.save()
@@ -406,7 +406,9 @@ class Loop:
 
 
 def _detach(outputs: Output) -> Output:
-    """What hooks see of a step: a dict with the loss, free of the graph."""
+    """What hooks see of a step: a dict with the loss, free of the graph; empty for a batch that was skipped."""
+    if outputs is None:
+        return {}
     if isinstance(outputs, Tensor):
         return {"loss": outputs.detach()}
     if isinstance(outputs, dict):

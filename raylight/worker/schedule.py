@@ -111,6 +111,14 @@ class Schedule:
         count = worker.progress.num_batches_seen if across_epochs else worker.progress.batch_idx
         return count % self.val_every == 0 and self._is_validation_epoch()
 
+    def validates_before_stop(self, window: int) -> bool:
+        """Whether a hook stops the run after this batch: then its weights are validated, as in Lightning. `window`:
+        batches accumulated since the last optimizer step."""
+        worker = self.worker
+        if window or self.val_every in (NEVER, AT_EPOCH_END) or worker.status != "finished":
+            return False
+        return self._may_stop() and self._is_validation_epoch() and not worker.progress.is_validated
+
     def validates_after_epoch(self) -> bool:
         return self.val_every == AT_EPOCH_END and self._is_validation_epoch()
 

@@ -25,6 +25,7 @@ from raylight.worker.checkpoint.lightning_file import write_lightning_file
 from raylight.worker.group.collectives import all_gather, broadcast_object, reduce_tensor
 from raylight.worker.group.control import Control
 from raylight.worker.loop import Loop
+from raylight.worker.metrics.callback_metrics import CallbackMetrics
 from raylight.worker.metrics.logger_proxy import LoggerProxy
 from raylight.worker.step.optimizers import SchedulerConfig, SteppingOptimizer
 from raylight.worker.step.step import Step
@@ -317,7 +318,7 @@ class Session:
 
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
-        return {name: torch.tensor(value) for name, value in self.worker.metrics.newest().items()}
+        return CallbackMetrics(self.worker.metrics.newest(), self.worker.metrics.keep)
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
