@@ -56,10 +56,15 @@ class Session:
         """Why its state is not that of a whole step; empty if it is."""
         self.num_undone = 0
         """Batches of the step that was taken back."""
-        self._is_on = True
+        self._is_on, self._said_dropped = True, False
         self._logger = LoggerProxy(self.worker) if task.config.logger is not False else None
-        self.log = self.worker.metrics.log
+        self.log = self._drop_logged if task.config.barebones else self.worker.metrics.log
         self.begin()
+
+    def _drop_logged(self, *_: Value) -> None:
+        if not self._said_dropped:
+            self._said_dropped = True
+            self.worker.warn_once("barebones=True: what is logged is dropped")
 
     # ---- its life
 

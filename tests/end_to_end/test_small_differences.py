@@ -180,6 +180,25 @@ def test_a_reduction_in_any_spelling(lib: ModuleType, reduction: Any, expected: 
     assert trainer.callback_metrics["value"] == expected
 
 
+@BOTH
+def test_barebones_trains_and_drops_what_is_logged(lib: ModuleType) -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        self.log_dict({"loss": 1.0}, prog_bar=True)
+        return self.layer(batch[0]).pow(2).mean()
+
+    trainer = lib.Trainer(barebones=True, max_epochs=1, accelerator="cpu", devices=1)
+    net = make_net(lib, training_step=step)
+    trainer.fit(net, make_loader(), make_loader())
+    assert (trainer.barebones, trainer.global_step, net.seen) == (True, 4, ["v"] * 4)
+    assert (trainer.callback_metrics, trainer.loggers, trainer.callbacks) == ({}, [], [])
+
+
+def test_barebones_says_once_that_nothing_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = pl.Trainer(barebones=True, max_epochs=2, num_workers=0)
+    trainer.fit(make_net(on_train_batch_start=lambda self, *_: self.log("loss", 1.0)), make_loader())
+    assert said(capsys).count("barebones=True: what is logged is dropped") == 1
+
+
 # ---- callbacks
 
 
