@@ -18,6 +18,7 @@ from raylight.contract.errors import InvalidArguments
 from raylight.contract.kinds import Loader, Output
 from raylight.contract.task import Loaders
 from raylight.user.callback import Callback
+from raylight.user.combined_loader import CombinedLoader, is_collection_of_loaders, say_wrong_mode
 from raylight.user.data_module import DataModule
 from raylight.user.module import Module
 
@@ -198,6 +199,8 @@ def _find_data_mistakes(stage: str, module: object, loaders: Loaders) -> list[st
         if loader is not None:
             for path, leaf in _each_loader(label, loader):
                 mistakes += _find_loader_mistakes(path, leaf)
+            if mistake := say_wrong_mode(loader, "fit" if kind == "train" else kind):
+                mistakes.append(f"{label}: {mistake}")
             if data_module is not None:
                 mistakes.append(f"{label} and datamodule both bring the data: pass one of them")
             continue
@@ -222,12 +225,18 @@ def _say_no_data_module(data_module: object) -> str:
 
 
 def _each_loader(path: str, loader: Loader) -> Iterator[tuple[str, Loader]]:
-    if isinstance(loader, (list, tuple, Mapping)) and len(loader):
-        items = loader.items() if isinstance(loader, Mapping) else enumerate(loader)
-        for key, item in items:
+    if isinstance(loader, CombinedLoader):
+        yield from _each_loader(path, loader.iterables)
+    elif is_collection_of_loaders(loader) or _holds_loaders(loader):
+        for key, item in loader.items() if isinstance(loader, Mapping) else enumerate(loader):
             yield from _each_loader(f"{path}[{key!r}]", item)
     else:
         yield path, loader
+
+
+def _holds_loaders(loader: Loader) -> bool:
+    """Whether a sequence has loaders in it, maybe beside what is none."""
+    return isinstance(loader, (list, tuple)) and any(isinstance(item, (DataLoader, Dataset)) for item in loader)
 
 
 def _find_loader_mistakes(path: str, loader: Loader) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from raylight.contract.config import Config
-from raylight.contract.errors import DataError
+from raylight.contract.errors import DataError, InvalidArguments
 from raylight.contract.kinds import Loader
 from raylight.contract.task import Loaders, Place
+from raylight.user.combined_loader import CombinedLoader, flatten_loaders, say_wrong_mode
 from raylight.worker.data.batches import EvaluationBatches, TrainBatches
 from raylight.worker.data.source import Position
 from raylight.worker.hooks import Hooks
@@ -84,6 +85,13 @@ class EvaluationData:
 
 def find_loader(given: Loaders, hooks: Hooks, stage: str) -> Loader:
     """What the caller passed for this stage, else the data module's hook, else the module's; None where none."""
+    loader = _find_loader(given, hooks, stage)
+    if mistake := say_wrong_mode(loader, "fit" if stage == "train" else stage):
+        raise InvalidArguments(mistake)
+    return loader
+
+
+def _find_loader(given: Loaders, hooks: Hooks, stage: str) -> Loader:
     passed = getattr(given, stage)
     if passed is not None:
         return passed
@@ -99,6 +107,6 @@ def find_loader(given: Loaders, hooks: Hooks, stage: str) -> Loader:
 def _list_loaders(given: Loader) -> list[Loader]:
     if given is None:
         return []
-    if isinstance(given, dict):
-        return list(given.values())
-    return list(given) if isinstance(given, (list, tuple)) else [given]
+    if isinstance(given, CombinedLoader):
+        return given.flattened if given.mode == "sequential" else [given]
+    return flatten_loaders(given)
