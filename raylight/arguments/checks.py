@@ -197,6 +197,8 @@ def _find_data_mistakes(stage: str, module: object, loaders: Loaders) -> list[st
         label = {"train": "train_dataloaders", "validate": "val_dataloaders"}[kind] if stage == "fit" else "dataloaders"
         loader = getattr(loaders, kind)
         if loader is not None:
+            if (stage, kind) == ("fit", "validate") and isinstance(loader, (list, tuple, dict)) and not loader:
+                continue  # as if none had been passed
             for path, leaf in _each_loader(label, loader):
                 mistakes += _find_loader_mistakes(path, leaf)
             if mistake := say_wrong_mode(loader, "fit" if kind == "train" else kind):

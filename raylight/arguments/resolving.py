@@ -55,7 +55,7 @@ INSTEAD = {
     "move_metrics_to_cpu": "metrics are small; leave it out",
     "multiple_trainloader_mode": "combine the loaders in one of your own",
     "num_processes": "use num_workers=N, use_gpu=False instead",
-    "prepare_data_per_node": "prepare_data runs once a node; leave it out",
+    "prepare_data_per_node": "set it on the module or data module: self.prepare_data_per_node = False",
     "process_position": "leave it out",
     "progress_bar_refresh_rate": "use enable_progress_bar=True or False instead",
     "reload_dataloaders_every_epoch": "use reload_dataloaders_every_n_epochs=1 instead",

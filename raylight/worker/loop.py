@@ -203,7 +203,7 @@ class Loop:
 
     def _begin_epoch(self) -> Iterator[Message]:
         worker, progress = self.worker, self.worker.progress
-        if self.schedule.reloads() and worker.progress.batch_idx == 0:
+        if worker.progress.batch_idx == 0 and self.schedule.reloads(worker.data.opened_in):
             worker.open_training_data()
         worker.metrics.enter("train", in_step=False)
         if worker.progress.batch_idx == 0:
@@ -242,7 +242,8 @@ class Loop:
         worker = self.worker
         began = perf_counter()
         yield from self.report(worker.progress.batch_idx - 1)  # one that dies in the validation has said all
-        if "validate" not in worker.evaluation_data or self.schedule.reloads():
+        opened = worker.evaluation_data.get("validate")
+        if opened is None or self.schedule.reloads(opened.opened_in):
             worker.open_evaluation_data("validate")
         worker.enter("validate")
         worker.request_validation(False)

@@ -122,9 +122,10 @@ class Schedule:
     def validates_after_epoch(self) -> bool:
         return self.val_every == AT_EPOCH_END and self._is_validation_epoch()
 
-    def reloads(self) -> bool:
-        every, epoch = self.config.reload_dataloaders_every_n_epochs, self.worker.progress.current_epoch
-        return bool(every) and epoch > 0 and epoch % every == 0
+    def reloads(self, opened_in: int) -> bool:
+        """Whether loaders that were made in that epoch are made again in this one."""
+        every = self.config.reload_dataloaders_every_n_epochs
+        return bool(every) and self.worker.progress.current_epoch - opened_in >= every
 
     def _is_validation_epoch(self) -> bool:
         every = self.config.check_val_every_n_epoch

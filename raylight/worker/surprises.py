@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from torch.utils.data import DataLoader
+
+from raylight.contract.kinds import Loader
+from raylight.user.combined_loader import CombinedLoader, flatten_loaders
+from raylight.worker.data.sampling import shuffles
 from raylight.worker.worker import Worker
 
 
 def warn_of_surprises(worker: Worker) -> None:
     """Call it with the training data open, before the first batch."""
-    for text in (_say_unused_validation(worker), _say_no_rows(worker), _say_modes(worker)):
+    for text in (_say_unused_validation(worker), _say_no_rows(worker), _say_modes(worker), _say_order(worker)):
         if text:
             worker.warn_once(text)
 
@@ -43,3 +48,11 @@ def _say_modes(worker: Worker) -> str:
         f"{len(resting)} parts of the module are in evaluation mode and stay so in training, {resting[0]!r} among them;"
         " call .train() on what is to be trained"
     )
+
+
+def _say_order(worker: Worker) -> str:
+    given: Loader = worker.data.loader
+    loaders = flatten_loaders(given.iterables if isinstance(given, CombinedLoader) else given)
+    if not worker.config.overfit_batches or not any(isinstance(one, DataLoader) and shuffles(one) for one in loaders):
+        return ""
+    return "overfit_batches takes the first samples in the order of the dataset: the training loader's sampler rests"

@@ -104,10 +104,9 @@ def prepare(session: Session) -> Iterator[Message]:
     added = worker.module.configure_callbacks()
     if added:
         hooks.add_callbacks(as_list(added))
-    if worker.place.local_rank == 0:
-        if data_module is not None:
-            data_module.prepare_data()
-        worker.module.prepare_data()
+    for owner in (data_module, worker.module):
+        if owner is not None and (worker.place.local_rank if owner.prepare_data_per_node else worker.rank) == 0:
+            owner.prepare_data()
     if isinstance(task.mode, Begin):
         worker.barrier()
     if data_module is not None:

@@ -141,7 +141,7 @@ class Worker:
     def open_training_data(self) -> None:
         """Finds the training loader and divides it; again where loaders are reloaded every n epochs."""
         loader = find_loader(self.task.loaders, self.hooks, "train")
-        index = self.data.open(loader, self.rank, self.world_size)
+        index = self.data.open(loader, self.rank, self.world_size, self.progress.current_epoch)
         if index is not None:
             self.progress.enter_epoch_at(index)
 
@@ -156,7 +156,7 @@ class Worker:
         if stage == "validate" and config.overfit_batches and self.is_fitting:
             limit = config.overfit_batches
         given = find_loader(self.task.loaders, self.hooks, stage)
-        data = EvaluationData(given, self.place, limit, self.task.seed)
+        data = EvaluationData(given, self.place, limit, self.task.seed, self.progress.current_epoch)
         step = f"{'validation' if stage == 'validate' else stage}_step"
         if self.hooks.overrides(step):
             bind_step(getattr(self.module, step), several=len(data.batches) > 1)  # what it cannot take shows here

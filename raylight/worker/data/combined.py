@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from raylight.contract.errors import DataError, InvalidArguments
 from raylight.contract.kinds import Batch, Index, Loader
 from raylight.user.combined_loader import CombinedLoader, flatten_loaders, rebuild
-from raylight.worker.data.division import Fetched, num_limited
+from raylight.worker.data.division import Fetched
 from raylight.worker.data.readers import IndexedSource, StreamSource, mark_last, open_source
 from raylight.worker.data.source import Source, SourceState, TrackProgress
 
@@ -67,7 +67,7 @@ class CombinedSource(Source):
 
     def _open(self, name: Hashable, source: IndexedSource | StreamSource, limit: int | float) -> Part:
         if source.num_units is None:
-            if isinstance(limit, int):
+            if isinstance(limit, int):  # nobody asks for more
                 return Part(name, source, limit)
             raise DataError(
                 f"training loader {name!r} has no length, so that nobody knows which of several loaders is the longest "
@@ -76,7 +76,7 @@ class CombinedSource(Source):
         num_steps = source.own_division.num_steps(source.num_units)
         if num_steps == 0:
             raise DataError(f"training loader {name!r} gives no batch: it is empty, or drop_last drops all there is")
-        return Part(name, source, num_limited(limit, num_steps) or 0)
+        return Part(name, source, num_steps)
 
     def _choose_counting(self) -> Part:
         """Of equal ones the first, and rather one that knows its length."""
