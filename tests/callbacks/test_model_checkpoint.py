@@ -231,8 +231,8 @@ def test_without_one_the_trainers_names_raylights_own_checkpoints():
 
 def test_on_exception_contradicts_no_checkpoints():
     callback = OnExceptionCheckpoint("somewhere")
-    assert callback.find_mistakes(Config()) == []
-    assert "checkpoint=False" in callback.find_mistakes(Config(checkpoint=None))[0]
-    assert "on_exception=False" in callback.find_mistakes(Config(checkpoint=Checkpointing(on_exception=False)))[0]
+    assert callback._find_mistakes(Config()) == []
+    assert "checkpoint=False" in callback._find_mistakes(Config(checkpoint=None))[0]
+    assert "on_exception=False" in callback._find_mistakes(Config(checkpoint=Checkpointing(on_exception=False)))[0]
     with pytest.raises(InvalidArguments):
         OnExceptionCheckpoint(filename="")
