@@ -12,7 +12,7 @@ import pytest
 
 from raylight.contract.config import Checkpointing, Config
 from raylight.contract.errors import NotEnoughResources, RaylightError, WorkerFailed
-from raylight.contract.messages import Died, Failure, Message, Notice, PeerLost, Progress, Saved
+from raylight.contract.messages import Died, Failure, Message, Notice, PeerLost, Progress, Saved, StageStarted
 from raylight.contract.requests import Request
 from raylight.contract.task import Loaders, Rejoin, Rescue, Task
 from raylight.driver import recovery as recovery_module
@@ -228,6 +228,21 @@ def test_a_failure_without_progress_waits_before_it_is_tried_again(slept: list[f
         run.fail({0: LOST, 1: DEAD})
     assert slept == [0.0, 1.0, 2.0]
     assert run.recovery.history.causes == ["killed"] * 3
+
+
+@pytest.mark.parametrize(("failures", "lost_s"), [({0: LOST, 1: DEAD}, 0.0), ({0: DEAD, 1: DEAD}, 10.0)])
+def test_the_time_of_a_recovery_and_of_what_is_made_again_is_counted(failures, lost_s) -> None:
+    run, now = Setting(Ranks(2)), [time.monotonic()]
+    run.driver.goodput_clock.clock = lambda: now[0]
+    for failed in (failures, None):
+        run.driver.handle(0, StageStarted("train", 0, 5, 10))
+        now[0] += 10.0
+        if failed:
+            run.fail(failed)
+            now[0] += 3.0
+    goodput = run.driver.goodput
+    assert (goodput["recovery"], goodput["lost_work"]) == (pytest.approx(3.0), pytest.approx(lost_s))
+    assert goodput["compute"] == pytest.approx(20.0 - lost_s)
 
 
 def test_a_budget_that_is_used_up_ends_the_run() -> None:

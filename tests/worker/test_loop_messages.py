@@ -191,6 +191,16 @@ def test_a_sanity_check_is_as_long_as_asked_for(arguments, stages):
     assert first.stage == ("train" if "limit_val_batches" in arguments else "validate")
 
 
+def test_what_is_logged_before_the_first_epoch_is_of_that_epoch():
+    class Early(Asked):
+        def on_train_start(self):
+            self.log("early", 3.0)
+
+    found = run(Early(), max_epochs=2, limit_val_batches=0, num_sanity_val_steps=0)
+    logged = [it.epoch for it in found if isinstance(it, EpochMetrics) and it.values.get("early") == 3.0]
+    assert logged == [0]
+
+
 class Collecting(Asked):
     """Notes what the end of its epoch is given."""
 
