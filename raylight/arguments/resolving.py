@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 
+from raylight.arguments.lightning_objects import translate
 from raylight.arguments.rules import CHECKPOINTING_RULES, DDP_RULES, RULES, say_nearest
 from raylight.arguments.scale import Available, Scale, resolve_scale
 from raylight.arguments.value_kinds import Refused, Rule
@@ -15,6 +16,7 @@ from raylight.contract.errors import InvalidArguments, NotEnoughResources
 from raylight.contract.kinds import Value
 from raylight.contract.plain_numbers import with_python_numbers
 from raylight.user.callback import Callback
+from raylight.user.overriding import overrides
 
 _CONFIG_NAMES = {item.name for item in fields(Config)}
 _SCALE_NAMES = ("num_workers", "use_gpu", "resources_per_worker", "devices", "gpus", "num_nodes", "accelerator")
@@ -81,7 +83,7 @@ def resolve(arguments: dict[str, Value], available: Available) -> Config:
     with every mistake, or NotEnoughResources if that alone is wrong.
     """
     mistakes: list[str] = []
-    given = _check_each(arguments, mistakes)
+    given = _check_each(translate(arguments, mistakes), mistakes)
     if given.get("barebones"):
         given |= _strip(given, mistakes)
     indices = _take_indices(given)
@@ -121,7 +123,7 @@ def check_checkpointing(given: Checkpointing | Mapping[str, Value], label: str, 
 
 def find_callback_mistakes(callbacks: Iterable[object]) -> list[str]:
     """One sentence for each object that is not a Callback."""
-    mistakes = []
+    mistakes, callbacks = [], list(callbacks)
     for index, callback in enumerate(callbacks):
         if isinstance(callback, Callback):
             continue
@@ -134,7 +136,21 @@ def find_callback_mistakes(callbacks: Iterable[object]) -> list[str]:
             mistakes.append(f"{found}, a callback of Lightning: import it, or its parent, from raylight.callbacks")
         else:
             mistakes.append(f"{found}, and a raylight.Callback is needed: make it a subclass")
-    return mistakes
+    return mistakes + _find_shared_keys(callbacks)
+
+
+def _find_shared_keys(callbacks: Iterable[object]) -> list[str]:
+    """Callbacks of which one would get the other's state from a checkpoint."""
+    places: dict[str, list[str]] = {}
+    for index, callback in enumerate(callbacks):
+        if isinstance(callback, Callback) and overrides(callback, "state_dict"):
+            places.setdefault(callback.state_key, []).append(f"callbacks[{index}]")
+    return [
+        f"{' and '.join(names)} would keep their state under one key, {key!r}: give them different arguments, or "
+        "override state_key"
+        for key, names in places.items()
+        if len(names) > 1
+    ]
 
 
 def _check_each(arguments: dict[str, Value], mistakes: list[str]) -> dict[str, Value]:
@@ -251,23 +267,37 @@ def _check_storage(given: dict[str, Value], mistakes: list[str]) -> str:
 
 
 def _check_checkpoint(given: dict[str, Value], mistakes: list[str]) -> Checkpointing | None:
-    """When checkpoints are made: one of `checkpoint` and ModelCheckpoint says so, `enable_checkpointing` if at all."""
-    settings: dict[str, Checkpointing] = {}
-    if isinstance(given.get("checkpoint"), (Checkpointing, Mapping)):
-        settings["checkpoint"] = check_checkpointing(given["checkpoint"], "checkpoint", mistakes)
+    """When checkpoints are made: `checkpoint` says so, else each ModelCheckpoint, `enable_checkpointing` if at all."""
+    asked: dict[str, Checkpointing] = {}
     for index, callback in enumerate(given.get("callbacks", [])):
         if isinstance(callback, Callback) and hasattr(callback, "checkpointing"):
             label = f"{type(callback).__name__} (callbacks[{index}])"
-            settings[label] = check_checkpointing(callback.checkpointing(), label, mistakes)
-    if len(settings) > 1:
-        mistakes.append(f"{' and '.join(settings)} all say when checkpoints are made: pass one of them")
+            asked[label] = check_checkpointing(callback.checkpointing(), label, mistakes)
+    found = _merge(list(asked.values()))
+    if isinstance(given.get("checkpoint"), (Checkpointing, Mapping)):
+        found = check_checkpointing(given["checkpoint"], "checkpoint", mistakes)
+        asked["checkpoint"] = found
     off = [name for name in ("checkpoint", "enable_checkpointing") if given.get(name) is False]
-    on = [f"{name}=True" for name in ("checkpoint", "enable_checkpointing") if given.get(name) is True] + list(settings)
+    on = [f"{name}=True" for name in ("checkpoint", "enable_checkpointing") if given.get(name) is True] + list(asked)
     if off and on:
         mistakes.append(f"{off[0]}=False and {on[0]} contradict each other: one makes no checkpoints, the other does")
     if off:
         return None
-    return next(iter(settings.values()), Checkpointing())
+    return found
+
+
+def _merge(asked: list[Checkpointing]) -> Checkpointing:
+    """Checkpoints as often as one of them wants; the first that monitors something says which is the best."""
+    if len(asked) < 2:
+        return next(iter(asked), Checkpointing())
+    judge = next((one for one in asked if one.monitor is not None), asked[0])
+    times = [one.every_s for one in asked if isinstance(one.every_s, int | float)]
+    return replace(
+        judge,
+        every_n_steps=min((one.every_n_steps for one in asked if one.every_n_steps), default=None),
+        every_n_epochs=min((one.every_n_epochs for one in asked if one.every_n_epochs), default=None),
+        every_s=min(times, default=None),
+    )
 
 
 def _fill_lengths(config: Config) -> Config:

@@ -64,7 +64,8 @@ class InProcessGroup(Group):
         self.control.request(Request.PAUSE_IN_PROCESS)
 
     def resume(self) -> None:
-        """Nothing is trained while nobody asks for the next message, so there is nothing to let go."""
+        """Nothing is trained while nobody asks for the next message; and at the end a rank waits for its files."""
+        self.control.go_on()
 
     def halt(self) -> None:
         """Ends the run at once."""

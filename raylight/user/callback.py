@@ -25,6 +25,9 @@ class Callback:
     _judges_values = False
     """Run `on_train_epoch_end` after the module's own, which may log the values that are judged there."""
 
+    comes_last = False
+    """Run every hook after those of the other callbacks, whose state it saves."""
+
     @property
     def state_key(self) -> str:
         """The key of this callback's state in a checkpoint; override it if a run has several of one class."""

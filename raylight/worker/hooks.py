@@ -22,7 +22,7 @@ class Hooks:
         self, trainer: TrainerNames, module: Module, data_module: DataModule | None, callbacks: Iterable[Callback]
     ):
         self.trainer, self.module, self.data_module = trainer, module, data_module
-        self.callbacks = list(callbacks)
+        self.callbacks = in_order(callbacks)
         self._found: dict[str, tuple[Hook, ...]] = {}
 
     def attach(self) -> None:
@@ -43,7 +43,7 @@ class Hooks:
         """A callback of `configure_callbacks` replaces one of the same type."""
         added = list(callbacks)
         kinds = {type(callback) for callback in added}
-        self.callbacks = [c for c in self.callbacks if type(c) not in kinds] + added
+        self.callbacks = in_order([c for c in self.callbacks if type(c) not in kinds] + added)
         self._found.clear()
 
     def of(self, name: str) -> tuple[Hook, ...]:
@@ -85,6 +85,11 @@ class Hooks:
     def _bind(self, callback: Callback, name: str) -> Hook:
         hook = getattr(callback, name)
         return lambda *arguments: hook(self.trainer, self.module, *arguments)
+
+
+def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
+    """As they were given, and those that save the state of others at the end."""
+    return sorted(callbacks, key=lambda callback: callback.comes_last)
 
 
 def bind_step(function: Hook, several: bool = False) -> Callable[[Batch, int, int], Output]:

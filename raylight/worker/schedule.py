@@ -67,12 +67,13 @@ class Schedule:
 
     def must_save(self) -> bool:
         """Whether this step's checkpoint is one that no other can stand for: of weights that were just validated, which
-        may be the best, or of those that are kept all."""
+        may be the best, of those that are kept all, or of which a ModelCheckpoint wants a file."""
         checkpoint = self.config.checkpoint
         if checkpoint is None:
             return False
         keeps_all = -1 in (checkpoint.keep_best, checkpoint.keep_last)
-        return self.worker.progress.is_validated or (keeps_all and self._is_step_due())
+        is_ordered = bool(self.worker.saving.orders)
+        return is_ordered or self.worker.progress.is_validated or (keeps_all and self._is_step_due())
 
     def saves_after_validation(self) -> bool:
         """With no interval set, a validation in the middle of an epoch makes a checkpoint as one at its end does."""

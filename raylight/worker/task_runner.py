@@ -242,6 +242,9 @@ def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
     if worker.is_fitting:
         num_notes = len(aftermath.notes)
         aftermath.attempt("taking the broken step back", session.settle)
+        settle_orders = contents.drop_orders if lost_peer else contents.send_orders
+        settle_orders(worker)
+        yield from worker.outbox.take()
         if len(aftermath.notes) > num_notes:
             session.lose(aftermath.notes[-1])
         yield from rejoin.drain_rows(worker)

@@ -48,6 +48,11 @@ class KeepBest(Callback):
         return Checkpointing(**self.fields)
 
 
+class Stateful(Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
 class LightningStrategy:
     pass
 
@@ -153,8 +158,10 @@ BAD = [
     (dict(checkpoint=Checkpointing(keep_best=0, keep_last=0)), CPU, ["keeps no checkpoint", "checkpoint=False"]),
     (dict(checkpoint=False, enable_checkpointing=True), CPU, ["checkpoint=False", "enable_checkpointing=True"]),
     (dict(enable_checkpointing=False, callbacks=KeepBest()), CPU, ["enable_checkpointing=False", "KeepBest"]),
-    (dict(checkpoint=Checkpointing(), callbacks=[KeepBest()]), CPU, ["checkpoint and KeepBest", "pass one of them"]),
-    (dict(callbacks=[KeepBest(), KeepBest()]), CPU, ["callbacks[0]", "callbacks[1]", "pass one of them"]),
+    (
+        dict(callbacks=[Stateful(), Callback(), Stateful()]), CPU,
+        ["callbacks[0] and callbacks[2] would keep their state under one key, 'Stateful'", "override state_key"],
+    ),
     (dict(callbacks=[KeepBest(mode="mean")]), CPU, ["KeepBest (callbacks[0]): mode", "'mean'"]),
     # impossible together
     (dict(min_epochs=5, max_epochs=3), CPU, ["min_epochs=5 is more than max_epochs=3"]),
@@ -326,6 +333,12 @@ SPELLINGS = [
     (dict(checkpoint=None, enable_checkpointing=True), "checkpoint", Checkpointing()),
     (dict(checkpoint={"every_n_steps": 5, "mode": "MAX"}), "checkpoint", Checkpointing(every_n_steps=5, mode="max")),
     (dict(callbacks=KeepBest(monitor="acc")), "checkpoint", Checkpointing(monitor="acc")),
+    (dict(callbacks=KeepBest(mode="max"), checkpoint={"keep_last": 3}), "checkpoint", Checkpointing(keep_last=3)),
+    (
+        dict(callbacks=[KeepBest(every_s=60, every_n_steps=9), KeepBest(monitor="a", mode="max"), KeepBest(every_s=7)]),
+        "checkpoint",
+        Checkpointing(every_n_steps=9, every_s=7.0, monitor="a", mode="max"),
+    ),
     (dict(logger=False), "logger", False),
     (dict(logger=[]), "logger", False),
     (dict(logger=None), "logger", True),
