@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from raylight.contract.kinds import Loader, Value
 from raylight.user.checkpoint_reader import CheckpointPath, checkpoint_reader
 from raylight.user.data_hooks import DataHooks
-from raylight.user.hyperparameters import AttributeDict, HyperparametersMixin
+from raylight.user.hyperparameters import HyperparametersMixin
 from raylight.user.trainer_names import TrainerNames
 
 Datasets = Dataset | Iterable[Dataset] | Mapping[str, Dataset]
@@ -33,7 +33,6 @@ class DataModule(HyperparametersMixin, DataHooks):
         # Not in __init__, which subclasses often forget to call.
         made = super().__new__(cls)
         made.trainer = None
-        made._hparams = AttributeDict()
         return made
 
     def __init__(self, *args: Value, **kwargs: Value) -> None: ...

@@ -142,9 +142,7 @@ def test_another_frame_and_another_method_will_do() -> None:
 
 
 @BOTH
-@pytest.mark.parametrize(
-    "conf", [{"rate": 1, "more": {"deep": 2}}, Namespace(rate=1, more={"deep": 2})], ids=["dict", "space"]
-)
+@pytest.mark.parametrize("kind", [dict, Namespace])
 def test_the_items_of_one_object(lib: ModuleType, kind: Any) -> None:
     class Net(lib.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self, conf: Any):
