@@ -17,6 +17,7 @@ from raylight.contract.messages import ENDING, RECOVERY, Finished, Hyperparamete
 from raylight.contract.rank_zero import set_rank
 from raylight.contract.seeding import seed_process, set_rng_state
 from raylight.contract.task import Begin, Place, Rejoin, Rescue, Task
+from raylight.user.hyperparameters import merge_logged
 from raylight.user.run_view import PLAIN
 from raylight.worker.checkpoint import contents, optimizer_options
 from raylight.worker.checkpoint.restore import load_lightning, load_state
@@ -127,7 +128,7 @@ def prepare(session: Session) -> Iterator[Message]:
     worker.module.to(worker.device)
     hparams = {**getattr(data_module, "hparams", {}), **worker.module.hparams}
     if worker.is_first and hparams:
-        yield Hyperparameters(dict(hparams))
+        yield Hyperparameters(dict(hparams), merge_logged(worker.module, data_module))
     yield from worker.outbox.take()
     if worker.is_fitting:
         session.keep_random_numbers(_prepare_fit(worker, state if task.checkpoint is not None else None))
