@@ -178,7 +178,14 @@ class Execution:
         protected = resume.checkpoint.path if resume.checkpoint is not None else None
         is_follow_up = self.stage != "fit" and version is not None and bool(version.read_run())
         driver = self.driver = Driver(
-            version, config, group.world_size, [console], loggers, attempt, protected, is_follow_up,
+            version,
+            config,
+            group.world_size,
+            [console],
+            loggers,
+            attempt,
+            protected,
+            is_follow_up,
             LightningFiles(find_checkpoint_io(config.plugins), type(self.module)),
         )
         if self.stage == "fit" and not group.is_local:

@@ -81,7 +81,7 @@ class Trainer(TrainerNames):
         enable_checkpointing: bool | None = None,
         logger: bool | TakesMetrics | Sequence[TakesMetrics] | None = True, log_every_n_steps: int | None = 50,
         enable_progress_bar: bool | None = True, enable_model_summary: bool | None = True,
-        profiler: str | None = None,
+        barebones: bool = False, profiler: str | None = None,
         max_restarts: int = 3, hang_timeout_s: float | None = None, replacement_timeout_s: float = 60.0,
         num_standby: int | None = None,
         callbacks: Callback | Sequence[Callback] | None = None, plugins: Value = None,
@@ -298,7 +298,8 @@ def find_available(arguments: Mapping[str, Value]) -> Available:
 
         found = describe_cluster()
         if found is not None:
-            return Available(num_gpus, True, found.num_gpus, found.num_cpus, found.autoscales)
+            gpus = num_gpus if found.started_here else found.num_gpus  # it is started again where it has fewer
+            return Available(num_gpus, True, gpus, found.num_cpus, found.started_here, found.autoscales)
     return Available(num_gpus, address)
 
 

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("launch", "report", "callbacks", "loading", "lightning_files", "loggers"),
     ("execution", "replay", "runs", "speed"),
     ("trainer",),
-    ("sweep", "tuning", "cli", "doctor", "supervise"),
+    ("sweep", "tuning", "cli", "doctor", "lightning.script", "supervise"),
 )
 
 # Neighbours of one layer that must not know each other.

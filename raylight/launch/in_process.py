@@ -22,6 +22,8 @@ class InProcessGroup(Group):
 
     def __init__(self, config: Config):
         uses_gpu = config.use_gpu if config.use_gpu is not None else torch.cuda.is_available()
+        if uses_gpu and config.gpu_indices:
+            torch.cuda.set_device(config.gpu_indices[0])
         device = f"cuda:{torch.cuda.current_device()}" if uses_gpu else "cpu"
         self.places = [Place(node=os.uname().nodename, device=device)]
         self.control = Control()

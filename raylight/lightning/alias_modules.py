@@ -16,7 +16,7 @@ from types import ModuleType
 
 from raylight.contract.kinds import Value
 from raylight.lightning.names import HERE, NOT_YET, read
-from raylight.lightning.refused import REFUSED, stand_in
+from raylight.lightning.refused import REFUSED, StandIn, stand_in
 
 ROOT = "raylight"
 
@@ -80,6 +80,15 @@ def find(module: str, name: str) -> Value:
         if f"{place}:{what}" not in NOT_YET:
             raise
     return stand_in(name, f"{ROOT}.{module}", f"{NOT_YET[f'{place}:{what}']}, until it is there")
+
+
+def say_what_is_wrong(module: str, name: str) -> str | None:
+    """Why a name of Lightning's cannot be used here, or that it is unknown; None if it can be."""
+    try:
+        value = getattr(importlib.import_module(f"{ROOT}.{module}" if module else ROOT), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        return str(error)
+    return value.say() if isinstance(value, StandIn) else None
 
 
 def _say_unknown(module: str, name: str) -> str:

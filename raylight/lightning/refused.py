@@ -161,18 +161,19 @@ class StandIn(type):
     def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, object]) -> StandIn:
         for base in bases:
             if isinstance(base, StandIn):
-                raise InvalidArguments(base._say())
+                raise InvalidArguments(base.say())
         return super().__new__(cls, name, bases, namespace)
 
     def __call__(cls, *args: object, **kwargs: object) -> Never:
-        raise InvalidArguments(cls._say())
+        raise InvalidArguments(cls.say())
 
     def __getattr__(cls, name: str) -> Never:
         if name.startswith("__"):  # asked by Python itself
             raise AttributeError(name)
-        raise UnsupportedAttribute(cls._say())
+        raise UnsupportedAttribute(cls.say())
 
-    def _say(cls) -> str:
+    def say(cls) -> str:
+        """The reason, with the name."""
         return f"{cls.__name__} is not in raylight: {cls.sentence}"
 
 

@@ -194,7 +194,7 @@ class RunView(Protocol):
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
         """The newest value of everything logged. Epoch values are equal on all ranks; a step value is this rank's own
-        until the epoch ends. Reading it waits for the device."""
+        until the epoch ends. Reading it waits for the device. A hook may set values of its own in it."""
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:

@@ -134,9 +134,7 @@ class TrainerNames:
     log_every_n_steps: Setting[int] = Setting()
     default_root_dir: Setting[str] = Setting("storage_path")
     profiler: Setting[str | None] = Setting()
-
-    barebones = False
-    """Lightning's switch for measuring its own overhead; there is nothing to switch off here."""
+    barebones: Setting[bool] = Setting()
 
     # ---- what follows from these
 

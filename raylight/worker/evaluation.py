@@ -103,6 +103,8 @@ def _run_loader(
             hook(batch, index, *arguments)
         with precision.forward_context():
             output = step(batch, index, loader_index)
+        if returns and output is None and not finished:
+            worker.warn_once("predict_step returned None, and so the predictions hold None")
         for hook in on_end:
             hook(output, batch, index, *arguments)
         if keeps:

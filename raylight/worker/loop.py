@@ -137,7 +137,7 @@ class Loop:
                 self.obey(action)
             if self.pause is not None and not saving.is_requested:
                 yield from self.stand_still()
-            if schedule.validates_after_batch(batch.last):
+            if schedule.validates_after_batch(batch.last) or schedule.validates_before_stop(step.window):
                 yield from self.validate()
             if not batch.last and schedule.saves_after_step(step.window):
                 yield from self.save()
@@ -205,7 +205,7 @@ class Loop:
 
     def _begin_epoch(self) -> Iterator[Message]:
         worker, progress = self.worker, self.worker.progress
-        if self.schedule.reloads() and worker.progress.batch_idx == 0:
+        if worker.progress.batch_idx == 0 and self.schedule.reloads(worker.data.opened_in):
             worker.open_training_data()
         worker.metrics.enter("train", in_step=False)
         if worker.progress.batch_idx == 0:
@@ -244,7 +244,8 @@ class Loop:
         worker = self.worker
         began = perf_counter()
         yield from self.report(worker.progress.batch_idx - 1)  # one that dies in the validation has said all
-        if "validate" not in worker.evaluation_data or self.schedule.reloads():
+        opened = worker.evaluation_data.get("validate")
+        if opened is None or self.schedule.reloads(opened.opened_in):
             worker.open_evaluation_data("validate")
         worker.enter("validate")
         worker.request_validation(False)
@@ -428,7 +429,9 @@ class Loop:
 
 
 def _detach(outputs: Output) -> Output:
-    """What hooks see of a step: a dict with the loss, free of the graph."""
+    """What hooks see of a step: a dict with the loss, free of the graph; empty for a batch that was skipped."""
+    if outputs is None:
+        return {}
     if isinstance(outputs, Tensor):
         return {"loss": outputs.detach()}
     if isinstance(outputs, dict):

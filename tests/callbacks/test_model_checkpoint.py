@@ -67,9 +67,9 @@ def test_what_cannot_work_is_told(arguments, text):
 
 def test_a_link_into_remote_storage_is_told_before_the_run(tmp_path):
     link = ModelCheckpoint(save_last="link")
-    assert link.find_mistakes(Config(storage_path=str(tmp_path))) == []
-    assert "storage_path='s3://bucket'" in link.find_mistakes(Config(storage_path="s3://bucket"))[0]
-    assert ModelCheckpoint(tmp_path, save_last="link").find_mistakes(Config(storage_path="s3://bucket")) == []
+    assert link._find_mistakes(Config(storage_path=str(tmp_path))) == []
+    assert "storage_path='s3://bucket'" in link._find_mistakes(Config(storage_path="s3://bucket"))[0]
+    assert ModelCheckpoint(tmp_path, save_last="link")._find_mistakes(Config(storage_path="s3://bucket")) == []
 
 
 METRICS = {
@@ -231,8 +231,8 @@ def test_without_one_the_trainers_names_raylights_own_checkpoints():
 
 def test_on_exception_contradicts_no_checkpoints():
     callback = OnExceptionCheckpoint("somewhere")
-    assert callback.find_mistakes(Config()) == []
-    assert "checkpoint=False" in callback.find_mistakes(Config(checkpoint=None))[0]
-    assert "on_exception=False" in callback.find_mistakes(Config(checkpoint=Checkpointing(on_exception=False)))[0]
+    assert callback._find_mistakes(Config()) == []
+    assert "checkpoint=False" in callback._find_mistakes(Config(checkpoint=None))[0]
+    assert "on_exception=False" in callback._find_mistakes(Config(checkpoint=Checkpointing(on_exception=False)))[0]
     with pytest.raises(InvalidArguments):
         OnExceptionCheckpoint(filename="")

@@ -189,6 +189,11 @@ def restore_training(worker: Worker, state: State) -> RNGState | None:
     for callback in worker.hooks.callbacks:
         if state_key(callback) in saved["callbacks"]:
             callback.load_state_dict(saved["callbacks"][state_key(callback)])
+    if missing := sorted(saved["callbacks"].keys() - {state_key(callback) for callback in worker.hooks.callbacks}):
+        worker.warn_once(
+            f"the checkpoint holds the state of callbacks that this run does not have: {', '.join(missing)}; to go on "
+            "with them too, add them to callbacks"
+        )
     if worker.data_module is not None and saved.get("data_module"):
         worker.data_module.load_state_dict(saved["data_module"])
     worker.precision.load_state_dict(saved["precision"])
