@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from raylight.contract.errors import StorageError
@@ -41,14 +41,15 @@ class CheckpointFiles:
         self._left_out: set[str] = set()
         self._waiting: dict[str, list[FileOrders]] = {}  # by the name of the checkpoint's folder
         self._lost: list[FileOrders] = []  # their checkpoint will not come; the next one has to do
-        self._ready: list[FileOrders] = []  # to be done, or being done
+        self._ready: list[tuple[FileOrders, Checkpoint]] = []  # to be done, the first of them now
+        self._put_off: list[FileDropped] = []  # of orders whose file was passed over: until the one after it is there
         self._thread: ThreadPoolExecutor | None = None
         self._jobs: list[Future[None]] = []
 
     @property
     def needed(self) -> set[str]:
         """Names of checkpoints that files are still made of."""
-        return {_name_of(orders) for orders in [*self._ready]} | {*self._waiting}
+        return {checkpoint.name for _, checkpoint in [*self._ready]} | {*self._waiting}
 
     def wanted_of(self, directory: str) -> tuple[FileWanted, ...]:
         """The files that wait for the checkpoint in `directory`."""
@@ -100,23 +101,32 @@ class CheckpointFiles:
             self._thread = None
 
     def _begin(self, orders: FileOrders, checkpoint: Checkpoint) -> None:
-        self._ready.append(orders)
+        self._ready.append((orders, checkpoint))
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="raylight files")
         self._jobs.append(self._thread.submit(self._do, orders, checkpoint))
 
     def _do(self, orders: FileOrders, checkpoint: Checkpoint) -> None:
-        dropped = {order.path for later in self._ready[1:] for order in later.orders if isinstance(order, FileDropped)}
-        for number, order in enumerate(orders.orders):
-            if _leads_to(order) in dropped:
-                continue  # another takes its place at once
+        todo = self._pass_over(orders.orders)
+        for number, order in enumerate(todo):
             try:
                 self._do_one(order, checkpoint)
             except Exception as error:
-                self._give_up(orders.orders[number:], describe_error(error))
+                self._give_up(todo[number:], describe_error(error))
                 break
-        self._ready.remove(orders)
+        del self._ready[0]
         self._after()
+
+    def _pass_over(self, orders: tuple[FileOrder, ...]) -> list[FileOrder]:
+        """What is left of orders without the files that others, which are ready too, take the place of at once."""
+        later = [order for others, _ in self._ready[1:] for order in others.orders]
+        dropped = {order.path for order in later if isinstance(order, FileDropped)}
+        left = [order for order in orders if _leads_to(order) not in dropped]
+        if len(left) == len(orders):
+            put_off, self._put_off = self._put_off, []
+            return [*orders, *put_off]
+        self._put_off += [order for order in left if isinstance(order, FileDropped)]
+        return [order for order in left if not isinstance(order, FileDropped)]
 
     def _do_one(self, order: FileOrder, checkpoint: Checkpoint) -> None:
         assert self._maker is not None
@@ -132,7 +142,7 @@ class CheckpointFiles:
             self._left_out |= new
             self._warn(f"{path} does not hold {', '.join(sorted(new))}, which have no plain form")
 
-    def _give_up(self, orders: tuple[FileOrder, ...], reason: str) -> None:
+    def _give_up(self, orders: Iterable[FileOrder], reason: str) -> None:
         for order in orders:
             if isinstance(order, FileDropped):
                 self._warn(f"{order.path} stays, because what takes its place was not written")

@@ -95,6 +95,17 @@ def test_what_is_dropped_by_then_is_not_written(desk):
     assert not os.path.lexists(desk.folder / "last")
 
 
+@pytest.mark.parametrize("newest", ["c", "broken"])
+def test_the_file_before_stays_until_the_one_that_counts_is_there(desk, newest):
+    desk.maker.may.clear()
+    desk.order(1, desk.want("a"), committed=True)
+    desk.order(2, desk.want("b"), desk.drop("a"), committed=True)
+    desk.order(3, desk.want(newest), desk.drop("b"), committed=True)
+    desk.maker.may.set()
+    desk.files.wait()
+    assert desk.maker.did == ["write a of 1"] + ["write c of 3", "drop b", "drop a"] * (newest == "c")
+
+
 def test_a_write_that_fails_costs_the_rest_of_its_orders(desk):
     desk.order(1, desk.want("broken"), desk.drop("z"), committed=True)
     desk.order(2, desk.want("b"), committed=True)
@@ -117,7 +128,10 @@ def test_of_a_lost_checkpoint_the_next_one_has_to_do_and_the_person_knows(desk, 
     desk.order(1, desk.want("a"), desk.drop("z"))
     lose(desk.files)
     desk.order(3, desk.want("b"))
+    desk.maker.may.clear()
     desk.files.note_commit(checkpoint(3))
+    assert desk.files.needed == {"step-00000003"}
+    desk.maker.may.set()
     desk.files.wait()
     assert desk.maker.did == ["write a of 3", "drop z", "write b of 3"]
     assert desk.said[0] == f"the state of step 1 is lost; that of step 3 goes to {desk.folder / 'a'}"
