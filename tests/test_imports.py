@@ -101,9 +101,7 @@ def test_imports_go_down_the_layers() -> None:
 
 def test_worker_storage_and_callbacks_do_not_know_each_other() -> None:
     wrong = [
-        str(found)
-        for found in INSIDE
-        if (found.importer.split(".")[0], found.imported.split(".")[1]) in STRANGERS
+        str(found) for found in INSIDE if (found.importer.split(".")[0], found.imported.split(".")[1]) in STRANGERS
     ]
     assert not wrong, "\n".join(wrong)
 

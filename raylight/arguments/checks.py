@@ -102,6 +102,7 @@ def _find_manual_mistakes(config: Config) -> list[str]:
 
 def _find_missing_hooks(stage: str, module: Module, loaders: Loaders, config: Config) -> dict[str, str]:
     """The missing hooks that `stage` needs, each with the sentence to show."""
+
     def has(hook: str) -> bool:
         return is_overridden(module, hook, Module)
 

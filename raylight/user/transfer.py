@@ -55,11 +55,6 @@ def batch_size_of(batch: Batch) -> int | None:
     return None
 
 
-def size_guess(batch: Batch) -> Callable[[], int | None]:
-    """`batch_size_of`, computed only when called."""
-    return lambda: batch_size_of(batch)
-
-
 def _change_leaves(batch: Batch, method: str, change: Callable[[Any], Any]) -> Batch:
     """`batch` with `change(leaf)` for each tensor and each object that has `method`."""
     if isinstance(batch, Tensor):

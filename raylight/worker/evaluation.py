@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from raylight.contract.kinds import Hook, Output
 from raylight.contract.messages import Message, Progress, StageFinished, StageStarted
-from raylight.user.transfer import batch_size_of, move_to_device, size_guess
+from raylight.user.transfer import batch_size_of, move_to_device
 from raylight.worker.data.evaluation_batches import EvaluationBatches
 from raylight.worker.group.collectives import broadcast_tensors, gather_objects
 from raylight.worker.hooks import bind_step, takes_outputs
@@ -98,7 +99,7 @@ def _run_loader(
             break
         worker.control.show_life(stage if finished else f"first batch of {stage}", progress.global_step)
         metrics.end_step()
-        metrics.begin_batch(size_guess(batch) if size is None else size, index)
+        metrics.begin_batch(partial(batch_size_of, batch) if size is None else size, index)
         batch = worker.transfer(batch, loader_index)
         for hook in on_start:
             hook(batch, index, *arguments)
@@ -118,9 +119,7 @@ def _run_loader(
     yield Progress(stage, progress.current_epoch, progress.global_step, finished, num_samples)
 
 
-def _finish(
-    worker: Worker, stage: str, prefix: str, outputs: Outputs
-) -> Generator[Message, None, dict[str, float]]:
+def _finish(worker: Worker, stage: str, prefix: str, outputs: Outputs) -> Generator[Message, None, dict[str, float]]:
     hook, metrics, progress = _epoch_end_hook(worker, stage), worker.metrics, worker.progress
     if hook is not None:
         gathered = _gather_in_order(worker, outputs)

@@ -75,6 +75,8 @@ class Session:
 
     def drop_loop(self) -> None:
         """With it goes DDP, which holds on to the group."""
+        if self.loop is not None:
+            self.loop.step.reduction.leave_ddp()
         self.loop = None
 
     def settle(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 from collections.abc import Generator, Iterator
@@ -48,16 +47,17 @@ def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
     try:
         yield Started(socket.gethostname(), os.getpid(), place.device)
         with ExitStack() as numerics:
+            numerics.callback(process_group.leave)
             _set_numerics(task, place, numerics, goes_on=kept is not None and not isinstance(task.mode, Begin))
             if isinstance(task.mode, Rescue):
                 if kept is not None:
                     yield from rejoin.rescue(kept, task, place, control)
                 return
             if isinstance(task.mode, Rejoin):
-                session = yield from _rejoin(kept, task, place, control, task.mode, numerics)
+                session = yield from _rejoin(kept, task, place, control, task.mode)
             else:
                 control.keep(None)
-                _join(place, task, numerics)
+                process_group.join(place, task.config.strategy.backend, task.config.strategy.timeout_s)
                 session = Session(task, place, control)
                 yield from prepare(session)
                 _part_random_numbers(session.worker)
@@ -77,15 +77,8 @@ def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
             session.end()
 
 
-def _join(place: Place, task: Task, stack: ExitStack) -> None:
-    if place.world_size > 1:
-        options = task.config.strategy
-        process_group.join(place, options.backend, options.timeout_s)
-        stack.callback(process_group.leave)
-
-
 def _rejoin(
-    kept: Session | None, task: Task, place: Place, control: Control, mode: Rejoin, stack: ExitStack
+    kept: Session | None, task: Task, place: Place, control: Control, mode: Rejoin
 ) -> Generator[Message, None, Session]:
     """A survivor brings the session it kept; a replacement makes one before it joins, so that nobody waits for that."""
     session = kept
@@ -95,10 +88,9 @@ def _rejoin(
         _part_random_numbers(session.worker)
         control.keep(session)
     else:
-        gc.collect()  # the DDP of the generation before, which lies in a cycle, would still reduce gradients
         session.worker.move(task, place, control)
         session.begin()
-    _join(place, task, stack)
+    process_group.join(place, task.config.strategy.backend, task.config.strategy.timeout_s)
     with session.meeting():
         rejoin.meet(session, mode)
     return session

@@ -295,6 +295,8 @@ def test_the_values_of_the_steps_that_a_rescued_checkpoint_holds_are_in_the_hist
     rows = [(row["step"], row["value"]) for row in run.metrics.to_pylist() if row["name"] == "loss"]
     assert run.last.step == 4
     assert rows == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+
+
 class Sized:
     """An iterable of batches, of a length that is known, or not."""
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from raylight.contract.errors import DataError
 from raylight.contract.kinds import Batch, Index, Loader
-from raylight.user.transfer import batch_size_of, move_to_device, size_guess
+from raylight.user.transfer import batch_size_of, move_to_device
 from raylight.worker.data.combined import CombinedSource, is_collection_of_loaders
 from raylight.worker.data.division import Fetched, divide_batch, num_limited
 from raylight.worker.data.evaluation_batches import EvaluationBatches, describe_empty
@@ -22,7 +22,6 @@ __all__ = [
     "divide_batch",
     "move_to_device",
     "num_limited",
-    "size_guess",
 ]
 
 

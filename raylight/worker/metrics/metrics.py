@@ -91,7 +91,7 @@ class Metrics:
             return
         if batch_size is None:
             batch_size = self.batch_size if isinstance(self.batch_size, int) else self._find_batch_size()
-            if self.size_is_guessed:
+            if self.size_is_guessed and not series.guessed:
                 series.note_guess()
         elif type(batch_size) is not int:
             batch_size = take_batch_size(name, batch_size)
