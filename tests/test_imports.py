@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("arguments",),
     ("worker", "storage"),
     ("driver",),
-    ("launch", "report", "callbacks", "loading", "loggers"),
+    ("launch", "report", "callbacks", "loading", "rebuilding", "hparams_file", "loggers"),
     ("execution", "replay", "runs"),
     ("trainer",),
     ("sweep", "tuning", "cli", "doctor", "supervise"),

@@ -180,7 +180,7 @@ class Config:
     """Workers on each node that wait, with torch imported, to replace one that is lost; 0: none. None: one a node."""
     # extension
     plugins: tuple[Value, ...] = ()
-    """A precision of your own."""
+    """A precision of your own, and a CheckpointIO, through which all single checkpoint files go."""
     # no argument
     given: dict[str, Value] = field(default_factory=dict)
     """The arguments as the user wrote them, as plain values without secrets, for run.json."""
