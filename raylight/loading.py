@@ -135,8 +135,10 @@ def find_resume(
         return Resume(_check_resumable(_find_best(storage, name, previous), stage))
     path = os.fspath(ckpt_path)
     if is_single_file(path, plugin):
-        is_here = Storage(path).is_local if plugin is None else os.path.exists(path)
-        return _resume_from_file(os.path.abspath(path) if is_here else path, stage, plugin, weights_only)
+        local = (
+            Storage(path).local_path() if plugin is None else os.path.abspath(path) if os.path.exists(path) else None
+        )
+        return _resume_from_file(local or path, stage, plugin, weights_only)
     is_elsewhere = "://" in path and path.partition("://")[0] != storage.uri.partition("://")[0]
     checkpoint = find_by_path(path, None if is_elsewhere else filesystem)
     return Resume(_check_resumable(checkpoint, stage))
@@ -164,9 +166,14 @@ def is_single_file(path: str, plugin: CheckpointIO | None = None) -> bool:
     the user's all else than a folder is the plugin's affair."""
     if os.path.basename(path.partition("?")[0].rstrip("/")) == MANIFEST_FILE:
         return False
-    if plugin is not None and not os.path.isdir(path):
-        return "://" not in path or not Storage(path).exists(MANIFEST_FILE)
-    return single_file.is_file(path)
+    try:
+        if plugin is not None and not os.path.isdir(path):
+            return "://" not in path or not Storage(path).exists(MANIFEST_FILE)
+        return single_file.is_file(path)
+    except InvalidArguments:  # a place that only the plugin knows
+        if plugin is None:
+            raise
+        return True
 
 
 def _check_resumable(checkpoint: Checkpoint, stage: str) -> Checkpoint:

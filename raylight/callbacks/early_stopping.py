@@ -105,7 +105,6 @@ class EarlyStopping(Callback):
         self.wait_count = state_dict["wait_count"]
         self.stopped_epoch = state_dict["stopped_epoch"]
         self.best_score = torch.as_tensor(state_dict["best_score"]).cpu()
-        self.patience = state_dict.get("patience", self.patience)
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", EarlyStoppingReason.NOT_STOPPED))
         self.stopping_reason_message = state_dict.get("stopping_reason_message")
 

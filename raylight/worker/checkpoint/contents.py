@@ -18,7 +18,7 @@ from raylight.worker.checkpoint.kept_hyperparameters import (
     write_hyperparameters,
 )
 from raylight.worker.checkpoint.lightning_loops import Standing, standing_of, write_loops
-from raylight.worker.checkpoint.lightning_state import LIGHTNING_VERSION, show_to_hooks, take_from_hooks
+from raylight.worker.checkpoint.lightning_state import LIGHTNING_VERSION, show_to_hooks
 from raylight.worker.checkpoint.pickled_values import PICKLED_KEY, check_callbacks, put_together, set_apart
 from raylight.worker.checkpoint.restore import apply_weights
 from raylight.worker.checkpoint.state import OwnState, State
@@ -147,7 +147,7 @@ def call_load_hooks(worker: Worker, state: State, is_own: bool = False) -> State
         put_together(state)
     checkpoint = show_to_hooks(state, read_hyperparameters(state.module, type(worker.module)).values)
     worker.hooks.call("on_load_checkpoint", checkpoint)
-    take_from_hooks(state, checkpoint)
+    state.take_from_hooks(checkpoint)
     return checkpoint
 
 

@@ -106,16 +106,14 @@ def _is_readable(own: StateDict, where: str) -> bool:
 
 
 def _read_own(content: StateDict, own: StateDict, rank: int, world_size: int) -> State:
-    state = State(model=content["state_dict"], module=restore_arrays(dict(own["module"])))
+    model, module = content["state_dict"], restore_arrays(dict(own["module"]))
     if "own" not in own or not _has_training(content):
-        return state
-    state.replicated = {**_read_training(content), **in_own_memory(restore_arrays(own["replicated"]))}
+        return State(model, module=module)
+    training: ReplicatedState = {**_read_training(content), **in_own_memory(restore_arrays(own["replicated"]))}
     ranks: list[OwnState] = [in_own_memory(restore_arrays(its)) for its in own["own"]]
     if len(ranks) == world_size:
-        state.own = ranks[rank]
-    else:
-        state.others = ranks
-    return state
+        return State(model, training, ranks[rank], module)
+    return State(model, training, module=module, others=ranks)
 
 
 def _read_theirs(content: StateDict, where: str) -> State:
@@ -129,11 +127,13 @@ def _read_theirs(content: StateDict, where: str) -> State:
     if isinstance(name := content.get("hparams_name"), str):  # what was one object there is one AttributeDict here
         keys = list(module["hyper_parameters"])
         module["hyper_parameters_argument"] = {"name": name, "keys": keys, "shell": {TAG: "attributes"}}
-    state = State(model=content["state_dict"], module=module)
-    if _has_training(content) and "loops" in content:
-        standing = read_loops(content["loops"], int(content["global_step"]), where)
-        state.replicated = {**_read_training(content), "loop": to_progress(standing).state_dict(), "metrics": {}}
-    return state
+    if not _has_training(content) or "loops" not in content:
+        return State(content["state_dict"], module=module)
+    standing = read_loops(content["loops"], int(content["global_step"]), where)
+    training: ReplicatedState = {
+        **_read_training(content), "loop": to_progress(standing).state_dict(), "metrics": {}
+    }  # fmt: skip
+    return State(content["state_dict"], training, module=module)
 
 
 def _has_training(content: StateDict) -> bool:
@@ -174,12 +174,3 @@ def show_to_hooks(state: State, hyper_parameters: StateDict) -> StateDict:
         }  # fmt: skip
     shown |= {**state.module.get("extra", {}), **state.module.get("progress", {})}
     return Withholding(shown, find_withheld(state, "extra"))
-
-
-def take_from_hooks(state: State, shown: StateDict) -> None:
-    """What hooks have changed in it is what training goes on from."""
-    state.model = shown["state_dict"]
-    if state.replicated:
-        state.replicated["callbacks"] = shown.get("callbacks", {})
-        state.replicated["optimizers"] = shown.get("optimizer_states", [])
-        state.replicated["schedulers"] = shown.get("lr_schedulers", [])
