@@ -81,7 +81,7 @@ class Trainer(TrainerNames):
         enable_checkpointing: bool | None = None,
         logger: bool | TakesMetrics | Sequence[TakesMetrics] | None = True, log_every_n_steps: int | None = 50,
         enable_progress_bar: bool | None = True, enable_model_summary: bool | None = True,
-        profiler: str | None = None,
+        barebones: bool = False, profiler: str | None = None,
         max_restarts: int = 3, hang_timeout_s: float | None = None, replacement_timeout_s: float = 60.0,
         num_standby: int | None = None,
         callbacks: Callback | Sequence[Callback] | None = None, plugins: Value = None,
@@ -182,6 +182,8 @@ class Trainer(TrainerNames):
 
         if model is None and ckpt_path is None and self.result is not None and self.result.best_checkpoint:
             ckpt_path = "best"
+        if ckpt_path == "best":
+            ckpt_path = getattr(super().checkpoint_callback, "best_model_path", "") or "best"
         module = model if model is not None else self.lightning_module
         if module is None:
             raise InvalidArguments(f"{stage} needs a model: pass one, or call fit first")
@@ -208,8 +210,6 @@ class Trainer(TrainerNames):
             self.result, self._kept = execution.result or self.result, execution.kept
         facts = self._collect_facts(execution, execution.driver)
         self.follow(Record(**facts) if execution.group.is_local else WorkersRecord(**facts), execution.stage)
-        for callback in self.callbacks:
-            self._fill(callback)
 
     def _collect_facts(self, execution: Execution, driver: Run) -> dict[str, Value]:
         """The end of a run by the names of `Record`: live objects if it was in this process, else what workers sent."""
@@ -234,11 +234,6 @@ class Trainer(TrainerNames):
             "global_step": step,
             "current_epoch": epoch,
         }
-
-    def _fill(self, callback: Value) -> None:
-        """Gives a checkpoint callback the checkpoints that were kept."""
-        if self._kept is not None and hasattr(callback, "take_kept"):
-            callback.take_kept(self._kept.checkpoints, self._kept.best, self._kept.last)
 
     # ---- names that can be read before a run, too
 
@@ -268,14 +263,15 @@ class Trainer(TrainerNames):
 
     @property
     def checkpoint_callback(self) -> Value:
-        """The ModelCheckpoint among the callbacks; one is made if none was passed. Has best_model_path and
-        last_model_path after a fit."""
+        """The first ModelCheckpoint among the callbacks. If none was passed, one with the paths of raylight's own
+        checkpoints."""
         from raylight.callbacks import ModelCheckpoint
 
         found = super().checkpoint_callback
         if found is None and self.config.checkpoint is not None:
             found = ModelCheckpoint()
-            self._fill(found)
+            if self._kept is not None:
+                found.take_kept(self._kept.best, self._kept.last)
         return found
 
     def save_checkpoint(self, filepath: FilePath, weights_only: bool = False, storage_options: Value = None) -> None:
@@ -307,7 +303,8 @@ def find_available(arguments: Mapping[str, Value]) -> Available:
 
         found = describe_cluster()
         if found is not None:
-            return Available(num_gpus, True, found.num_gpus, found.num_cpus, found.autoscales)
+            gpus = num_gpus if found.started_here else found.num_gpus  # it is started again where it has fewer
+            return Available(num_gpus, True, gpus, found.num_cpus, found.started_here, found.autoscales)
     return Available(num_gpus, address)
 
 

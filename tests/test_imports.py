@@ -16,14 +16,16 @@ ROOT = Path(__file__).parent.parent / "raylight"
 # From the bottom up: a module imports from its own layer and from those below. The longest matching name counts.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("contract",),
+    ("lightning.names", "lightning.refused", "lightning.alias_modules"),
     ("user",),
+    ("lightning",),
     ("arguments",),
     ("worker", "storage"),
     ("driver",),
-    ("launch", "report", "callbacks", "loading", "rebuilding", "hparams_file", "loggers"),
-    ("execution", "replay", "runs"),
+    ("launch", "report", "callbacks", "loading", "rebuilding", "hparams_file", "lightning_files", "loggers"),
+    ("execution", "replay", "runs", "speed"),
     ("trainer",),
-    ("sweep", "tuning", "cli", "doctor", "supervise"),
+    ("sweep", "tuning", "cli", "doctor", "lightning.script", "supervise"),
 )
 
 # Neighbours of one layer that must not know each other.

@@ -41,7 +41,7 @@ class EarlyStopping(Callback):
     `wait_count` say what happened. Arguments and defaults are those of Lightning 2.6.
     """
 
-    judges_values = True
+    _judges_values = True
 
     def __init__(
         self,

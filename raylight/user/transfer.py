@@ -55,6 +55,21 @@ def batch_size_of(batch: Batch) -> int | None:
     return None
 
 
+def take_samples(batch: Batch, count: int) -> Batch:
+    """The batch with `count` samples: its first ones, and them again where it has fewer. Cut are the tensors whose
+    first dimension is the number of its samples."""
+    size = batch_size_of(batch)
+    if size is None or size == count:
+        return batch
+
+    def take(leaf: Batch) -> Batch:
+        if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.shape[0] != size:
+            return leaf
+        return leaf[torch.arange(count, device=leaf.device) % size]
+
+    return _change_leaves(batch, "index_select", take)
+
+
 def _change_leaves(batch: Batch, method: str, change: Callable[[Any], Any]) -> Batch:
     """`batch` with `change(leaf)` for each tensor and each object that has `method`."""
     if isinstance(batch, Tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from raylight.contract.errors import CheckpointMismatch
 from raylight.contract.kinds import StateDict
 from raylight.contract.layout import MANIFEST_FILE, checkpoint_directory
+from raylight.contract.messages import FileDropped, FileOrders
 from raylight.contract.seeding import RNGState, rng_state
 from raylight.contract.task import Begin
 from raylight.user.callback import Callback
@@ -44,6 +45,20 @@ def is_committed(worker: Worker) -> bool:
     """Whether this attempt's checkpoint of this state is on storage: then it must not be written again."""
     files = worker.task.files
     return files is not None and files.exists(f"{directory_of(worker)}/{MANIFEST_FILE}")
+
+
+def send_orders(worker: Worker) -> None:
+    """Asks for the files that are wanted of this state, whose checkpoint is made now or was already."""
+    orders = worker.saving.take_orders()
+    if orders:
+        worker.outbox.put(FileOrders(directory_of(worker), worker.progress.global_step, orders))
+
+
+def drop_orders(worker: Worker) -> None:
+    """The ranks meet again, and what was wanted of this state comes too late."""
+    paths = [order.path for order in worker.saving.take_orders() if not isinstance(order, FileDropped)]
+    if paths:
+        worker.warn_once(f"not written, because a worker was lost meanwhile: {', '.join(paths)}")
 
 
 def take_snapshot(worker: Worker, wait: bool) -> bool:
