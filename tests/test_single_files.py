@@ -352,3 +352,31 @@ def test_a_checkpoint_io_that_was_written_for_lightning(tmp_path: Path) -> None:
     assert set(plugin.calls[1:]) == {"load"}
     with pytest.raises(InvalidArguments, match="one CheckpointIO is enough"):
         make_trainer(tmp_path, plugins=[plugin, Recording()])
+
+
+# ---- on workers
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_files_of_two_workers(tmp_path: Path) -> None:
+    class Saving(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    two = {"num_workers": 2, "num_standby": 0, "max_epochs": 2}
+    trainer, net = make_trainer(tmp_path, callbacks=[Saving()], seed=3, **two), Net(3)
+    trainer.fit(net, LOADER)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert torch.equal(torch.load(tmp_path / "end.ckpt")["state_dict"]["net.weight"], net.net.weight)
+    middle = torch.load(tmp_path / "middle.ckpt")
+    assert middle["global_step"] == 3
+    assert len(middle["raylight"]["own"]) == 2
+    for num_workers in (2, 0):
+        again, further = Net(3), make_trainer(tmp_path, **(two | {"num_workers": num_workers}))
+        further.fit(again, LOADER, ckpt_path=tmp_path / "middle.ckpt")
+        if num_workers == 2:  # of one worker, what is left of an epoch has more steps
+            assert further.global_step == trainer.global_step
+            assert torch.equal(again.net.weight, net.net.weight)
+    theirs = Theirs.load_from_checkpoint(tmp_path / "end.ckpt")
+    assert torch.equal(theirs.net.weight, net.net.weight)
