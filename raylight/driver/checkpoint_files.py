@@ -74,8 +74,9 @@ class CheckpointFiles:
         self._lost = [orders for orders in self._lost if orders.step <= step]
 
     def note_commit(self, checkpoint: Checkpoint) -> None:
-        lost, self._lost = self._lost, []
-        for orders in lost:
+        due = [orders for orders in self._lost if orders.step <= checkpoint.step]
+        self._lost = [orders for orders in self._lost if orders.step > checkpoint.step]
+        for orders in due:
             if _name_of(orders) != checkpoint.name:
                 paths = ", ".join(order.path for order in orders.orders if isinstance(order, FileWanted))
                 self._warn(f"the state of step {orders.step} is lost; that of step {checkpoint.step} goes to {paths}")

@@ -154,6 +154,17 @@ def test_a_checkpoint_that_comes_after_all_is_the_right_one(desk):
     assert (desk.maker.did, [text for text in desk.said if "lost" in text]) == (["write a of 1"], [])
 
 
+def test_an_older_state_is_not_put_into_a_newer_file(desk):
+    desk.order(9, desk.want("a"))
+    desk.files.note_lost()
+    desk.files.note_commit(checkpoint(6))
+    desk.files.wait()
+    assert desk.maker.did == []
+    desk.files.note_commit(checkpoint(9))
+    desk.files.wait()
+    assert desk.maker.did == ["write a of 9"]
+
+
 def test_at_the_end_those_without_a_checkpoint_are_named(desk):
     desk.order(1, desk.want("a"), LinkWanted("last", "a"))
     desk.files.close()
