@@ -27,7 +27,7 @@ from raylight.driver.watch import Watch
 from raylight.launch.in_process import InProcessGroup
 from raylight.launch.signals import stop_on_signal
 from raylight.loading import Resume, find_resume, find_seed
-from raylight.loggers import make_loggers
+from raylight.loggers.opening import describe_loggers, make_loggers
 from raylight.report.console import Console
 from raylight.report.gauges import GAUGES, Gauges
 from raylight.report.output_streams import lasting_streams
@@ -35,6 +35,7 @@ from raylight.storage.checkpoints import Checkpoint, raise_fence, sweep_leftover
 from raylight.storage.fence import claim_attempt
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
+from raylight.user.logger import DummyLogger
 from raylight.user.module import Module
 from raylight.user.trainer_names import TrainerNames
 from raylight.worker.returned import unpack_objects
@@ -54,7 +55,7 @@ class Claimed:
 def claim(config: Config) -> Claimed:
     """Claims the next version of a run, which the next run of that trainer will use."""
     version = claim_version(Storage(config.storage_path, config.storage_filesystem), config.name)
-    return Claimed(version, make_loggers(config.logger, version.storage, version.path))
+    return Claimed(version, make_loggers(config.logger, version.storage))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +165,10 @@ class Execution:
         loggers: Sequence[Logger] = []
         if self.claimed is not None and version is self.claimed.version:
             loggers = self.claimed.loggers
-        elif version is not None:
-            loggers = make_loggers(config.logger, version.storage, version.path)
+        elif config.fast_dev_run:
+            loggers = [DummyLogger()]
+        else:
+            loggers = make_loggers(config.logger, version.storage if version is not None else None)
         console = Console(
             config.enable_progress_bar,
             world_size=group.world_size,
@@ -182,6 +185,7 @@ class Execution:
             driver.add_sink(_make_gauges(driver))
         seed = resume.seed if resume.seed is not None else self._choose_seed(resume)
         driver.start({"seed": seed, "stage": self.stage, "resumed_from": protected, **facts})
+        driver.loggers.open(self.module)
         if resume.notice:
             driver.tell(resume.notice)
         if attempt:
@@ -201,6 +205,7 @@ class Execution:
             version_path=version.path if version is not None else "",
             files=version.storage if version is not None else None,
             seed=seed,
+            loggers=describe_loggers(driver.loggers, group.is_local),
             checkpoint=resume.checkpoint,
             lightning_file=resume.lightning_file,
             weights_only=self.stage != "fit",

@@ -80,8 +80,8 @@ class LearningRateMonitor(Callback):
             if self.logging_interval is not None or own_interval == interval:
                 for group, name in zip(optimizer.param_groups, names, strict=True):
                     values |= self._read(optimizer, group, name)
-        if values and trainer.logger:
-            trainer.logger.log_metrics(values, step=step)
+        for logger in trainer.loggers if values else ():
+            logger.log_metrics(values, step=step)
 
     def _read(self, optimizer: Optimizer, group: dict[str, Value], name: str) -> dict[str, float]:
         values = {name: float(group["lr"])}

@@ -12,6 +12,7 @@ from raylight.contract.errors import StorageError, Superseded
 from raylight.driver.departed_values import DepartedValues
 from raylight.driver.goodput import GoodputClock
 from raylight.driver.logger_feed import Logger
+from raylight.driver.loggers import Loggers
 from raylight.driver.metric_store import MetricStore
 from raylight.driver.outcome import Outcome
 from raylight.driver.run_record import JsonObject, RunRecord, describe_error
@@ -39,7 +40,7 @@ class Driver:
     ):  # fmt: skip
         """`protected`: the path of the checkpoint that the run was resumed from."""
         self.version, self.config, self.attempt = version, config, attempt
-        self.loggers = list(loggers)
+        self.loggers = Loggers(loggers, self.warn)
         files = version.storage if version is not None else None
         self.record = RunRecord(version, config, attempt, self.warn, is_follow_up)
         self.shelf = Shelf(files, config.checkpoint or Checkpointing(), attempt, self.warn, protected)
@@ -90,8 +91,9 @@ class Driver:
     # ---- messages
 
     def handle(self, rank: int, message: m.Message) -> None:
-        """Raises Superseded once another driver has taken over the version, and what a logger has raised."""
-        self._check_cut_short(message)
+        """Raises Superseded once another driver has taken over the version."""
+        if self.record.superseded is not None:
+            raise self.record.superseded
         self.goodput_clock.follow(rank, message)
         if isinstance(message, m.StepMetrics):
             self.metrics.add_steps(rank, message)
@@ -106,19 +108,14 @@ class Driver:
                 self._later(self._commit, shares)
         elif isinstance(message, m.SaveFailed):
             self.shelf.drop_failed(rank, message, self._is_ending)
+        elif isinstance(message, m.LoggerCall):
+            self.loggers.call(message)
         elif isinstance(message, m.Hyperparameters):
             self._note_hyperparameters(message)
         elif isinstance(message, m.Started | m.Finished | m.Failure | m.Died | m.PeerLost):
             self.outcome.note(rank, message)
         for sink in self._sinks:
             sink.handle(rank, message)
-
-    def _check_cut_short(self, message: m.Message) -> None:
-        if self.record.superseded is not None:
-            raise self.record.superseded
-        error = self.metrics.logger_error
-        if error is not None and not isinstance(message, m.Failure | m.Died | m.PeerLost | m.Notice):
-            raise error
 
     def _note_progress(self, rank: int, message: m.Progress) -> None:
         if message.stage == "train":
@@ -127,13 +124,7 @@ class Driver:
                 self.departed_values.note(rank, message.epoch, message.share)
 
     def _note_hyperparameters(self, message: m.Hyperparameters) -> None:
-        all_of_them = self.record.add_hyperparameters(message.values)
-        for logger in self.loggers:
-            if hasattr(logger, "log_hyperparams"):
-                try:
-                    logger.log_hyperparams(all_of_them)
-                except (OSError, StorageError) as error:
-                    self.warn(f"{type(logger).__name__} could not log the hyperparameters: {error}")
+        self.loggers.log_hyperparameters(self.record.add_hyperparameters(message.values))
         self._later(self.write_record)
 
     def add_sink(self, sink: Sink) -> None:

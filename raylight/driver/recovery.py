@@ -32,28 +32,16 @@ class Recovery:
     def go_on(self, failures: dict[int, Failed]) -> Messages:
         """The messages of the next generation: of the ranks that are left and their new peers, or, if nobody is left,
         of ranks that begin from the newest checkpoint. Raises if the run cannot go on."""
-        another = self.driver.metrics.take_logger_error()
-        if another is None:
-            try:
-                messages = self._go_on(failures)
-                another = self.driver.metrics.take_logger_error()
-                if another is None:
-                    return messages
-            except RaylightError as known:
-                self._note(known, self.driver.metrics.take_logger_error())
-                raise
-            except Exception as raised:
-                another = raised
-        error = self._make_error(failures, Decision(Action.GIVE_UP, "it could not be handled"))
-        with beside(error, "saving a last checkpoint"):
-            self._rescue([rank for rank, failure in failures.items() if isinstance(failure, Died)])
-        self._note(error, another)
-        raise error from None
-
-    def _note(self, error: BaseException, another: Exception | None) -> None:
-        """Adds an exception of going on, such as one of a logger of the user's that hears of the failure."""
-        if another is not None:
-            error.add_note(describe_beside("going on", another))
+        try:
+            return self._go_on(failures)
+        except RaylightError:
+            raise
+        except Exception as raised:
+            error = self._make_error(failures, Decision(Action.GIVE_UP, "it could not be handled"))
+            with beside(error, "saving a last checkpoint"):
+                self._rescue([rank for rank, failure in failures.items() if isinstance(failure, Died)])
+            error.add_note(describe_beside("going on", raised))
+            raise error from None
 
     def _go_on(self, failures: dict[int, Failed]) -> Messages:
         self.driver.wait_for_storage()
