@@ -16,6 +16,7 @@ from raylight.driver.loggers import Loggers
 from raylight.driver.metric_store import MetricStore
 from raylight.driver.outcome import Outcome
 from raylight.driver.run_record import JsonObject, RunRecord, describe_error
+from raylight.driver.saved_checkpoints import describe_saving
 from raylight.driver.shelf import Shares, Shelf
 from raylight.storage.checkpoints import Checkpoint
 from raylight.storage.summaries import is_number
@@ -44,6 +45,7 @@ class Driver:
         files = version.storage if version is not None else None
         self.record = RunRecord(version, config, attempt, self.warn, is_follow_up)
         self.shelf = Shelf(files, config.checkpoint or Checkpointing(), attempt, self.warn, protected)
+        self._saved = describe_saving(config.checkpoint or Checkpointing())
         self.metrics = MetricStore(files, world_size, self.loggers, self.warn)
         self.goodput_clock = GoodputClock()
         self.outcome = Outcome()
@@ -156,6 +158,8 @@ class Driver:
             self._look_for_deletion()
             self.shelf.commit(shares, self.record.seed)
             self.goodput_clock.note_commit()
+            self._saved.read(self.shelf)
+            self.loggers.after_save_checkpoint(self._saved)  # which may read it: only then others are deleted
             self.shelf.retain()
         except Superseded as error:
             self.record.leave(error)

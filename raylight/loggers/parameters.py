@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
@@ -72,7 +71,3 @@ def to_numbers(owner: str, metrics: Mapping[str, Value], prefix: str, separator:
             ) from error
         values[f"{prefix}{separator}{name}" if prefix else name] = number
     return values
-
-
-def to_json(params: Mapping[str, Value]) -> str:
-    return json.dumps(to_plain(params))
