@@ -185,7 +185,9 @@ class Execution:
             driver.add_sink(_make_gauges(driver))
         seed = resume.seed if resume.seed is not None else self._choose_seed(resume)
         driver.start({"seed": seed, "stage": self.stage, "resumed_from": protected, **facts})
+        self.module.trainer = self.trainer  # a graph is traced through all properties, and loggers may read it
         driver.loggers.open(self.module)
+        self.module.trainer = None
         if resume.notice:
             driver.tell(resume.notice)
         if attempt:

@@ -26,6 +26,9 @@ class Net(pl.Module):
         self.layer = torch.nn.Linear(3, 1)
         self.at_epoch_end: Callable[[Any], None] | None = None
 
+    def forward(self, x):
+        return self.layer(x)
+
     def training_step(self, batch, batch_idx):
         loss = (self.layer(batch[0]) - batch[1]).square().mean()
         self.log("train/loss", loss)
