@@ -55,14 +55,17 @@ def describe_loggers(loggers: Loggers, is_local: bool) -> tuple[LoggerView, ...]
 
 
 def _describe(logger: Value, is_open: bool) -> LoggerView:
-    experiment = getattr(logger, "experiment", None) if is_open else None
-    kind = type(experiment)
+    names, facts = None, {"log_dir": getattr(logger, "log_dir", None)}
+    if is_open and not isinstance(logger, FileLogger):  # whose experiment costs an import and a file: its first call
+        experiment = getattr(logger, "experiment", None)
+        names = None if hasattr(type(experiment), "__getattr__") else frozenset(dir(experiment))
+        facts = _read(experiment, [*getattr(experiment, "__dict__", ()), *EXPERIMENT_FACTS])
     return LoggerView(
         is_open=is_open,
         kind=_pickle_class(type(logger)),
         facts=_read(logger, [*vars(logger), *_properties(type(logger))]),
-        experiment_names=None if hasattr(kind, "__getattr__") else frozenset(dir(experiment)),
-        experiment_facts=_read(experiment, [*getattr(experiment, "__dict__", ()), *EXPERIMENT_FACTS]),
+        experiment_names=names,
+        experiment_facts=facts,
     )
 
 
