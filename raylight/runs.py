@@ -30,6 +30,7 @@ from raylight.storage.versions import Version, list_runs, number_of, versions_in
 if TYPE_CHECKING:
     import pyarrow as pa
 
+
 class Run:
     """One version of a run, read back from storage. Each part is read when it is first asked for, then kept: open it
     again to see what a running run has added."""

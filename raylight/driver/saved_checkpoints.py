@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from raylight.contract.config import Checkpointing
+from raylight.contract.messages import FileWanted
 from raylight.driver.shelf import Shelf
 from raylight.storage.retention import DEFAULT_MONITOR, rank_measured
 
@@ -18,6 +19,8 @@ class SavedCheckpoints:
     save_top_k: int
     save_weights_only: bool
     save_last: bool = True
+    state_key: str = "ModelCheckpoint"
+    """The same for all that one callback has saved."""
     best_model_path: str = ""
     best_model_score: float | None = None
     last_model_path: str = ""
@@ -39,3 +42,14 @@ class SavedCheckpoints:
 
 def describe_saving(options: Checkpointing) -> SavedCheckpoints:
     return SavedCheckpoints(options.monitor, options.mode, options.keep_best, options.save_weights_only)
+
+
+def describe_file(wanted: FileWanted) -> SavedCheckpoints:
+    """Of a file that a ModelCheckpoint wanted which the driver does not know, such as one of `configure_callbacks`."""
+    key, state = wanted.state or (wanted.path, {})
+    saved = SavedCheckpoints(state.get("monitor"), "min", 1, wanted.weights_only, state_key=key)
+    saved.last_model_path = saved.best_model_path = wanted.path
+    for name in ("best_model_path", "best_model_score", "last_model_path", "current_score", "best_k_models"):
+        if state.get(name):
+            setattr(saved, name, state[name])
+    return saved

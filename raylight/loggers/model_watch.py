@@ -13,18 +13,19 @@ NUM_BINS = 64
 STEP = "trainer/global_step"
 
 
-def watch_model(model: Value, log: str | None, log_freq: int, experiment: Value) -> None:
-    """`log`: "gradients", "parameters", "all" or None. `experiment` takes them for a model that no trainer trains."""
+def watch_model(model: Value, log: str | None, log_freq: int, kind: type, experiment: Value) -> None:
+    """`log`: "gradients", "parameters", "all" or None. They go to the trainer's logger of this `kind`, and to
+    `experiment` for a model that no trainer trains."""
     for each in model if isinstance(model, list | tuple) else [model]:
         if log is not None:
-            ModelWatch(each, ("gradients", "parameters") if log == "all" else (log,), log_freq, experiment)
+            ModelWatch(each, ("gradients", "parameters") if log == "all" else (log,), log_freq, kind, experiment)
 
 
 class ModelWatch:
     """Logs one row for all parameters at every `log_freq`-th backward pass."""
 
-    def __init__(self, model: nn.Module, kinds: tuple[str, ...], log_freq: int, experiment: Value):
-        self.model, self.kinds, self.log_freq, self.experiment = model, kinds, log_freq, experiment
+    def __init__(self, model: nn.Module, kinds: tuple[str, ...], log_freq: int, logger: type, experiment: Value):
+        self.model, self.kinds, self.log_freq, self.logger, self.experiment = model, kinds, log_freq, logger, experiment
         self._counts: dict[str, int] = {}
         self._row: dict[str, Value] = {}
         for name, parameter in model.named_parameters():
@@ -52,14 +53,12 @@ class ModelWatch:
 
     def _find_experiment(self) -> tuple[Value, int | None]:
         """That of the trainer's on rank 0, and the step; else the one that it was made with."""
-        from raylight.loggers.wandb import WandbLogger
-
         trainer = getattr(self.model, "_trainer", None)
         if trainer is None:
             return self.experiment, None
         if not trainer.is_global_zero:
             return None, None
-        found = (logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger))
+        found = (logger.experiment for logger in trainer.loggers if isinstance(logger, self.logger))
         return next(found, None), trainer.global_step
 
     def __getstate__(self) -> dict[str, Value]:

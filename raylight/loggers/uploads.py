@@ -30,7 +30,7 @@ class Upload:
 
     @property
     def name(self) -> str:
-        return self.path.rstrip("/").rpartition("/")[2]
+        return self.path.partition("?")[0].rstrip("/").rpartition("/")[2]
 
     @property
     def aliases(self) -> list[str]:
@@ -60,14 +60,14 @@ class Uploads:
     def __init__(self, log_model: LogModel):
         self.log_model = log_model
         self._done: dict[str, float] = {}  # by path: when the file was last changed
-        self._waiting: dict[int, Value] = {}
+        self._waiting: dict[str, Value] = {}  # the newest of each callback
 
     def take_saved(self, callback: Value) -> list[Upload]:
         """Those to send now that `callback`, a ModelCheckpoint or like one, has saved."""
         if self.log_model == "all" or (self.log_model and callback.save_top_k == -1):
             return self._scan(callback)
         if self.log_model:
-            self._waiting[id(callback)] = callback
+            self._waiting[getattr(callback, "state_key", "")] = callback
         return []
 
     def take_rest(self) -> list[Upload]:

@@ -167,7 +167,7 @@ class WandbLogger(ServiceLogger):
         """Histograms of "gradients", "parameters" or "all" at every `log_freq`-th backward pass of rank 0. They are
         raylight's own, which travel to workers with the model; the graph is not drawn."""
         check_choice("WandbLogger.watch", "log", log, ("gradients", "parameters", "all", None))
-        watch_model(model, log, log_freq, self.experiment)
+        watch_model(model, log, log_freq, WandbLogger, self.experiment)
 
     # ---- artifacts
 

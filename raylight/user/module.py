@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from raylight.user.checkpoint_reader import CheckpointPath, MapLocation, checkpo
 from raylight.user.init_arguments import choose_hyperparameters, collect_arguments
 from raylight.user.module_hooks import ModuleHooks, Stepping
 from raylight.user.trainer_names import TrainerNames
+
+_READERS = ("torch.jit._recursive", "torch._jit_internal")
+"""Where torch.jit reads every attribute of a module, those that work in a run alone among them."""
 
 
 class AttributeDict(dict[str, Value]):
@@ -47,6 +51,8 @@ class Module(ModuleHooks):
     """Input of `forward`, from which ModelSummary finds shapes: a tensor, a tuple of arguments or a dict of them."""
     _trainer: TrainerNames | None
     _hparams: AttributeDict
+    __jit_unused_properties__: ClassVar[list[str]]
+    __jit_ignored_attributes__: ClassVar[list[str]]
 
     def __init__(self, *args: Value, **kwargs: Value) -> None:
         super().__init__(*args, **kwargs)
@@ -60,6 +66,8 @@ class Module(ModuleHooks):
         """The trainer that runs this module: in this process the caller's own, on a worker one of the same class."""
         trainer = self.__dict__.get("_trainer")
         if trainer is None:
+            if sys._getframe(1).f_globals.get("__name__") in _READERS:
+                return None  # type: ignore[return-value]
             raise RuntimeError(
                 f"{type(self).__name__} is not attached to a run: `trainer` exists inside the hooks only."
             )
@@ -248,6 +256,11 @@ class Module(ModuleHooks):
         Raises CheckpointCorrupt if it is damaged and CheckpointMismatch if keys or shapes do not fit.
         """
         return checkpoint_reader().load_module(cls, checkpoint_path, map_location, strict, overrides)
+
+
+# torch.jit.script would compile these too.
+Module.__jit_unused_properties__ = [name for name in dir(Module) if isinstance(getattr(Module, name), property)]
+Module.__jit_ignored_attributes__ = [*Module.__jit_unused_properties__, *Module.__annotations__]
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
