@@ -13,7 +13,7 @@ NUM_BINS = 64
 STEP = "trainer/global_step"
 
 
-def watch_model(model: Value, log: str | None, log_freq: int, kind: type, experiment: Value) -> None:
+def watch_model(model: Value, log: str | None, log_freq: int, kind: Value, experiment: Value) -> None:
     """`log`: "gradients", "parameters", "all" or None. They go to the trainer's logger of this `kind`, and to
     `experiment` for a model that no trainer trains."""
     for each in model if isinstance(model, list | tuple) else [model]:
@@ -24,7 +24,7 @@ def watch_model(model: Value, log: str | None, log_freq: int, kind: type, experi
 class ModelWatch:
     """Logs one row for all parameters at every `log_freq`-th backward pass."""
 
-    def __init__(self, model: nn.Module, kinds: tuple[str, ...], log_freq: int, logger: type, experiment: Value):
+    def __init__(self, model: nn.Module, kinds: tuple[str, ...], log_freq: int, logger: Value, experiment: Value):
         self.model, self.kinds, self.log_freq, self.logger, self.experiment = model, kinds, log_freq, logger, experiment
         self._counts: dict[str, int] = {}
         self._row: dict[str, Value] = {}
@@ -58,8 +58,8 @@ class ModelWatch:
             return self.experiment, None
         if not trainer.is_global_zero:
             return None, None
-        found = (logger.experiment for logger in trainer.loggers if isinstance(logger, self.logger))
-        return next(found, None), trainer.global_step
+        found: list[Value] = [each.experiment for each in trainer.loggers if isinstance(each, self.logger)]
+        return found[0] if found else None, trainer.global_step
 
     def __getstate__(self) -> dict[str, Value]:
         return {**vars(self), "experiment": None}

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import raylight as pl
 from raylight.loggers import CSVLogger, DummyLogger, TensorBoardLogger
-from raylight.loggers.logger import Logger, rank_zero_experiment
+from raylight.loggers.logger import Logger, merge_dicts, rank_zero_experiment
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -325,3 +325,10 @@ def test_modules_have_lightnings_names(module):
         name for name in vars(theirs) if name.endswith("Logger") and vars(theirs)[name].__module__ == theirs.__name__
     )
     assert hasattr(ours, name)
+
+
+def test_dicts_are_merged_as_lightning_merges_them():
+    dicts = [{"a": 1.5, "b": 2.0, "n": {"x": 1, "y": None}}, {"a": 0.5, "n": {"x": 4, "y": 2}}, {"c": 3}]
+    functions = {"b": max, "n": {"x": sum}}
+    theirs = lightning.loggers.logger.merge_dicts(dicts, functions)
+    assert merge_dicts(dicts, functions) == theirs == {"a": 1.0, "b": 2.0, "n": {"x": 5, "y": 2}, "c": 3}
