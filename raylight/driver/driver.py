@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, Protocol
 
 from raylight.contract import messages as m
-from raylight.contract.config import Checkpointing, Config
+from raylight.contract.config import Checkpointing, Config, to_plain
 from raylight.contract.errors import StorageError, Superseded
 from raylight.contract.kinds import Value
 from raylight.contract.layout import CHECKPOINTS
@@ -60,6 +60,7 @@ class Driver:
         self.departed_values = DepartedValues()
         self._sinks, self._world_size, self._is_follow_up = list(sinks), world_size, is_follow_up
         self._awaiting: set[int] = set()  # ranks that wait for files
+        self._logged_hyperparameters: dict[str, Value] = {}
         self._step = self._epoch = 0
         self._is_ending = False
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="raylight storage")
@@ -139,8 +140,11 @@ class Driver:
                 self.departed_values.note(rank, message.epoch, message.share)
 
     def _note_hyperparameters(self, message: m.Hyperparameters) -> None:
-        self.loggers.log_hyperparameters(self.record.add_hyperparameters(message.values))
+        self.record.add_hyperparameters(message.values)
         self._later(self.write_record)
+        self._logged_hyperparameters |= message.values if message.logged is None else message.logged
+        if self._logged_hyperparameters:
+            self.loggers.log_hyperparameters(to_plain(self._logged_hyperparameters))
 
     def add_sink(self, sink: Sink) -> None:
         self._sinks.append(sink)
