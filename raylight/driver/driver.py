@@ -120,6 +120,7 @@ class Driver:
                 self._later(self._commit, shares)
         elif isinstance(message, m.SaveFailed):
             self.shelf.drop_failed(rank, message, self._is_ending)
+            self._later(self.files.note_lost, message.directory)
         elif isinstance(message, m.LoggerCall):
             self.loggers.call(message)
         elif isinstance(message, m.FileOrders):
@@ -193,6 +194,7 @@ class Driver:
         except Superseded as error:
             self.record.leave(error)
         except Exception as error:
+            self.files.note_lost(shares[min(shares)].directory)
             self.warn(f"the checkpoint of step {shares[min(shares)].step} is lost: {describe_error(error)}")
         self.write_record()
 
@@ -232,6 +234,7 @@ class Driver:
         """The steps after this one are made again: what was logged and saved beyond it counts for nothing."""
         self.metrics.redo_from(step, self._world_size)
         self.shelf.redo_from(step)
+        self.files.redo_from(step)
 
     def take_over(self, checkpoint: Checkpoint) -> None:
         """Takes the metrics of this version as of a checkpoint of its own, until the run measures others."""
@@ -254,6 +257,7 @@ class Driver:
         self.metrics.begin_generation()
         self.wait_for_storage()
         self.shelf.begin_generation()
+        self.files.note_lost()
         self.outcome.begin_generation()
         if last_step is not None:
             self.metrics.regroup(world_size, gone, last_step)
