@@ -144,8 +144,6 @@ NOT_YET = {
     "loggers:DummyLogger": "pass logger=False",
     "loggers:rank_zero_experiment": "loggers run in the driver, once: leave it out",
     "loggers:merge_dicts": "merge them by hand",
-    "user.checkpoint_io:CheckpointIO": "checkpoints go to storage_path",
-    "user.checkpoint_io:TorchCheckpointIO": "checkpoints go to storage_path",
     "cli:LightningCLI": "read the arguments in your script",
     "cli:LightningArgumentParser": "read the arguments in your script",
     "cli:SaveConfigCallback": "the arguments of each run are in its run.json",

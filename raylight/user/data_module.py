@@ -9,8 +9,9 @@ from typing import Self
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from raylight.contract.config import FilePath
 from raylight.contract.kinds import Loader, Value
-from raylight.user.checkpoint_reader import CheckpointPath, checkpoint_reader
+from raylight.user.checkpoint_reader import CheckpointPath, MapLocation, checkpoint_reader
 from raylight.user.data_hooks import DataHooks
 from raylight.user.hyperparameters import HyperparametersMixin
 from raylight.user.trainer_names import TrainerNames
@@ -55,13 +56,22 @@ class DataModule(HyperparametersMixin, DataHooks):
         """Restore what `state_dict` returned; called after `setup` if the run continues from a checkpoint."""
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: CheckpointPath, **overrides: Value) -> Self:
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: CheckpointPath,
+        map_location: MapLocation = None,
+        hparams_file: FilePath | None = None,
+        weights_only: bool | None = None,
+        **overrides: Value,
+    ) -> Self:
         """Rebuild the data module of a run with the hyperparameters that it saved, `overrides` on top.
 
-        `checkpoint_path` is as for `Module.load_from_checkpoint`. Raises CheckpointCorrupt if it is damaged and
+        The arguments are as for `Module.load_from_checkpoint`. Raises CheckpointCorrupt if it is damaged and
         CheckpointMismatch if `__init__` needs what is not in it.
         """
-        return checkpoint_reader().load_data_module(cls, checkpoint_path, overrides)
+        return checkpoint_reader().load_data_module(
+            cls, checkpoint_path, map_location, hparams_file, weights_only, overrides
+        )
 
     @classmethod
     def from_datasets(

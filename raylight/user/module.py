@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from raylight.contract.config import FilePath
 from raylight.contract.kinds import Batch, Value
 from raylight.user.checkpoint_reader import CheckpointPath, MapLocation, checkpoint_reader
 from raylight.user.hyperparameters import AttributeDict, HyperparametersMixin
@@ -209,16 +210,22 @@ class Module(HyperparametersMixin, ModuleHooks):
     def load_from_checkpoint(
         cls,
         checkpoint_path: CheckpointPath,
-        map_location: MapLocation = "cpu",
+        map_location: MapLocation = None,
+        hparams_file: FilePath | None = None,
         strict: bool | None = None,
+        weights_only: bool | None = None,
         **overrides: Value,
     ) -> Self:
         """Rebuild the module from a checkpoint: its saved hyperparameters, `overrides` on top, then its weights.
 
-        `checkpoint_path` is a checkpoint directory (path or URI), a `raylight` Checkpoint, or a Lightning `.ckpt` file.
-        Raises CheckpointCorrupt if it is damaged and CheckpointMismatch if keys or shapes do not fit.
+        `checkpoint_path` is a checkpoint directory or a file in Lightning's format, by path or URI; such a file, opened
+        for reading bytes; or a Checkpoint, raylight's or Ray Tune's. `hparams_file`, a .yaml or .csv, takes the place
+        of the saved hyperparameters. No code from the checkpoint is run unless `weights_only` is False. Raises
+        CheckpointCorrupt if it is damaged and CheckpointMismatch if keys or shapes do not fit.
         """
-        return checkpoint_reader().load_module(cls, checkpoint_path, map_location, strict, overrides)
+        return checkpoint_reader().load_module(
+            cls, checkpoint_path, map_location, hparams_file, strict, weights_only, overrides
+        )
 
 
 # torch.jit.script would compile these too.
