@@ -56,7 +56,7 @@ INSTEAD = {
     "log_gpu_memory": "use callbacks=[raylight.callbacks.DeviceStatsMonitor()] instead",
     "model_registry": "checkpoints go to storage_path; leave it out",
     "move_metrics_to_cpu": "metrics are small; leave it out",
-    "multiple_trainloader_mode": "combine the loaders in one of your own",
+    "multiple_trainloader_mode": "pass raylight.utilities.CombinedLoader(loaders, mode)",
     "num_processes": "use num_workers=N, use_gpu=False instead",
     "prepare_data_per_node": "set it on the module or data module: self.prepare_data_per_node = False",
     "process_position": "leave it out",

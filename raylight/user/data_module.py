@@ -13,13 +13,13 @@ from raylight.contract.config import FilePath
 from raylight.contract.kinds import Loader, Value
 from raylight.user.checkpoint_reader import CheckpointPath, MapLocation, checkpoint_reader
 from raylight.user.data_hooks import DataHooks
-from raylight.user.module import AttributeDict, Module
+from raylight.user.hyperparameters import HyperparametersMixin
 from raylight.user.trainer_names import TrainerNames
 
 Datasets = Dataset | Iterable[Dataset] | Mapping[str, Dataset]
 
 
-class DataModule(DataHooks):
+class DataModule(HyperparametersMixin, DataHooks):
     """Subclass it and override what you need; hooks carry Lightning's names and meanings.
 
     `prepare_data` runs on one worker of each node while the others wait: download there, and keep nothing on `self`.
@@ -29,13 +29,11 @@ class DataModule(DataHooks):
 
     trainer: TrainerNames | None
     """The trainer that runs this object; None outside a run."""
-    _hparams: AttributeDict
 
     def __new__(cls, *args: Value, **kwargs: Value) -> Self:
         # Not in __init__, which subclasses often forget to call.
         made = super().__new__(cls)
         made.trainer = None
-        made._hparams = AttributeDict()
         return made
 
     def __init__(self, *args: Value, **kwargs: Value) -> None: ...
@@ -49,9 +47,6 @@ class DataModule(DataHooks):
         stages = {"Train": "train", "Validation": "val", "Test": "test", "Predict": "predict"}
         sizes = {label: _describe(getattr(self, f"{stage}_dataloader")) for label, stage in stages.items()}
         return "\n".join(f"{{{label} dataloader: {size}}}" for label, size in sizes.items())
-
-    hparams = Module.hparams
-    save_hyperparameters = Module.save_hyperparameters
 
     def state_dict(self) -> dict[str, Value]:
         """State for every checkpoint: plain values and tensors only."""

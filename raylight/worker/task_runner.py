@@ -18,6 +18,7 @@ from raylight.contract.rank_zero import set_rank
 from raylight.contract.seeding import seed_process, set_rng_state
 from raylight.contract.task import Begin, Place, Rejoin, Rescue, Task
 from raylight.user.checkpoint_io import find_checkpoint_io
+from raylight.user.hyperparameters import merge_logged
 from raylight.user.run_view import PLAIN
 from raylight.worker.checkpoint import contents, optimizer_options
 from raylight.worker.checkpoint.lightning_state import load_content, to_state
@@ -129,7 +130,7 @@ def prepare(session: Session) -> Iterator[Message]:
     worker.module.to(worker.device)
     hparams = {**getattr(data_module, "hparams", {}), **worker.module.hparams}
     if worker.is_first and hparams:
-        yield Hyperparameters(dict(hparams))
+        yield Hyperparameters(dict(hparams), merge_logged(worker.module, data_module))
     yield from worker.outbox.take()
     if worker.is_fitting:
         session.keep_random_numbers(_prepare_fit(worker, state))
