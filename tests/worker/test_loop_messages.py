@@ -148,6 +148,57 @@ def test_a_stream_that_is_read_again_shows_life_and_says_how_far():
     assert module.trained == [0.0, 2.0, 4.0, 6.0]
 
 
+class BreakingOnce(Asked):
+    """Breaks in the first epoch, at its third batch or in its validation."""
+
+    def __init__(self, point: str):
+        super().__init__()
+        self.point = point
+
+    def reach(self, point: str) -> None:
+        if point == self.point and not self.trainer.sanity_checking:
+            self.point = ""
+            raise KeyError("broken")
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 2:
+            self.reach("train")
+        return super().training_step(batch)
+
+    def validation_step(self, batch):
+        self.reach("validate")
+        super().validation_step(batch)
+
+
+@pytest.mark.parametrize("point", ["train", "validate"])
+@pytest.mark.parametrize("interval", [1.0, 4])
+def test_a_rank_that_goes_on_validates_once_where_it_was_due(point, interval):
+    module, control = BreakingOnce(point), Control()
+    options = {"max_epochs": 2, "num_sanity_val_steps": 0, "val_check_interval": interval}
+    loaders = {"validate": nets.make_loader(2)}
+    task = make_task(module, nets.make_loader(8), loaders=loaders, **options)
+    run_task(task, control=control)
+    control.resume()
+    found = run_task(replace(task, mode=Rejoin()), Place(generation=1), control)
+    assert [it.stage for it in found if isinstance(it, StageStarted)] == ["train", "validate"] * 2
+    assert module.validated_at == [4, 8]
+    assert module.trained == [0.0, 2.0, 4.0, 6.0] * 2
+
+
+def test_a_scheduler_on_a_plateau_may_follow_single_steps():
+    class OnPlateau(Asked):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+            given = {"scheduler": scheduler, "interval": "step", "monitor": "loss"}
+            return {"optimizer": optimizer, "lr_scheduler": given}
+
+    module = OnPlateau()
+    run(module, limit_val_batches=0)  # the loss that it logs rises in each of the four steps
+    (optimizer,) = module.control.kept.optimizers
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)
+
+
 # ---- reports and stages
 
 
