@@ -28,7 +28,7 @@ from raylight.storage.filesystem import Storage
 from raylight.worker import loop
 from raylight.worker.group.control import Control
 from tests.worker import nets
-from tests.worker.ranks import make_task, run_task
+from tests.worker.ranks import make_task, run_ranks, run_task
 
 # ---- what the driver may ask for, and what it sees of the rank
 
@@ -296,7 +296,7 @@ def test_hooks_see_what_a_step_returned_free_of_its_graph(given):
     module = Returning()
     run(module)
     if given == "none":
-        assert module.seen is None
+        assert module.seen == {}
     else:
         assert not module.seen["loss"].requires_grad
         assert module.seen.get("extra") == ("mine" if given == "dict" else None)
@@ -333,3 +333,17 @@ def test_a_profile_is_told_at_the_end():
     found = run(Asked(), profiler="simple", limit_val_batches=0)
     assert "training_step" in found[-2].text
     assert isinstance(found[-1], Finished)
+
+
+def tell_shares(place: Place) -> list[tuple[int, list[tuple[float, float]] | None]]:
+    """The batch, and what the rank has logged of the loss so far, at each report."""
+    loop.REPORT_EVERY_S = 0.0
+    task = make_task(nets.Line(), nets.make_loader(16), max_epochs=1, accumulate_grad_batches=2, limit_val_batches=0)
+    told = [it for it in run_task(task, place) if isinstance(it, Progress)]
+    return [(it.batch, it.share["loss"][1] if it.share else None) for it in told]
+
+
+def test_a_rank_of_several_tells_what_it_has_logged_in_whole_steps():
+    of_first, of_second = run_ranks(tell_shares)
+    assert of_first == [(1, None), (2, [(10.0, 4.0)]), (3, None), (4, [(52.0, 8.0)]), (4, [(52.0, 8.0)])]
+    assert of_second[-1] == (4, [(68.0, 8.0)])
