@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from raylight.contract.config import FilePath
+from raylight.contract.errors import InvalidArguments
 from raylight.contract.kinds import Batch, Value
 from raylight.user.checkpoint_reader import CheckpointPath, MapLocation, checkpoint_reader
+from raylight.user.export import OnnxTarget, to_onnx, to_torchscript
 from raylight.user.init_arguments import choose_hyperparameters, collect_arguments
 from raylight.user.module_hooks import ModuleHooks, Stepping
 from raylight.user.trainer_names import TrainerNames
+
+_READERS = ("torch.jit._recursive", "torch._jit_internal")
+"""Where torch.jit reads every attribute of a module, those that work in a run alone among them."""
 
 
 class AttributeDict(dict[str, Value]):
@@ -45,8 +52,14 @@ class Module(ModuleHooks):
     """Whether a checkpoint must hold exactly the keys of this module's state."""
     example_input_array: Batch = None
     """Input of `forward`, from which ModelSummary finds shapes: a tensor, a tuple of arguments or a dict of them."""
+    device_mesh: None = None
+    """Lightning's mesh of devices, for models that are divided over several; here each worker has the whole one."""
+    fabric: None = None
+    """Lightning's Fabric, which raylight does not have."""
     _trainer: TrainerNames | None
     _hparams: AttributeDict
+    __jit_unused_properties__: ClassVar[list[str]]
+    __jit_ignored_attributes__: ClassVar[list[str]]
 
     def __init__(self, *args: Value, **kwargs: Value) -> None:
         super().__init__(*args, **kwargs)
@@ -60,6 +73,8 @@ class Module(ModuleHooks):
         """The trainer that runs this module: in this process the caller's own, on a worker one of the same class."""
         trainer = self.__dict__.get("_trainer")
         if trainer is None:
+            if sys._getframe(1).f_globals.get("__name__") in _READERS:
+                return None  # type: ignore[return-value]
             raise RuntimeError(
                 f"{type(self).__name__} is not attached to a run: `trainer` exists inside the hooks only."
             )
@@ -73,6 +88,11 @@ class Module(ModuleHooks):
     def device(self) -> torch.device:
         """The device of the first parameter or buffer; the CPU if there is none."""
         return next((tensor.device for tensor in _tensors(self)), torch.device("cpu"))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the module is on a GPU."""
+        return self.device.type == "cuda"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -234,6 +254,31 @@ class Module(ModuleHooks):
         self.requires_grad_(True)
         return self.train()
 
+    def to_torchscript(
+        self,
+        file_path: FilePath | None = None,
+        method: str = "script",
+        example_inputs: Batch = None,
+        **kwargs: Value,
+    ) -> torch.jit.ScriptModule:
+        """Return the module as TorchScript in evaluation mode, and write it to `file_path` if there is one.
+
+        `method` is "script", or "trace", which follows one call with `example_inputs` or `example_input_array`. The
+        other arguments go to `torch.jit.script` or `torch.jit.trace`. Override it to script a part alone.
+        """
+        return to_torchscript(self, file_path, method, example_inputs, kwargs)
+
+    def to_onnx(self, file_path: OnnxTarget | None = None, input_sample: Batch = None, **kwargs: Value) -> Value:
+        """Write the module in the ONNX format, by one call with `input_sample` or `example_input_array`.
+
+        The other arguments go to `torch.onnx.export`, whose result is returned. Needs the extra `raylight[onnx]`.
+        """
+        return to_onnx(self, file_path, input_sample, kwargs)
+
+    def to_tensorrt(self, *args: Value, **kwargs: Value) -> None:
+        """Raise InvalidArguments: TensorRT reads what `to_onnx` writes."""
+        raise InvalidArguments("to_tensorrt is not in raylight: write the file that TensorRT reads by to_onnx(...)")
+
     @classmethod
     def load_from_checkpoint(
         cls,
@@ -248,6 +293,11 @@ class Module(ModuleHooks):
         Raises CheckpointCorrupt if it is damaged and CheckpointMismatch if keys or shapes do not fit.
         """
         return checkpoint_reader().load_module(cls, checkpoint_path, map_location, strict, overrides)
+
+
+# torch.jit.script would compile these too.
+Module.__jit_unused_properties__ = [name for name in dir(Module) if isinstance(getattr(Module, name), property)]
+Module.__jit_ignored_attributes__ = [*Module.__jit_unused_properties__, *Module.__annotations__]
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
