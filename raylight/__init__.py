@@ -98,6 +98,21 @@ class _LazyReader(checkpoint_reader.CheckpointReader):
 
         return load_data_module(kind, *arguments)
 
+    def read_file(self, path: Any, *arguments: Any) -> Any:
+        from raylight.loading import read_file
+
+        return read_file(path, *arguments)
+
+    def open_write(self, path: Any) -> Any:
+        from raylight.storage.single_file import open_write
+
+        return open_write(path)
+
+    def remove(self, path: Any) -> None:
+        from raylight.storage.single_file import remove
+
+        remove(path)
+
 
 checkpoint_reader.install(_LazyReader())
 alias_modules.install()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from raylight.contract.config import Config
-from raylight.contract.messages import BatchOutputs, Message, Trained
+from raylight.contract.messages import BatchOutputs, FilesAwaited, Message, Trained
 from raylight.contract.process_settings import read_settings
 from raylight.contract.seeding import isolate_rng, last_seed, rng_state
 from raylight.contract.task import Loaders, Task
@@ -26,6 +26,7 @@ from raylight.driver.result import Result
 from raylight.driver.watch import Watch
 from raylight.launch.in_process import InProcessGroup
 from raylight.launch.signals import stop_on_signal
+from raylight.lightning_files import LightningFiles
 from raylight.loading import Resume, find_resume, find_seed
 from raylight.loggers import make_loggers
 from raylight.report.console import Console
@@ -35,6 +36,7 @@ from raylight.storage.checkpoints import Checkpoint, raise_fence, sweep_leftover
 from raylight.storage.fence import claim_attempt
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
+from raylight.user.checkpoint_io import find_checkpoint_io
 from raylight.user.module import Module
 from raylight.user.trainer_names import TrainerNames
 from raylight.worker.returned import unpack_objects
@@ -176,7 +178,15 @@ class Execution:
         protected = resume.checkpoint.path if resume.checkpoint is not None else None
         is_follow_up = self.stage != "fit" and version is not None and bool(version.read_run())
         driver = self.driver = Driver(
-            version, config, group.world_size, [console], loggers, attempt, protected, is_follow_up
+            version,
+            config,
+            group.world_size,
+            [console],
+            loggers,
+            attempt,
+            protected,
+            is_follow_up,
+            LightningFiles(find_checkpoint_io(config.plugins), type(self.module)),
         )
         if self.stage == "fit" and not group.is_local:
             driver.add_sink(_make_gauges(driver))
@@ -188,6 +198,7 @@ class Execution:
             driver.redo_from(resume.checkpoint.step if resume.checkpoint is not None else 0)
             if resume.checkpoint is not None:
                 driver.take_over(resume.checkpoint)
+                driver.make_missing_files(resume.checkpoint)
         has_summary = any(type(callback).__name__.endswith("ModelSummary") for callback in self.callbacks)
         if self.stage == "fit" and config.enable_model_summary and not has_summary:
             console.show_model(self.module)
@@ -230,6 +241,8 @@ class Execution:
             for rank, message in messages:
                 driver.handle(rank, message)
                 watch.see(message)
+                if isinstance(message, FilesAwaited) and driver.make_awaited_files():
+                    group.resume()
                 yield rank, message
             failures = driver.outcome.take_failures()
             if not failures:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
-from raylight.contract.config import Filesystem
+from raylight.contract.config import FilePath, Filesystem
 from raylight.contract.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments, MissingFile, StorageError
-from raylight.contract.kinds import Value
-from raylight.contract.layout import CHECKPOINTS, MANIFEST_FILE
+from raylight.contract.kinds import StateDict, Value
+from raylight.contract.layout import CHECKPOINTS
+from raylight.storage import single_file
 from raylight.storage.checkpoints import (
     Checkpoint,
     check_whole,
@@ -226,6 +227,29 @@ def load_module(
     return module
 
 
+def read_file(path: FilePath | BinaryIO, map_location: MapLocation, weights_only: bool | None) -> StateDict:
+    """The content of a file of torch.save, at a path or URI, or opened. Nothing in it is run unless `weights_only` is
+    False. Raises CheckpointCorrupt or MissingFile."""
+    from raylight.worker.checkpoint.restore import read_lightning
+
+    runs_nothing = weights_only is not False
+    if not isinstance(path, str | os.PathLike):
+        name = getattr(path, "name", "")
+        content = read_lightning(
+            path, name if isinstance(name, str) and name else "the file", map_location, runs_nothing
+        )
+    elif (local := Storage(path).local_path()) is not None:
+        if not os.path.isfile(local):
+            raise MissingFile(f"there is no file {local}")
+        content = read_lightning(local, local, map_location, runs_nothing)
+    else:
+        with single_file.open_read(path) as file:
+            content = read_lightning(file, os.fspath(path), map_location, runs_nothing)
+    if not isinstance(content, dict):
+        raise CheckpointCorrupt(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict")
+    return content
+
+
 def load_data_module(owner: type[M], path: CheckpointPath, overrides: dict[str, Value]) -> M:
     """`DataModule.load_from_checkpoint`."""
     from raylight.worker.checkpoint.kept_hyperparameters import DATA_MODULE_KEY, read_hyperparameters
@@ -287,18 +311,3 @@ def _accepted(owner: type, kept: Kept, overrides: dict[str, Value]) -> dict[str,
     if mistakes:
         raise CheckpointMismatch("\n".join(mistakes))
     return {name: value for name, value in hparams.items() if name in parameters}
-
-
-def copy_checkpoint(checkpoint: Checkpoint, path: str, weights_only: bool) -> None:
-    """Copies a committed checkpoint to another directory, its manifest last; with `weights_only` without what training
-    needs."""
-    target, manifest = Storage(path), checkpoint.manifest
-    if target.exists(MANIFEST_FILE):
-        raise InvalidArguments(f"{path} already holds a checkpoint; name a directory that does not exist")
-    if weights_only:
-        files = tuple(file for file in manifest.files if not file.path.startswith("training-"))
-        manifest = replace(manifest, files=files, weights_only=True)
-    for file in manifest.files:
-        with checkpoint.open_read(file.path) as source:
-            target.write(file.path, iter(lambda: source.read(1 << 24), b""))
-    target.write(MANIFEST_FILE, [manifest.to_bytes()])

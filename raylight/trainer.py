@@ -30,6 +30,7 @@ from raylight.contract.kinds import Loader, Output, Value
 from raylight.contract.task import Loaders
 from raylight.contract.user_error import beside
 from raylight.user.callback import Callback
+from raylight.user.checkpoint_io import find_checkpoint_io
 from raylight.user.checkpoint_reader import CheckpointPath
 from raylight.user.data_module import DataModule
 from raylight.user.module import Module
@@ -80,7 +81,7 @@ class Trainer(TrainerNames):
         enable_checkpointing: bool | None = None,
         logger: bool | TakesMetrics | Sequence[TakesMetrics] | None = True, log_every_n_steps: int | None = 50,
         enable_progress_bar: bool | None = True, enable_model_summary: bool | None = True,
-        profiler: str | None = None,
+        barebones: bool = False, profiler: str | None = None,
         max_restarts: int = 3, hang_timeout_s: float | None = None, replacement_timeout_s: float = 60.0,
         num_standby: int | None = None,
         callbacks: Callback | Sequence[Callback] | None = None, plugins: Value = None,
@@ -178,6 +179,8 @@ class Trainer(TrainerNames):
 
         if model is None and ckpt_path is None and self.result is not None and self.result.best_checkpoint:
             ckpt_path = "best"
+        if ckpt_path == "best":
+            ckpt_path = getattr(super().checkpoint_callback, "best_model_path", "") or "best"
         module = model if model is not None else self.lightning_module
         if module is None:
             raise InvalidArguments(f"{stage} needs a model: pass one, or call fit first")
@@ -202,8 +205,6 @@ class Trainer(TrainerNames):
             self.result, self._kept = execution.result or self.result, execution.kept
         facts = self._collect_facts(execution, execution.driver)
         self.follow(Record(**facts) if execution.group.is_local else WorkersRecord(**facts), execution.stage)
-        for callback in self.callbacks:
-            self._fill(callback)
 
     def _collect_facts(self, execution: Execution, driver: Run) -> dict[str, Value]:
         """The end of a run by the names of `Record`: live objects if it was in this process, else what workers sent."""
@@ -228,11 +229,6 @@ class Trainer(TrainerNames):
             "global_step": step,
             "current_epoch": epoch,
         }
-
-    def _fill(self, callback: Value) -> None:
-        """Gives a checkpoint callback the checkpoints that were kept."""
-        if self._kept is not None and hasattr(callback, "take_kept"):
-            callback.take_kept(self._kept.checkpoints, self._kept.best, self._kept.last)
 
     # ---- names that can be read before a run, too
 
@@ -262,27 +258,31 @@ class Trainer(TrainerNames):
 
     @property
     def checkpoint_callback(self) -> Value:
-        """The ModelCheckpoint among the callbacks; one is made if none was passed. Has best_model_path and
-        last_model_path after a fit."""
+        """The first ModelCheckpoint among the callbacks. If none was passed, one with the paths of raylight's own
+        checkpoints."""
         from raylight.callbacks import ModelCheckpoint
 
         found = super().checkpoint_callback
         if found is None and self.config.checkpoint is not None:
             found = ModelCheckpoint()
-            self._fill(found)
+            if self._kept is not None:
+                found.take_kept(self._kept.best, self._kept.last)
         return found
 
-    def save_checkpoint(self, filepath: FilePath, weights_only: bool = False, storage_options: object = None) -> None:
-        """In a hook, writes the present state to one file, as `TrainerNames.save_checkpoint` says. After a fit, copies
-        its last checkpoint to `filepath`, a directory that must not exist."""
-        from raylight.loading import copy_checkpoint
+    def save_checkpoint(self, filepath: FilePath, weights_only: bool = False, storage_options: Value = None) -> None:
+        """Writes one file, at a path or a URI, whole or not at all; `torch.load` opens it, and Lightning goes on from
+        it. In a hook it holds the present state, as `TrainerNames.save_checkpoint` says; after a fit, the state at its
+        end. With `weights_only` optimizers, schedulers and callbacks are left out."""
+        from raylight.worker.checkpoint.lightning_file import make_from_saved
 
         if self.state.status is TrainerStatus.RUNNING:
             super().save_checkpoint(filepath, weights_only, storage_options)
             return
         if self.result is None or self.result.last_checkpoint is None:
             raise InvalidArguments("save_checkpoint: there is no checkpoint yet; call fit first, with checkpoint=True")
-        copy_checkpoint(self.result.last_checkpoint, os.fspath(filepath), weights_only)
+        owner = type(self.lightning_module) if self.lightning_module is not None else object
+        checkpoint = make_from_saved(self.result.last_checkpoint, weights_only, owner)
+        find_checkpoint_io(self.config.plugins).save_checkpoint(checkpoint, filepath, storage_options)
 
 
 # Not written into the class, because editors read the plain docstring there.
@@ -298,7 +298,8 @@ def find_available(arguments: Mapping[str, Value]) -> Available:
 
         found = describe_cluster()
         if found is not None:
-            return Available(num_gpus, True, found.num_gpus, found.num_cpus, found.autoscales)
+            gpus = num_gpus if found.started_here else found.num_gpus  # it is started again where it has fewer
+            return Available(num_gpus, True, gpus, found.num_cpus, found.started_here, found.autoscales)
     return Available(num_gpus, address)
 
 

@@ -41,7 +41,7 @@ class EarlyStopping(Callback):
     `wait_count` say what happened. Arguments and defaults are those of Lightning 2.6.
     """
 
-    judges_values = True
+    _judges_values = True
 
     def __init__(
         self,
@@ -96,6 +96,7 @@ class EarlyStopping(Callback):
             "wait_count": self.wait_count,
             "stopped_epoch": self.stopped_epoch,
             "best_score": self.best_score,
+            "patience": self.patience,
             "stopping_reason": self.stopping_reason.value,
             "stopping_reason_message": self.stopping_reason_message,
         }

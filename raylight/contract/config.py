@@ -166,6 +166,8 @@ class Config:
     """Show how far the run is."""
     enable_model_summary: bool = True
     """Show the module's layers and their sizes before training."""
+    barebones: bool = False
+    """Measure the bare loop: no checkpoints, loggers, progress bar, summary or sanity check; `log` does nothing."""
     profiler: str | None = None
     """"simple": seconds by what they went to; "torch": torch's profiler, written beside the logs."""
     # failure
@@ -182,6 +184,8 @@ class Config:
     plugins: tuple[Value, ...] = ()
     """A precision of your own."""
     # no argument
+    gpu_indices: tuple[int, ...] = ()
+    """The GPUs of this machine that `devices` names; empty: any."""
     given: dict[str, Value] = field(default_factory=dict)
     """The arguments as the user wrote them, as plain values without secrets, for run.json."""
 

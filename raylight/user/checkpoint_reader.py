@@ -1,14 +1,18 @@
-"""The seam through which `load_from_checkpoint` reads checkpoints: storage lies above what users subclass."""
+"""The seam through which what users subclass comes to checkpoints: storage lies above it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
-from raylight.contract.kinds import Value
+from raylight.contract.kinds import StateDict, Value
 
 if TYPE_CHECKING:
+    import os
+    from typing import BinaryIO
+
     import torch
 
 M = TypeVar("M")
@@ -18,8 +22,15 @@ MapLocation: TypeAlias = "str | torch.device | Callable[..., Any] | dict[str, st
 """As for torch.load."""
 
 
+class ByteSink(Protocol):
+    """A file in the making."""
+
+    def write(self, chunk: bytes | memoryview, /) -> int: ...
+
+
 class CheckpointReader(ABC):
-    """Rebuilds what a user has written from a checkpoint; the arguments are those of `load_from_checkpoint`."""
+    """Rebuilds what a user has written from a checkpoint, and opens single files; the arguments of the first two are
+    those of `load_from_checkpoint`."""
 
     @abstractmethod
     def load_module(
@@ -33,6 +44,19 @@ class CheckpointReader(ABC):
 
     @abstractmethod
     def load_data_module(self, kind: type[M], checkpoint: CheckpointPath, overrides: dict[str, Value]) -> M: ...
+
+    @abstractmethod
+    def read_file(
+        self, path: str | os.PathLike[str] | BinaryIO, map_location: MapLocation, weights_only: bool | None
+    ) -> StateDict:
+        """The content of a file of torch.save."""
+
+    @abstractmethod
+    def open_write(self, path: str | os.PathLike[str]) -> AbstractContextManager[ByteSink]:
+        """The file appears whole when it closes, or not at all."""
+
+    @abstractmethod
+    def remove(self, path: str | os.PathLike[str]) -> None: ...
 
 
 _installed: list[CheckpointReader] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Self
 
 import torch
@@ -41,6 +41,13 @@ class DataModule(DataHooks):
 
     def __getstate__(self) -> dict[str, Value]:
         return {**self.__dict__, "trainer": None}
+
+    def __str__(self) -> str:
+        """The sizes of its loaders' data, stage by stage, for which the loaders are made; None where there is none,
+        or none before `setup`."""
+        stages = {"Train": "train", "Validation": "val", "Test": "test", "Predict": "predict"}
+        sizes = {label: _describe(getattr(self, f"{stage}_dataloader")) for label, stage in stages.items()}
+        return "\n".join(f"{{{label} dataloader: {size}}}" for label, size in sizes.items())
 
     hparams = Module.hparams
     save_hyperparameters = Module.save_hyperparameters
@@ -105,3 +112,24 @@ class _LoaderHook:
     def _load(self, dataset: Dataset) -> DataLoader:
         shuffle = self.shuffle and not isinstance(dataset, IterableDataset)
         return DataLoader(dataset, shuffle=shuffle, pin_memory=torch.cuda.is_available(), **self.sizes)  # type: ignore[arg-type]
+
+
+def _describe(hook: Callable[[], Loader] | None) -> str:
+    try:
+        return _say_size(hook() if hook is not None else None)
+    except Exception:  # user code that is not ready yet may raise anything, and a text must not
+        return "None"
+
+
+def _say_size(loader: Loader) -> str:
+    if loader is None:
+        return "None"
+    if isinstance(loader, Mapping):
+        return " ; ".join(f"{name}. {_say_size(part)}" for name, part in loader.items())
+    if isinstance(loader, (list, tuple)) and not all(isinstance(part, (int, float, str)) for part in loader):
+        return " ; ".join(f"{number}. {_say_size(part)}" for number, part in enumerate(loader, start=1))
+    data: Loader = getattr(loader, "dataset", loader)
+    try:
+        return f"size={len(data)}"
+    except (TypeError, NotImplementedError):
+        return "size=NA"

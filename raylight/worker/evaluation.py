@@ -51,8 +51,6 @@ def evaluate(
     prefix, module, hooks, progress = PREFIXES[stage], worker.module, worker.hooks, worker.progress
     data = worker.evaluation_data["validate" if stage == "sanity" else stage]
     worker.metrics.enter("validate" if stage == "sanity" else stage)
-    if worker.is_fitting and stage == "validate":
-        hooks.call("on_validation_model_zero_grad") if hooks.of("on_validation_model_zero_grad") else module.zero_grad()
     module._remember_modes()
     getattr(module, f"on_{prefix}_model_eval")()
     # DDP lets running statistics drift apart between its broadcasts; all ranks must measure the same module
@@ -105,6 +103,8 @@ def _run_loader(
             hook(batch, index, *arguments)
         with precision.forward_context():
             output = step(batch, index, loader_index)
+        if returns and output is None and not finished:
+            worker.warn_once("predict_step returned None, and so the predictions hold None")
         for hook in on_end:
             hook(output, batch, index, *arguments)
         if keeps:

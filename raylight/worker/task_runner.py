@@ -31,8 +31,9 @@ from raylight.worker.loop import sanity_check
 from raylight.worker.returned import pack_objects
 from raylight.worker.session import Session
 from raylight.worker.step.dynamo import postpone_dynamo
-from raylight.worker.step.optimizers import check_schedulers, make_optimizers
+from raylight.worker.step.optimizers import NoOptimizer, check_schedulers, make_optimizers
 from raylight.worker.step.reduction import explain
+from raylight.worker.surprises import warn_of_surprises
 from raylight.worker.worker import Worker
 
 
@@ -103,10 +104,9 @@ def prepare(session: Session) -> Iterator[Message]:
     added = worker.module.configure_callbacks()
     if added:
         hooks.add_callbacks(as_list(added))
-    if worker.place.local_rank == 0:
-        if data_module is not None:
-            data_module.prepare_data()
-        worker.module.prepare_data()
+    for owner in (data_module, worker.module):
+        if owner is not None and (worker.place.local_rank if owner.prepare_data_per_node else worker.rank) == 0:
+            owner.prepare_data()
     if isinstance(task.mode, Begin):
         worker.barrier()
     if data_module is not None:
@@ -136,7 +136,11 @@ def prepare(session: Session) -> Iterator[Message]:
 def _prepare_fit(worker: Worker, state: State | None) -> contents.RNGState | None:
     """Optimizers, snapshots, and the state of the checkpoint that the run goes on from."""
     task, config, module = worker.task, worker.config, worker.module
-    optimizers, schedulers = make_optimizers(module.configure_optimizers(), module.automatic_optimization)
+    returned = module.configure_optimizers()
+    optimizers, schedulers = make_optimizers(returned, module.automatic_optimization)
+    if returned is None and module.automatic_optimization:
+        optimizers = [NoOptimizer()]
+        worker.warn_once("configure_optimizers returned None: this fit has no optimizer and trains nothing")
     mistakes = check_schedulers(optimizers, schedulers)
     if module.automatic_optimization and len(optimizers) > 1:
         mistakes.append(
@@ -144,7 +148,9 @@ def _prepare_fit(worker: Worker, state: State | None) -> contents.RNGState | Non
             "and step them in training_step, as Lightning asks too"
         )
     if module.automatic_optimization and not optimizers:
-        mistakes.append("configure_optimizers returned no optimizer: nothing would be trained")
+        mistakes.append(
+            "configure_optimizers returned no optimizer: nothing would be trained; to mean that, return None"
+        )
     if mistakes:
         raise InvalidArguments(mistakes)
     worker.optimizers.take(optimizers, schedulers)
@@ -162,6 +168,8 @@ def _fit(session: Session) -> Generator[Message, None, None]:
     if worker.progress.is_at_start:
         yield from sanity_check(worker)
     worker.open_training_data()
+    if worker.progress.is_at_start:
+        warn_of_surprises(worker)
     yield from session.open_loop().fit(session.take_random_numbers())
     worker.hooks.call("on_fit_end")
 
@@ -234,6 +242,9 @@ def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
     if worker.is_fitting:
         num_notes = len(aftermath.notes)
         aftermath.attempt("taking the broken step back", session.settle)
+        settle_orders = contents.drop_orders if lost_peer else contents.send_orders
+        settle_orders(worker)
+        yield from worker.outbox.take()
         if len(aftermath.notes) > num_notes:
             session.lose(aftermath.notes[-1])
         yield from rejoin.drain_rows(worker)

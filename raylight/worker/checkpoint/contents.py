@@ -5,6 +5,7 @@ from __future__ import annotations
 from raylight.contract.errors import CheckpointMismatch
 from raylight.contract.kinds import StateDict
 from raylight.contract.layout import MANIFEST_FILE, checkpoint_directory
+from raylight.contract.messages import FileDropped, FileOrders
 from raylight.contract.seeding import RNGState, rng_state
 from raylight.user.callback import Callback
 from raylight.user.data_module import DataModule
@@ -16,14 +17,19 @@ from raylight.worker.checkpoint.kept_hyperparameters import (
     read_hyperparameters,
     write_hyperparameters,
 )
+from raylight.worker.checkpoint.lightning_loops import Standing, standing_of, write_loops
 from raylight.worker.checkpoint.restore import apply_weights
 from raylight.worker.checkpoint.state import OwnState, State
 from raylight.worker.metrics.epoch_shares import merge, pack, unpack
+from raylight.worker.progress import Progress
 from raylight.worker.worker import Worker
 
 LIGHTNING_KEYS = (
-    "epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "callbacks", "loops", "hyper_parameters"
+    "epoch", "global_step", "pytorch-lightning_version", "state_dict", "optimizer_states", "lr_schedulers", "callbacks",
+    "loops", "hyper_parameters",
 )  # fmt: skip
+LIGHTNING_VERSION = "2.6.0"
+"""Whose format `on_save_checkpoint` sees, and files of Lightning's format have."""
 
 
 def directory_of(worker: Worker) -> str:
@@ -39,6 +45,20 @@ def is_committed(worker: Worker) -> bool:
     return files is not None and files.exists(f"{directory_of(worker)}/{MANIFEST_FILE}")
 
 
+def send_orders(worker: Worker) -> None:
+    """Asks for the files that are wanted of this state, whose checkpoint is made now or was already."""
+    orders = worker.saving.take_orders()
+    if orders:
+        worker.outbox.put(FileOrders(directory_of(worker), worker.progress.global_step, orders))
+
+
+def drop_orders(worker: Worker) -> None:
+    """The ranks meet again, and what was wanted of this state comes too late."""
+    paths = [order.path for order in worker.saving.take_orders() if not isinstance(order, FileDropped)]
+    if paths:
+        worker.warn_once(f"not written, because a worker was lost meanwhile: {', '.join(paths)}")
+
+
 def take_snapshot(worker: Worker, wait: bool) -> bool:
     """Starts a checkpoint of this step; False if one is still in flight and `wait` is off."""
     snapshots, options, progress = worker.saving.snapshots, worker.config.checkpoint, worker.progress
@@ -52,12 +72,13 @@ def take_snapshot(worker: Worker, wait: bool) -> bool:
     )  # fmt: skip
 
 
-def collect(worker: Worker) -> State:
-    """All state of this rank, by reference: the snapshot copies it."""
-    progress, batches, data_module = worker.progress, worker.data.batches, worker.data_module
+def collect(worker: Worker, at: Progress | None = None, standing: Standing | None = None) -> State:
+    """All state of this rank, by reference: the snapshot copies it. `at`: where it stands, if the hooks of a batch or
+    an epoch are running and that is past what the worker has counted; `standing`: the same in Lightning's words."""
+    progress, batches, data_module = at or worker.progress, worker.data.batches, worker.data_module
     if progress.batch_idx and batches is not None:
         progress.note_position(batches.position_after(progress.batch_idx - 1))
-    checkpoint = collect_lightning(worker)
+    checkpoint = collect_lightning(worker, standing or standing_of(progress, worker.data.num_batches))
     with worker.metrics.outside():
         worker.hooks.call("on_save_checkpoint", checkpoint)
     finished = progress.batch_idx - 1 if progress.batch_idx else None
@@ -69,7 +90,7 @@ def collect(worker: Worker) -> State:
             "schedulers": checkpoint["lr_schedulers"],
             "configured": worker.optimizers.configured,
             "callbacks": checkpoint["callbacks"],
-            "loop": checkpoint["loops"],
+            "loop": progress.state_dict(),
             "precision": worker.precision.state_dict(),
             "metrics": dict(worker.metrics.epoch_values),
             "measured_at": dict(worker.metrics.measured_at),
@@ -84,22 +105,29 @@ def collect(worker: Worker) -> State:
             **_write_hyperparameters(worker, worker.module, checkpoint["hyper_parameters"], MODULE_KEY),
             **_write_hyperparameters(worker, data_module, getattr(data_module, "hparams", {}), DATA_MODULE_KEY),
             "extra": {key: value for key, value in checkpoint.items() if key not in LIGHTNING_KEYS},
+            "facts": {
+                "automatic": worker.module.automatic_optimization,
+                "num_batches": worker.data.num_batches,
+                "data_module": type(data_module).__qualname__ if data_module is not None else None,
+                "seed": worker.task.seed,
+            },
         },
     )
 
 
-def collect_lightning(worker: Worker) -> StateDict:
+def collect_lightning(worker: Worker, standing: Standing) -> StateDict:
     """The state under the keys that Lightning's files have, as `on_save_checkpoint` receives it."""
     return {
-        "epoch": worker.progress.current_epoch,
-        "global_step": worker.progress.global_step,
+        "epoch": standing.epochs - standing.is_in_epoch_end,
+        "global_step": standing.steps,
+        "pytorch-lightning_version": LIGHTNING_VERSION,
         "state_dict": worker.module.state_dict(),
         "optimizer_states": [optimizer.state_dict() for optimizer in worker.optimizers.all],
         "lr_schedulers": [config.scheduler.state_dict() for config in worker.optimizers.schedulers],
         "callbacks": {
             state_key(callback): held for callback in worker.hooks.callbacks if (held := callback.state_dict())
         },
-        "loops": worker.progress.state_dict(),
+        "loops": write_loops(standing, worker.module.automatic_optimization),
         "hyper_parameters": dict(worker.module.hparams),
     }  # fmt: skip
 
@@ -161,6 +189,11 @@ def restore_training(worker: Worker, state: State) -> RNGState | None:
     for callback in worker.hooks.callbacks:
         if state_key(callback) in saved["callbacks"]:
             callback.load_state_dict(saved["callbacks"][state_key(callback)])
+    if missing := sorted(saved["callbacks"].keys() - {state_key(callback) for callback in worker.hooks.callbacks}):
+        worker.warn_once(
+            f"the checkpoint holds the state of callbacks that this run does not have: {', '.join(missing)}; to go on "
+            "with them too, add them to callbacks"
+        )
     if worker.data_module is not None and saved.get("data_module"):
         worker.data_module.load_state_dict(saved["data_module"])
     worker.precision.load_state_dict(saved["precision"])

@@ -142,14 +142,26 @@ def apply_weights(module: torch.nn.Module, weights: StateDict, strict: bool = Tr
     return Report()
 
 
+def read_lightning(
+    file: str | BinaryIO, where: str, map_location: MAP_LOCATION = "cpu", weights_only: bool = True
+) -> Value:
+    """As `read_file`, with those of Lightning's own types that hold values and do nothing."""
+    try:
+        with torch.serialization.safe_globals(_LIGHTNING_TYPES):
+            return read_file(file, where, map_location, weights_only)
+    except CheckpointCorrupt as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            raise CheckpointCorrupt(f"{error}. weights_only=False reads it, and runs what is in it") from error
+        raise
+
+
 def load_lightning(path: str, map_location: MAP_LOCATION = "cpu") -> State:
     """Read weights (`model`), hyperparameters and all else that `on_load_checkpoint` may ask for (`module`) of a
     Lightning `.ckpt` file.
 
     Raises `CheckpointCorrupt` where the file holds objects that only running its code would rebuild.
     """
-    with torch.serialization.safe_globals(_LIGHTNING_TYPES):
-        content = read_file(path, path, map_location)
+    content = read_lightning(path, path, map_location)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointCorrupt(f"{path} is no Lightning checkpoint: it has no state_dict.")
     module: StateDict = {"hyper_parameters": {}}
@@ -222,13 +234,14 @@ def _copy_here(saved: SavedState, name: str, file: Value) -> None:
             ) from error
 
 
-def read_file(file: str | BinaryIO, where: str, map_location: MAP_LOCATION = "cpu") -> Value:
-    """Tensors and plain values; of a path, mapped. Raises `CheckpointCorrupt`, naming `where`, and runs nothing."""
+def read_file(file: str | BinaryIO, where: str, map_location: MAP_LOCATION = "cpu", weights_only: bool = True) -> Value:
+    """Tensors and plain values; of a path, mapped. Raises `CheckpointCorrupt`, naming `where`, and runs nothing, unless
+    `weights_only` is False."""
     if isinstance(file, str) and to_utf8(file) != file:  # torch cannot map a file whose name is no UTF-8
         with open(file, "rb") as opened:
-            return read_file(opened, where, map_location)
+            return read_file(opened, where, map_location, weights_only)
     try:
-        return torch.load(file, map_location=map_location, mmap=isinstance(file, str), weights_only=True)
+        return torch.load(file, map_location=map_location, mmap=isinstance(file, str), weights_only=weights_only)
     except FileNotFoundError as error:
         raise CheckpointCorrupt(f"{where} is missing.") from error
     except pickle.UnpicklingError as error:

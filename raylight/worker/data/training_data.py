@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from raylight.contract.config import Config
-from raylight.contract.errors import DataError
+from raylight.contract.errors import DataError, InvalidArguments
 from raylight.contract.kinds import Loader
 from raylight.contract.task import Loaders, Place
+from raylight.user.combined_loader import CombinedLoader, flatten_loaders, say_wrong_mode
 from raylight.worker.data.batches import EvaluationBatches, TrainBatches
 from raylight.worker.data.source import Position
 from raylight.worker.hooks import Hooks
@@ -20,6 +21,8 @@ class TrainingData:
         self.batches: TrainBatches | None = None
         self.accumulate = config.accumulate_grad_batches
         """Batches in one optimizer step."""
+        self.opened_in = 0
+        """The epoch in which the loader was made."""
         self._position: Position | None = None
 
     @property
@@ -31,12 +34,13 @@ class TrainingData:
         """The next `open` enters the epoch there."""
         self._position = position
 
-    def open(self, loader: Loader, rank: int, world_size: int) -> int | None:
-        """Divides the loader; returns the batch at which a position was entered, if there was one."""
+    def open(self, loader: Loader, rank: int, world_size: int, epoch: int) -> int | None:
+        """Divides the loader, made in this epoch; returns the batch at which a position was entered, if there was
+        one."""
         if loader is None:
             raise DataError("fit needs training data: pass train_dataloaders or define train_dataloader()")
         config = self.config
-        self.loader = loader
+        self.loader, self.opened_in = loader, epoch
         self.batches = TrainBatches(
             loader,
             rank=rank,
@@ -62,7 +66,9 @@ class TrainingData:
 class EvaluationData:
     """The loaders of one stage, dealt to the ranks."""
 
-    def __init__(self, given: Loader, place: Place, limit: int | float, seed: int):
+    def __init__(self, given: Loader, place: Place, limit: int | float, seed: int, epoch: int):
+        self.opened_in = epoch
+        """The epoch in which they were made."""
         self.given = given
         """As the user gave it: one loader, a list or a dict of them; None if there is none."""
         self.batches = [
@@ -84,6 +90,13 @@ class EvaluationData:
 
 def find_loader(given: Loaders, hooks: Hooks, stage: str) -> Loader:
     """What the caller passed for this stage, else the data module's hook, else the module's; None where none."""
+    loader = _find_loader(given, hooks, stage)
+    if mistake := say_wrong_mode(loader, "fit" if stage == "train" else stage):
+        raise InvalidArguments(mistake)
+    return loader
+
+
+def _find_loader(given: Loaders, hooks: Hooks, stage: str) -> Loader:
     passed = getattr(given, stage)
     if passed is not None:
         return passed
@@ -97,8 +110,8 @@ def find_loader(given: Loaders, hooks: Hooks, stage: str) -> Loader:
 
 
 def _list_loaders(given: Loader) -> list[Loader]:
-    if given is None:
+    if given is None or (isinstance(given, (list, tuple, dict)) and not given):
         return []
-    if isinstance(given, dict):
-        return list(given.values())
-    return list(given) if isinstance(given, (list, tuple)) else [given]
+    if isinstance(given, CombinedLoader):
+        return given.flattened if given.mode == "sequential" else [given]
+    return flatten_loaders(given)
