@@ -127,7 +127,7 @@ class ModelCheckpoint(CheckpointFiles):
             mistakes.add(f"save_last='link' needs a local directory, not dirpath={self.dirpath!r}; use save_last=True.")
         mistakes.raise_any()
 
-    def find_mistakes(self, config: Config) -> list[str]:
+    def _find_mistakes(self, config: Config) -> list[str]:
         if self.save_last == "link" and self.dirpath is None and "://" in config.storage_path:
             return [
                 f"ModelCheckpoint: save_last='link' needs a local directory, not storage_path={config.storage_path!r}; "

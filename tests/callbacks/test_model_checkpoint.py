@@ -67,9 +67,9 @@ def test_what_cannot_work_is_told(arguments, text):
 
 def test_a_link_into_remote_storage_is_told_before_the_run(tmp_path):
     link = ModelCheckpoint(save_last="link")
-    assert link.find_mistakes(Config(storage_path=str(tmp_path))) == []
-    assert "storage_path='s3://bucket'" in link.find_mistakes(Config(storage_path="s3://bucket"))[0]
-    assert ModelCheckpoint(tmp_path, save_last="link").find_mistakes(Config(storage_path="s3://bucket")) == []
+    assert link._find_mistakes(Config(storage_path=str(tmp_path))) == []
+    assert "storage_path='s3://bucket'" in link._find_mistakes(Config(storage_path="s3://bucket"))[0]
+    assert ModelCheckpoint(tmp_path, save_last="link")._find_mistakes(Config(storage_path="s3://bucket")) == []
 
 
 METRICS = {
