@@ -89,17 +89,17 @@ class _LazyReader(checkpoint_reader.CheckpointReader):
     """Loads what reads checkpoints when it is first asked for."""
 
     def load_module(self, kind: Any, *arguments: Any) -> Any:
-        from raylight.loading import load_module
+        from raylight.rebuilding import load_module
 
         return load_module(kind, *arguments)
 
     def load_data_module(self, kind: Any, *arguments: Any) -> Any:
-        from raylight.loading import load_data_module
+        from raylight.rebuilding import load_data_module
 
         return load_data_module(kind, *arguments)
 
     def read_file(self, path: Any, *arguments: Any) -> Any:
-        from raylight.loading import read_file
+        from raylight.rebuilding import read_file
 
         return read_file(path, *arguments)
 

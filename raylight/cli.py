@@ -75,9 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_version(show, place)
     show.set_defaults(command=_show)
 
-    export = commands.add_parser("export", help="write the weights of a checkpoint into one file")
+    export = commands.add_parser("export", help="write a checkpoint into one file")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint, or of a version")
-    export.add_argument("out", metavar="OUT", help="file to write, ending in .pt, .pth or .safetensors")
+    export.add_argument("out", metavar="OUT", help="file to write: .pt, .pth, .safetensors (weights), .ckpt (all)")
     export.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a version (best)")
     export.set_defaults(command=_export)
 

@@ -36,7 +36,7 @@ from raylight.storage.checkpoints import Checkpoint, raise_fence, sweep_leftover
 from raylight.storage.fence import claim_attempt
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
-from raylight.user.checkpoint_io import find_checkpoint_io
+from raylight.user.checkpoint_io import find_checkpoint_io, find_plugged_io
 from raylight.user.module import Module
 from raylight.user.trainer_names import TrainerNames
 from raylight.worker.returned import unpack_objects
@@ -73,11 +73,11 @@ class Execution:
 
     def __init__(
         self, trainer: TrainerNames, stage: str, module: Module, loaders: Loaders, previous: Result | None = None,
-        claimed: Claimed | None = None, returns_predictions: bool = True,
+        claimed: Claimed | None = None, returns_predictions: bool = True, weights_only: bool | None = None,
     ):  # fmt: skip
         self.trainer, self.stage, self.module, self.loaders = trainer, stage, module, loaders
         self.config, self.callbacks, self.previous = trainer.config, list(trainer.callbacks), previous
-        self.claimed, self.returns_predictions = claimed, returns_predictions
+        self.claimed, self.returns_predictions, self.weights_only = claimed, returns_predictions, weights_only
         self._drew_seed = False
         self.driver: Driver | None = None
         self.facts: dict[str, Any] = {}
@@ -126,6 +126,7 @@ class Execution:
         resume = find_resume(
             ckpt_path, storage, self.config.name, self.previous,
             stage=self.stage, filesystem=self.config.storage_filesystem,
+            plugin=find_plugged_io(self.config.plugins), weights_only=self.weights_only,
         )  # fmt: skip
         choose = cache(lambda: self._choose_version(storage, resume))  # done when it is asked for first
         self.group = self._start_group(lambda: _make_label(self.config, choose()[0]))
@@ -213,7 +214,8 @@ class Execution:
             files=version.storage if version is not None else None,
             seed=seed,
             checkpoint=resume.checkpoint,
-            lightning_file=resume.lightning_file,
+            file=resume.file,
+            runs_code=self.weights_only is False,
             weights_only=self.stage != "fit",
             attempt=attempt,
             trained=self._find_trained(resume),
@@ -281,8 +283,8 @@ class Execution:
         """Steps and epochs that the evaluated weights were trained for: the place of their metrics in the curves."""
         if resume.checkpoint is not None:
             return resume.checkpoint.step, resume.checkpoint.epoch
-        if resume.lightning_file is not None or self.previous is None:
-            return 0, 0
+        if resume.file is not None or self.previous is None:
+            return resume.trained
         return self.previous.num_steps, self.previous.num_epochs
 
     def _choose_seed(self, resume: Resume) -> int:
@@ -291,7 +293,7 @@ class Execution:
         draws as if this had not been drawn."""
         seed = self.config.seed if self.config.seed is not None else last_seed()
         if seed is None and self.stage == "fit":
-            seed = find_seed(resume.checkpoint)
+            seed = resume.file_seed if resume.file is not None else find_seed(resume.checkpoint)
         if seed is not None:
             return seed
         self._drew_seed = True

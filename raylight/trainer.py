@@ -108,13 +108,14 @@ class Trainer(TrainerNames):
         """Trains `model` and returns a Result; afterwards `model` holds the trained weights, on the CPU.
 
         `ckpt_path`: None starts a new version; "last" continues the newest version of this run, or
-        starts one if there is none; "best" or a checkpoint's path continue from there in a new version.
-        `weights_only` changes nothing, here and below: no checkpoint is read in a way that could execute code.
+        starts one if there is none; "best" or a checkpoint continue from there in a new version: its path or URI, a
+        Checkpoint, or a file in Lightning's format. No checkpoint is read in a way that could execute code, here and
+        below, unless `weights_only` is False.
         """
         if isinstance(train_dataloaders, DataModule):
             train_dataloaders, datamodule = None, train_dataloaders
         loaders = Loaders(train=train_dataloaders, validate=val_dataloaders, data_module=datamodule)
-        result: Result = self._execute("fit", model, loaders, ckpt_path)
+        result: Result = self._execute("fit", model, loaders, ckpt_path, weights_only)
         return result
 
     def validate(
@@ -127,7 +128,7 @@ class Trainer(TrainerNames):
         weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """One dict of metrics for each loader, exact for any number of workers."""
-        return self._evaluate("validate", model, dataloaders, datamodule, ckpt_path, verbose)
+        return self._evaluate("validate", model, dataloaders, datamodule, ckpt_path, weights_only, verbose)
 
     def test(
         self,
@@ -139,7 +140,7 @@ class Trainer(TrainerNames):
         weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """As `validate`, with test_step and the test loaders."""
-        return self._evaluate("test", model, dataloaders, datamodule, ckpt_path, verbose)
+        return self._evaluate("test", model, dataloaders, datamodule, ckpt_path, weights_only, verbose)
 
     def predict(
         self,
@@ -153,11 +154,13 @@ class Trainer(TrainerNames):
         """The return values of predict_step, one for each batch, on the CPU, in dataset order; a list of such lists if
         there are several loaders. With `return_predictions=False` the list is empty, and at most one batch is held."""
         returns = return_predictions is not False
-        return self._evaluate("predict", model, dataloaders, datamodule, ckpt_path, returns_predictions=returns)
+        return self._evaluate(
+            "predict", model, dataloaders, datamodule, ckpt_path, weights_only, returns_predictions=returns
+        )
 
     def _evaluate(
         self, stage: str, model: Module | None, dataloaders: Loader | DataModule, datamodule: DataModule | None,
-        ckpt_path: CheckpointPath, verbose: bool = True, returns_predictions: bool = True,
+        ckpt_path: CheckpointPath, weights_only: bool | None, verbose: bool = True, returns_predictions: bool = True,
     ) -> list[Value]:  # fmt: skip
         if isinstance(ckpt_path, DataModule):
             raise InvalidArguments(f"{stage}: ckpt_path is a data module; Lightning's order is dataloaders, ckpt_path, "
@@ -166,14 +169,14 @@ class Trainer(TrainerNames):
             dataloaders, datamodule = None, dataloaders
         loaders = Loaders(data_module=datamodule)
         setattr(loaders, stage, dataloaders)
-        found: list[Value] = self._execute(stage, model, loaders, ckpt_path, verbose, returns_predictions)
+        found: list[Value] = self._execute(stage, model, loaders, ckpt_path, weights_only, verbose, returns_predictions)
         return found
 
     # ---- one run
 
     def _execute(
-        self, stage: str, model: Module | None, loaders: Loaders, ckpt_path: CheckpointPath, verbose: bool = True,
-        returns_predictions: bool = True,
+        self, stage: str, model: Module | None, loaders: Loaders, ckpt_path: CheckpointPath,
+        weights_only: bool | None, verbose: bool = True, returns_predictions: bool = True,
     ) -> Value:  # fmt: skip
         from raylight.execution import Execution
 
@@ -186,7 +189,9 @@ class Trainer(TrainerNames):
             raise InvalidArguments(f"{stage} needs a model: pass one, or call fit first")
         if mistakes := checks.check_run(stage, module, loaders, self.config, self.callbacks):
             raise InvalidArguments(mistakes)
-        execution = Execution(self, stage, module, loaders, self.result, self._claimed, returns_predictions)
+        execution = Execution(
+            self, stage, module, loaders, self.result, self._claimed, returns_predictions, weights_only
+        )
         self._claimed = None
         try:
             returned = execution.run(ckpt_path, verbose)

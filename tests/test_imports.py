@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("arguments",),
     ("worker", "storage"),
     ("driver",),
-    ("launch", "report", "callbacks", "loading", "lightning_files", "loggers"),
+    ("launch", "report", "callbacks", "loading", "rebuilding", "hparams_file", "lightning_files", "loggers"),
     ("execution", "replay", "runs", "speed"),
     ("trainer",),
     ("sweep", "tuning", "cli", "doctor", "lightning.script", "supervise"),

@@ -177,7 +177,7 @@ def test_the_weights_of_a_lightning_file_are_evaluated_and_not_resumed_from(tmp_
     torch.save({"state_dict": weights, "epoch": 3, "global_step": 70, "pytorch-lightning_version": "2.6.0"}, path)
     (results,) = make_trainer(tmp_path).test(Net(), LOADER, ckpt_path=path)
     assert results["test_loss"] == pytest.approx(36.0)
-    with pytest.raises(InvalidArguments, match=r"is a file of Lightning.*Net\.load_from_checkpoint\('"):
+    with pytest.raises(CheckpointMismatch, match=r"holds weights alone.*Net\.load_from_checkpoint\(path"):
         make_trainer(tmp_path).fit(Net(), LOADER, ckpt_path=path)
 
 

@@ -20,6 +20,7 @@ from raylight.contract.task import Loaders
 from raylight.user.callback import Callback
 from raylight.user.combined_loader import CombinedLoader, is_collection_of_loaders, say_wrong_mode
 from raylight.user.data_module import DataModule
+from raylight.user.hyperparameters import find_collisions
 from raylight.user.module import Module
 
 # Which methods of Module, DataModule and Callback are hooks, as against what they offer to be called.
@@ -54,6 +55,13 @@ def check_run(stage: str, module: object, loaders: Loaders, config: Config, call
     if stage == "fit" and isinstance(module, Module) and not module.automatic_optimization:
         mistakes += _find_manual_mistakes(config)
     mistakes += _find_data_mistakes(stage, module, loaders)
+    if isinstance(module, Module) and isinstance(loaders.data_module, DataModule) and config.logger is not False:
+        mistakes += [
+            f"the hyperparameter {name!r} of {type(module).__qualname__} and that of "
+            f"{type(loaders.data_module).__qualname__} have different values, and loggers get one: rename one, or call "
+            "save_hyperparameters(logger=False) in one of them"
+            for name in find_collisions(module, loaders.data_module)
+        ]
     if not mistakes and config.num_workers != 0:
         others = {"plugins": config.plugins, "storage_filesystem": config.storage_filesystem}
         mistakes = check_picklable(module, loaders, callbacks, others)

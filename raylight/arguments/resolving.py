@@ -16,6 +16,7 @@ from raylight.contract.errors import InvalidArguments, NotEnoughResources
 from raylight.contract.kinds import Value
 from raylight.contract.plain_numbers import with_python_numbers
 from raylight.user.callback import Callback
+from raylight.user.checkpoint_io import is_checkpoint_io
 from raylight.user.overriding import overrides
 
 _CONFIG_NAMES = {item.name for item in fields(Config)}
@@ -55,7 +56,7 @@ INSTEAD = {
     "log_gpu_memory": "use callbacks=[raylight.callbacks.DeviceStatsMonitor()] instead",
     "model_registry": "checkpoints go to storage_path; leave it out",
     "move_metrics_to_cpu": "metrics are small; leave it out",
-    "multiple_trainloader_mode": "combine the loaders in one of your own",
+    "multiple_trainloader_mode": "pass raylight.utilities.CombinedLoader(loaders, mode)",
     "num_processes": "use num_workers=N, use_gpu=False instead",
     "prepare_data_per_node": "set it on the module or data module: self.prepare_data_per_node = False",
     "process_position": "leave it out",
@@ -318,7 +319,7 @@ def _find_conflicts(given: dict[str, Value], config: Config, scale: Scale) -> li
             mistakes.append(f"{least}={low} is more than {most}={high}")
     if config.precision == "16-mixed" and on_cpu:
         mistakes.append('precision="16-mixed" needs a GPU, and this run is on CPUs: use precision="bf16-mixed"')
-    if config.plugins and "precision" in given:
+    if "precision" in given and not all(map(is_checkpoint_io, config.plugins)):
         mistakes.append(f"precision={config.precision!r} and the precision among plugins contradict: pass one of them")
     if config.strategy.backend == "nccl" and on_cpu:
         mistakes.append('strategy: backend="nccl" needs GPUs, and this run is on CPUs: use backend="gloo"')

@@ -27,6 +27,7 @@ from raylight.contract.durations import FORMS, read_duration
 from raylight.contract.kinds import Value
 from raylight.contract.seeding import MAX_SEED
 from raylight.lightning.refused import say_why_not
+from raylight.user.checkpoint_io import is_checkpoint_io
 
 
 def as_list(value: object) -> list[Value]:
@@ -193,6 +194,7 @@ def _accumulate_grad_batches(value: object) -> int:
 
 def _plugins(value: object) -> tuple[Value, ...]:
     plugins = tuple(as_list(value))
+    num_files = 0
     for plugin in plugins:
         if hasattr(plugin, "unscale") and hasattr(plugin, "forward_context"):
             continue
@@ -201,11 +203,16 @@ def _plugins(value: object) -> tuple[Value, ...]:
             raise Refused("set Lightning's precision by precision=...")
         if "ClusterEnvironment" in kinds:
             raise Refused("Ray knows the nodes: leave it out")
-        if "CheckpointIO" in kinds:
-            raise Refused("set the place of checkpoints by storage_path=... and storage_filesystem=...")
+        if "CheckpointIO" in kinds or is_checkpoint_io(plugin):
+            if not is_checkpoint_io(plugin):
+                raise Refused("a CheckpointIO has save_checkpoint, load_checkpoint and remove_checkpoint")
+            num_files += 1
+            continue
         raise Refused
-    if len(plugins) > 1:
+    if len(plugins) - num_files > 1:
         raise Refused("one precision is enough")
+    if num_files > 1:
+        raise Refused("one CheckpointIO is enough")
     return plugins
 
 
@@ -300,7 +307,7 @@ RULES: dict[str, Rule] = {
     "num_standby": whole(0),
     # extension
     "callbacks": Rule("a raylight.Callback or a sequence of them", _callbacks),
-    "plugins": Rule("a list with a raylight Precision", _plugins),
+    "plugins": Rule("a list with a raylight Precision, a CheckpointIO or both", _plugins),
 }
 
 CHECKPOINTING_RULES: dict[str, Rule] = {

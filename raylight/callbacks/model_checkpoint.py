@@ -48,7 +48,7 @@ class ModelCheckpoint(CheckpointFiles):
     - In manual optimization the weights are those after the step, whatever the module keeps in `saved_models`.
     """
 
-    judges_values = True
+    _judges_values = True
     comes_last = True
 
     def __init__(

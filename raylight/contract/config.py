@@ -182,7 +182,7 @@ class Config:
     """Workers on each node that wait, with torch imported, to replace one that is lost; 0: none. None: one a node."""
     # extension
     plugins: tuple[Value, ...] = ()
-    """A precision of your own."""
+    """A precision of your own, and a CheckpointIO, through which all single checkpoint files go."""
     # no argument
     gpu_indices: tuple[int, ...] = ()
     """The GPUs of this machine that `devices` names; empty: any."""

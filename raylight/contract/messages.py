@@ -186,9 +186,11 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """The values that `save_hyperparameters` collected, for run.json and TensorBoard; sent by rank 0."""
+    """The values that `save_hyperparameters` collected, for run.json and loggers; sent by rank 0."""
 
     values: dict[str, Value]
+    logged: dict[str, Value] | None = None
+    """Those that loggers get; None: all."""
 
 
 RECOVERY = "recovery"

@@ -7,8 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, Protocol
 
 from raylight.contract import messages as m
-from raylight.contract.config import Checkpointing, Config
+from raylight.contract.config import Checkpointing, Config, to_plain
 from raylight.contract.errors import StorageError, Superseded
+from raylight.contract.kinds import Value
 from raylight.contract.layout import CHECKPOINTS
 from raylight.driver.checkpoint_files import CheckpointFiles, FileMaker
 from raylight.driver.departed_values import DepartedValues
@@ -54,6 +55,7 @@ class Driver:
         self.departed_values = DepartedValues()
         self._sinks, self._world_size, self._is_follow_up = list(sinks), world_size, is_follow_up
         self._awaiting: set[int] = set()  # ranks that wait for files
+        self._logged_hyperparameters: dict[str, Value] = {}
         self._step = self._epoch = 0
         self._is_ending = False
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="raylight storage")
@@ -137,14 +139,16 @@ class Driver:
                 self.departed_values.note(rank, message.epoch, message.share)
 
     def _note_hyperparameters(self, message: m.Hyperparameters) -> None:
-        all_of_them = self.record.add_hyperparameters(message.values)
-        for logger in self.loggers:
+        self.record.add_hyperparameters(message.values)
+        self._later(self.write_record)
+        self._logged_hyperparameters |= message.values if message.logged is None else message.logged
+        all_of_them = to_plain(self._logged_hyperparameters)
+        for logger in self.loggers if all_of_them else ():
             if hasattr(logger, "log_hyperparams"):
                 try:
                     logger.log_hyperparams(all_of_them)
                 except (OSError, StorageError) as error:
                     self.warn(f"{type(logger).__name__} could not log the hyperparameters: {error}")
-        self._later(self.write_record)
 
     def add_sink(self, sink: Sink) -> None:
         self._sinks.append(sink)

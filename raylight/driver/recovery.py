@@ -133,7 +133,10 @@ class Recovery:
             driver.redo_from(checkpoint.step if checkpoint is not None else 0)
             if checkpoint is not None:
                 driver.shelf.start_from(checkpoint)
-            task = replace(task, checkpoint=checkpoint or task.checkpoint, weights_only=False)
+            is_own = checkpoint is not None  # made by this very run, which may run what it has pickled
+            task = replace(
+                task, checkpoint=checkpoint or task.checkpoint, weights_only=False, runs_code=is_own or task.runs_code
+            )
         self.watch.begin()
         if from_checkpoint:
             driver.departed_values.clear()

@@ -93,7 +93,7 @@ HERE: tuple[Here, ...] = (
     _here("cli", "LightningCLI LightningArgumentParser SaveConfigCallback ArgsType OptimizerCallable "
           "LRSchedulerCallable ReduceLROnPlateau instantiate_class instantiate_module", "cli"),
     # what Lightning keeps in `utilities`
-    _here("user.module", "AttributeDict", "utilities", "utilities.parsing"),
+    _here("user.hyperparameters", "AttributeDict", "utilities", "utilities.parsing"),
     _here("user.combined_loader", "CombinedLoader", "utilities", "utilities.combined_loader"),
     _here("lightning.enums", "LightningEnum", "utilities", "utilities.enums"),
     _here("lightning.enums", "GradClipAlgorithmType", "utilities", "utilities.enums"),
@@ -144,10 +144,6 @@ NOT_YET = {
     "loggers:DummyLogger": "pass logger=False",
     "loggers:rank_zero_experiment": "loggers run in the driver, once: leave it out",
     "loggers:merge_dicts": "merge them by hand",
-    "user.hyperparameters:HyperparametersMixin": "Module and DataModule have save_hyperparameters",
-    "user.combined_loader:CombinedLoader": "pass a dict or list of loaders",
-    "user.checkpoint_io:CheckpointIO": "checkpoints go to storage_path",
-    "user.checkpoint_io:TorchCheckpointIO": "checkpoints go to storage_path",
     "cli:LightningCLI": "read the arguments in your script",
     "cli:LightningArgumentParser": "read the arguments in your script",
     "cli:SaveConfigCallback": "the arguments of each run are in its run.json",

@@ -33,6 +33,10 @@ class Callback:
         """The key of this callback's state in a checkpoint; override it if a run has several of one class."""
         return type(self).__qualname__
 
+    def _generate_state_key(self, **distinguishing: Value) -> str:
+        """A `state_key` of the class and what tells several of it apart, as Lightning writes it."""
+        return f"{type(self).__qualname__}{distinguishing!r}"
+
     def _find_mistakes(self, config: Config) -> list[str]:
         """Conflicts with the trainer's arguments, one sentence each; called before any worker starts."""
         return []

@@ -71,7 +71,11 @@ class TorchCheckpointIO(CheckpointIO):
 def find_checkpoint_io(plugins: Iterable[Value]) -> CheckpointIO:
     """The one among a trainer's plugins, else one that writes by torch.save. A class that was written for Lightning's
     interface is one too."""
-    return next((plugin for plugin in plugins if is_checkpoint_io(plugin)), None) or TorchCheckpointIO()
+    return find_plugged_io(plugins) or TorchCheckpointIO()
+
+
+def find_plugged_io(plugins: Iterable[Value]) -> CheckpointIO | None:
+    return next((plugin for plugin in plugins if is_checkpoint_io(plugin)), None)
 
 
 def is_checkpoint_io(plugin: Value) -> bool:

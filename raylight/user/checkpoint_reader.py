@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 from raylight.contract.kinds import StateDict, Value
 
 if TYPE_CHECKING:
-    import os
     from typing import BinaryIO
 
     import torch
 
+    from raylight.contract.config import FilePath
+
 M = TypeVar("M")
 CheckpointPath: TypeAlias = Any
-"""A checkpoint's directory, as path or URI; a Checkpoint, raylight's or Ray Tune's; or a Lightning file's path."""
+"""A checkpoint's directory or a file in Lightning's format, as path or URI; such a file, opened; or a Checkpoint,
+raylight's or Ray Tune's."""
 MapLocation: TypeAlias = "str | torch.device | Callable[..., Any] | dict[str, str] | None"
 """As for torch.load."""
 
@@ -38,25 +40,33 @@ class CheckpointReader(ABC):
         kind: type[M],
         checkpoint: CheckpointPath,
         map_location: MapLocation,
+        hparams_file: FilePath | None,
         strict: bool | None,
+        weights_only: bool | None,
         overrides: dict[str, Value],
     ) -> M: ...
 
     @abstractmethod
-    def load_data_module(self, kind: type[M], checkpoint: CheckpointPath, overrides: dict[str, Value]) -> M: ...
+    def load_data_module(
+        self,
+        kind: type[M],
+        checkpoint: CheckpointPath,
+        map_location: MapLocation,
+        hparams_file: FilePath | None,
+        weights_only: bool | None,
+        overrides: dict[str, Value],
+    ) -> M: ...
 
     @abstractmethod
-    def read_file(
-        self, path: str | os.PathLike[str] | BinaryIO, map_location: MapLocation, weights_only: bool | None
-    ) -> StateDict:
+    def read_file(self, path: FilePath | BinaryIO, map_location: MapLocation, weights_only: bool | None) -> StateDict:
         """The content of a file of torch.save."""
 
     @abstractmethod
-    def open_write(self, path: str | os.PathLike[str]) -> AbstractContextManager[ByteSink]:
+    def open_write(self, path: FilePath) -> AbstractContextManager[ByteSink]:
         """The file appears whole when it closes, or not at all."""
 
     @abstractmethod
-    def remove(self, path: str | os.PathLike[str]) -> None: ...
+    def remove(self, path: FilePath) -> None: ...
 
 
 _installed: list[CheckpointReader] = []

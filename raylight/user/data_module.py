@@ -9,16 +9,17 @@ from typing import Self
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from raylight.contract.config import FilePath
 from raylight.contract.kinds import Loader, Value
-from raylight.user.checkpoint_reader import CheckpointPath, checkpoint_reader
+from raylight.user.checkpoint_reader import CheckpointPath, MapLocation, checkpoint_reader
 from raylight.user.data_hooks import DataHooks
-from raylight.user.module import AttributeDict, Module
+from raylight.user.hyperparameters import HyperparametersMixin
 from raylight.user.trainer_names import TrainerNames
 
 Datasets = Dataset | Iterable[Dataset] | Mapping[str, Dataset]
 
 
-class DataModule(DataHooks):
+class DataModule(HyperparametersMixin, DataHooks):
     """Subclass it and override what you need; hooks carry Lightning's names and meanings.
 
     `prepare_data` runs on one worker of each node while the others wait: download there, and keep nothing on `self`.
@@ -28,13 +29,11 @@ class DataModule(DataHooks):
 
     trainer: TrainerNames | None
     """The trainer that runs this object; None outside a run."""
-    _hparams: AttributeDict
 
     def __new__(cls, *args: Value, **kwargs: Value) -> Self:
         # Not in __init__, which subclasses often forget to call.
         made = super().__new__(cls)
         made.trainer = None
-        made._hparams = AttributeDict()
         return made
 
     def __init__(self, *args: Value, **kwargs: Value) -> None: ...
@@ -49,9 +48,6 @@ class DataModule(DataHooks):
         sizes = {label: _describe(getattr(self, f"{stage}_dataloader")) for label, stage in stages.items()}
         return "\n".join(f"{{{label} dataloader: {size}}}" for label, size in sizes.items())
 
-    hparams = Module.hparams
-    save_hyperparameters = Module.save_hyperparameters
-
     def state_dict(self) -> dict[str, Value]:
         """State for every checkpoint: plain values and tensors only."""
         return {}
@@ -60,13 +56,22 @@ class DataModule(DataHooks):
         """Restore what `state_dict` returned; called after `setup` if the run continues from a checkpoint."""
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: CheckpointPath, **overrides: Value) -> Self:
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: CheckpointPath,
+        map_location: MapLocation = None,
+        hparams_file: FilePath | None = None,
+        weights_only: bool | None = None,
+        **overrides: Value,
+    ) -> Self:
         """Rebuild the data module of a run with the hyperparameters that it saved, `overrides` on top.
 
-        `checkpoint_path` is as for `Module.load_from_checkpoint`. Raises CheckpointCorrupt if it is damaged and
+        The arguments are as for `Module.load_from_checkpoint`. Raises CheckpointCorrupt if it is damaged and
         CheckpointMismatch if `__init__` needs what is not in it.
         """
-        return checkpoint_reader().load_data_module(cls, checkpoint_path, overrides)
+        return checkpoint_reader().load_data_module(
+            cls, checkpoint_path, map_location, hparams_file, weights_only, overrides
+        )
 
     @classmethod
     def from_datasets(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 from typing import ClassVar, Self
 
 import torch
@@ -17,7 +15,7 @@ from raylight.contract.errors import InvalidArguments
 from raylight.contract.kinds import Batch, Value
 from raylight.user.checkpoint_reader import CheckpointPath, MapLocation, checkpoint_reader
 from raylight.user.export import OnnxTarget, to_onnx, to_torchscript
-from raylight.user.init_arguments import choose_hyperparameters, collect_arguments
+from raylight.user.hyperparameters import AttributeDict, HyperparametersMixin
 from raylight.user.module_hooks import ModuleHooks, Stepping
 from raylight.user.trainer_names import TrainerNames
 
@@ -25,20 +23,7 @@ _READERS = ("torch.jit._recursive", "torch._jit_internal")
 """Where torch.jit reads every attribute of a module, those that work in a run alone among them."""
 
 
-class AttributeDict(dict[str, Value]):
-    """A dict whose keys are attributes too: `hparams.lr` is `hparams["lr"]`."""
-
-    def __getattr__(self, name: str) -> Value:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"no hyperparameter {name!r}; there are {sorted(self)}") from None
-
-    def __setattr__(self, name: str, value: Value) -> None:
-        self[name] = value
-
-
-class Module(ModuleHooks):
+class Module(HyperparametersMixin, ModuleHooks):
     """A torch module that knows how to train itself.
 
     `training_step` and `configure_optimizers` are required to `fit`; every other hook is optional, and one that is
@@ -57,7 +42,6 @@ class Module(ModuleHooks):
     fabric: None = None
     """Lightning's Fabric, which raylight does not have."""
     _trainer: TrainerNames | None
-    _hparams: AttributeDict
     __jit_unused_properties__: ClassVar[list[str]]
     __jit_ignored_attributes__: ClassVar[list[str]]
 
@@ -221,28 +205,7 @@ class Module(ModuleHooks):
         """
         return self.trainer.all_gather(data, group, sync_grads) if self._trainer else data
 
-    # ---- hyperparameters, freezing, loading
-
-    def save_hyperparameters(
-        self, *names: object, ignore: str | list[str] | None = None, frame: FrameType | None = None, logger: bool = True
-    ) -> None:
-        """Keep the arguments of `__init__` in `hparams`, and in checkpoints: all, those named, or the items of one
-        dict, Namespace, dataclass or DictConfig, which `load_from_checkpoint` puts together again. Works before
-        `super().__init__()` too."""
-        arguments = collect_arguments(self, frame or inspect.currentframe().f_back)  # type: ignore[union-attr]
-        found, argument = choose_hyperparameters(names, arguments)
-        ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
-        self.hparams.update({name: value for name, value in found.items() if name not in ignored})
-        for name in ignored:
-            self.hparams.pop(name, None)
-        self.__dict__["_hparams_logged"] = logger
-        if argument is not None:
-            self.__dict__["_hparams_argument"] = argument
-
-    @property
-    def hparams(self) -> AttributeDict:
-        """The hyperparameters that `save_hyperparameters` kept; keys are attributes too."""
-        return self.__dict__.setdefault("_hparams", AttributeDict())
+    # ---- freezing, loading
 
     def freeze(self) -> Self:
         """Let no parameter require a gradient, and switch to evaluation mode."""
@@ -283,21 +246,28 @@ class Module(ModuleHooks):
     def load_from_checkpoint(
         cls,
         checkpoint_path: CheckpointPath,
-        map_location: MapLocation = "cpu",
+        map_location: MapLocation = None,
+        hparams_file: FilePath | None = None,
         strict: bool | None = None,
+        weights_only: bool | None = None,
         **overrides: Value,
     ) -> Self:
         """Rebuild the module from a checkpoint: its saved hyperparameters, `overrides` on top, then its weights.
 
-        `checkpoint_path` is a checkpoint directory (path or URI), a `raylight` Checkpoint, or a Lightning `.ckpt` file.
-        Raises CheckpointCorrupt if it is damaged and CheckpointMismatch if keys or shapes do not fit.
+        `checkpoint_path` is a checkpoint directory or a file in Lightning's format, by path or URI; such a file, opened
+        for reading bytes; or a Checkpoint, raylight's or Ray Tune's. `hparams_file`, a .yaml or .csv, takes the place
+        of the saved hyperparameters. No code from the checkpoint is run unless `weights_only` is False. Raises
+        CheckpointCorrupt if it is damaged and CheckpointMismatch if keys or shapes do not fit.
         """
-        return checkpoint_reader().load_module(cls, checkpoint_path, map_location, strict, overrides)
+        return checkpoint_reader().load_module(
+            cls, checkpoint_path, map_location, hparams_file, strict, weights_only, overrides
+        )
 
 
 # torch.jit.script would compile these too.
-Module.__jit_unused_properties__ = [name for name in dir(Module) if isinstance(getattr(Module, name), property)]
-Module.__jit_ignored_attributes__ = [*Module.__jit_unused_properties__, *Module.__annotations__]
+_OWN = [name for name in dir(Module) if isinstance(getattr(Module, name), property)]
+Module.__jit_unused_properties__ = _OWN
+Module.__jit_ignored_attributes__ = [*_OWN, *Module.__annotations__, *HyperparametersMixin.__annotations__]
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

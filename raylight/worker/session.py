@@ -206,7 +206,8 @@ class Session:
     @property
     def ckpt_path(self) -> str | None:
         checkpoint = self.worker.task.checkpoint
-        return checkpoint.path if checkpoint is not None else self.worker.task.lightning_file
+        file = self.worker.task.file
+        return checkpoint.path if checkpoint is not None else file if isinstance(file, str) else None
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -260,7 +261,8 @@ class Session:
 
     @property
     def is_resuming(self) -> bool:
-        return self.worker.task.checkpoint is not None and not self.worker.has_trained
+        task = self.worker.task
+        return (task.checkpoint is not None or task.file is not None) and not self.worker.has_trained
 
     @property
     def accumulate_grad_batches(self) -> int:

@@ -17,9 +17,12 @@ from raylight.contract.messages import ENDING, RECOVERY, Finished, Hyperparamete
 from raylight.contract.rank_zero import set_rank
 from raylight.contract.seeding import seed_process, set_rng_state
 from raylight.contract.task import Begin, Place, Rejoin, Rescue, Task
+from raylight.user.checkpoint_io import find_checkpoint_io
+from raylight.user.hyperparameters import merge_logged
 from raylight.user.run_view import PLAIN
 from raylight.worker.checkpoint import contents, optimizer_options
-from raylight.worker.checkpoint.restore import load_lightning, load_state
+from raylight.worker.checkpoint.lightning_state import load_content, to_state
+from raylight.worker.checkpoint.restore import load_state
 from raylight.worker.checkpoint.state import State
 from raylight.worker.diagnosis.evidence import keep_evidence
 from raylight.worker.diagnosis.failure import Aftermath, describe_failure
@@ -117,8 +120,8 @@ def prepare(session: Session) -> Iterator[Message]:
     worker.module.configure_model()
     if task.checkpoint is not None:
         state = load_state(task.checkpoint, worker.rank, worker.world_size)
-    elif task.lightning_file is not None:
-        state = load_lightning(task.lightning_file)
+    elif task.file is not None:
+        state = _load_file(task, worker)
     if state is not None:
         contents.restore_weights(worker, state)
     if worker.config.sync_batchnorm and worker.world_size > 1:
@@ -127,10 +130,17 @@ def prepare(session: Session) -> Iterator[Message]:
     worker.module.to(worker.device)
     hparams = {**getattr(data_module, "hparams", {}), **worker.module.hparams}
     if worker.is_first and hparams:
-        yield Hyperparameters(dict(hparams))
+        yield Hyperparameters(dict(hparams), merge_logged(worker.module, data_module))
     yield from worker.outbox.take()
     if worker.is_fitting:
-        session.keep_random_numbers(_prepare_fit(worker, state if task.checkpoint is not None else None))
+        session.keep_random_numbers(_prepare_fit(worker, state))
+
+
+def _load_file(task: Task, worker: Worker) -> State:
+    assert task.file is not None
+    where = task.file if isinstance(task.file, str) else "the file"
+    content = load_content(task.file, find_checkpoint_io(worker.config.plugins), weights_only=not task.runs_code)
+    return to_state(content, where, worker.rank, worker.world_size)
 
 
 def _prepare_fit(worker: Worker, state: State | None) -> contents.RNGState | None:

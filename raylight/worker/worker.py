@@ -144,6 +144,8 @@ class Worker:
         index = self.data.open(loader, self.rank, self.world_size, self.progress.current_epoch)
         if index is not None:
             self.progress.enter_epoch_at(index)
+            if self.data.batches is not None:
+                self.progress.note_position(self.data.batches.position)
 
     def open_evaluation_data(self, stage: str) -> EvaluationData:
         """Finds the loaders of a stage and deals them."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from raylight.contract.config import Checkpointing
 from raylight.contract.messages import (
@@ -21,6 +23,7 @@ from raylight.contract.messages import (
     StageStarted,
 )
 from raylight.contract.requests import Request
+from raylight.contract.task import Place, Rejoin
 from raylight.storage.filesystem import Storage
 from raylight.worker import loop
 from raylight.worker.group.control import Control
@@ -120,6 +123,31 @@ def test_signs_of_life_name_where_the_loop_stands(tmp_path):
     ]  # fmt: skip
 
 
+class Numbers(IterableDataset):
+    def __iter__(self):
+        return iter([number] for number in torch.arange(8.0).unsqueeze(1))
+
+
+def test_a_stream_that_is_read_again_shows_life_and_says_how_far():
+    class Breaking(Asked):
+        def training_step(self, batch):
+            if self.global_step == 2 and self.request is not None:
+                raise KeyError("broken")
+            return super().training_step(batch)
+
+    module, control = Breaking(Request.SAVE), Recorded()
+    task = make_task(module, DataLoader(Numbers(), batch_size=2), max_epochs=1)
+    run_task(task, control=control)
+    module.request, control.signs = None, []
+    control.resume()
+    found = run_task(replace(task, mode=Rejoin()), Place(generation=1), control)
+    assert [it.text for it in found if isinstance(it, Notice) and "again" in it.text] == [
+        "read 4 items of the stream again to go on where the run had stopped"
+    ]
+    assert control.signs[:2] == [("train", 2), ("first training batch", 2)]
+    assert module.trained == [0.0, 2.0, 4.0, 6.0]
+
+
 # ---- reports and stages
 
 
@@ -161,6 +189,16 @@ def test_a_sanity_check_is_as_long_as_asked_for(arguments, stages):
     assert getattr(module, "checks", None) == ([True, True] if stages else None)
     first = next(it for it in found if isinstance(it, EpochMetrics))
     assert first.stage == ("train" if "limit_val_batches" in arguments else "validate")
+
+
+def test_what_is_logged_before_the_first_epoch_is_of_that_epoch():
+    class Early(Asked):
+        def on_train_start(self):
+            self.log("early", 3.0)
+
+    found = run(Early(), max_epochs=2, limit_val_batches=0, num_sanity_val_steps=0)
+    logged = [it.epoch for it in found if isinstance(it, EpochMetrics) and it.values.get("early") == 3.0]
+    assert logged == [0]
 
 
 class Collecting(Asked):

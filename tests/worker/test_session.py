@@ -44,7 +44,7 @@ def test_where_it_runs():
     assert (session.attempt, session.seed, session.device) == (3, 11, torch.device("cpu"))
     assert session.log_dir == "version_0"
     assert session.ckpt_path is None
-    assert make(task={"lightning_file": "a.ckpt"}).ckpt_path == "a.ckpt"
+    assert make(task={"file": "a.ckpt"}).ckpt_path == "a.ckpt"
 
 
 @pytest.mark.parametrize("name", list(STAGES))

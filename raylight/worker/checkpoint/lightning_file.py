@@ -17,6 +17,7 @@ from raylight.user.checkpoint_io import CheckpointIO
 from raylight.worker.checkpoint import contents
 from raylight.worker.checkpoint.kept_hyperparameters import DATA_MODULE_KEY, MODULE_KEY, read_hyperparameters
 from raylight.worker.checkpoint.lightning_loops import Standing, standing_of, write_loops
+from raylight.worker.checkpoint.lightning_state import LIGHTNING_VERSION, OWN_FORMAT, OWN_KEY, SCALER_KEYS
 from raylight.worker.checkpoint.plain_values import check_plain, copy_plain
 from raylight.worker.checkpoint.restore import load_state
 from raylight.worker.checkpoint.state import OwnState, State
@@ -24,7 +25,6 @@ from raylight.worker.group.collectives import gather_objects
 from raylight.worker.progress import Progress
 from raylight.worker.worker import Worker
 
-OWN_KEY = "raylight"
 NAME_KEYS = {MODULE_KEY: "hparams_name", DATA_MODULE_KEY: "datamodule_hparams_name"}
 _ALL_ARGUMENTS = "kwargs"
 
@@ -55,9 +55,12 @@ def make_from_run(worker: Worker, weights_only: bool, batch: int | None = None, 
         progress.current_epoch + in_epoch_end, 0 if in_epoch_end else progress.batch_idx, progress.num_batches_seen,
         progress.global_step, batch is not None, in_epoch_end, is_last and not in_epoch_end, stepped,
     )  # fmt: skip
-    if is_last and (in_epoch_end or batch is not None):  # its end is not made again, as in Lightning
+    if in_epoch_end:
         progress.finish_epoch()
+    elif worker.stage == "validate" and progress.global_step in worker.metrics.measured_at.values():
+        progress.finish_validation()
     state = contents.collect(worker, progress, at)
+    state.module["facts"]["plateau_due"] = in_epoch_end
     owns = gather_objects(check_plain(state.own, "own"), worker.world_size)
     return _make(state, owns, at, weights_only)
 
@@ -83,7 +86,7 @@ def _make(state: State, owns: list[OwnState], at: Standing, weights_only: bool, 
     checkpoint: StateDict = {
         "epoch": at.epochs - at.is_in_epoch_end,
         "global_step": at.steps,
-        "pytorch-lightning_version": contents.LIGHTNING_VERSION,
+        "pytorch-lightning_version": LIGHTNING_VERSION,
         "loops": write_loops(at, facts.get("automatic", True)),
     }
     if not weights_only:
@@ -91,13 +94,13 @@ def _make(state: State, owns: list[OwnState], at: Standing, weights_only: bool, 
         checkpoint["optimizer_states"] = saved["optimizers"]
         checkpoint["lr_schedulers"] = saved["schedulers"]
         if saved.get("precision"):
-            checkpoint["MixedPrecision"] = saved["precision"]
+            checkpoint[SCALER_KEYS[0]] = saved["precision"]
     for key in (MODULE_KEY, DATA_MODULE_KEY):
         checkpoint |= _write_hyperparameters(module, key, owner)
     if saved.get("data_module") and facts.get("data_module"):
         checkpoint[facts["data_module"]] = saved["data_module"]
     checkpoint |= module.get("extra", {})
-    own = {"format": 1, "version": __version__, "module": {**module, "extra": {}}}
+    own = {"format": OWN_FORMAT, "version": __version__, "module": {**module, "extra": {}}}
     if not weights_only:
         mine = {key: value for key, value in saved.items() if key in ("configured", "loop", "metrics", "measured_at")}
         own |= {"replicated": mine, "own": owns}

@@ -67,6 +67,12 @@ class Saving:
                 f"load_from_checkpoint will ask for it, as {name}=..."
             )
 
+    def name_left_out(self, left_out: dict[str, str], outbox: Outbox) -> None:
+        """Names what user code put into a checkpoint and no file can hold, with the reason, each once."""
+        for name in left_out.keys() - self._unsaved:
+            self._unsaved.add(name)
+            outbox.notice(f"{name!r} is not in the checkpoints, as it cannot be pickled: {left_out[name]}", "warning")
+
     def finish_copying(self) -> bool:
         """Returns once weights and optimizer state may change; False if user code has changed them already."""
         return self.snapshots is None or self.snapshots.wait()

@@ -24,6 +24,8 @@ class TrainingData:
         self.opened_in = 0
         """The epoch in which the loader was made."""
         self._position: Position | None = None
+        self._batches_done: int | None = None
+        self._window = 0
 
     @property
     def num_batches(self) -> int | None:
@@ -33,6 +35,16 @@ class TrainingData:
     def enter_at(self, position: Position) -> None:
         """The next `open` enters the epoch there."""
         self._position = position
+
+    def enter_after(self, num_batches: int | None, window: int) -> None:
+        """The next `open` enters the epoch after that many of this rank's batches, unless a position is known; `window`
+        of them belong to a step that is not made."""
+        self._batches_done, self._window = num_batches or None, window
+
+    def take_window(self) -> int:
+        """The batches of an unfinished step before the one that comes next."""
+        taken, self._window = self._window, 0
+        return taken
 
     def open(self, loader: Loader, rank: int, world_size: int, epoch: int) -> int | None:
         """Divides the loader, made in this epoch; returns the batch at which a position was entered, if there was
@@ -53,6 +65,9 @@ class TrainingData:
         )
         if config.global_batch_size is not None:
             self.accumulate = self.batches.accumulate
+        if self._batches_done is not None:
+            self._position = self.batches.state_dict(0, self._batches_done - 1)
+            self._batches_done = None
         if self._position is None:
             return None
         self.batches.load_state_dict(self._position)

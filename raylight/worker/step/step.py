@@ -104,7 +104,8 @@ class Step:
 
     def begin_epoch(self, knows_sizes: bool) -> None:
         """`knows_sizes`: the sampler says how many samples a batch holds; else it is guessed from what is in it."""
-        self._knows_sizes, self.window = knows_sizes, 0
+        self._knows_sizes, self.window, self.uneven = knows_sizes, self.worker.data.take_window(), False
+        self.filled = self.window / self.worker.data.accumulate
 
     def take_losses(self) -> list[Tensor]:
         """Those since the last call, on the device."""
