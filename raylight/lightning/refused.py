@@ -114,7 +114,7 @@ REFUSED: tuple[Refused, ...] = (
     _not("the loaders are divided over the workers by raylight; ask trainer.num_training_batches",
          "has_len_all_ranks BType", "utilities.data"),
     _not("compile inside the module: self.net = torch.compile(self.net)", "*", "utilities.compile"),
-    _not("functions below it are in raylight.utilities.rank_zero", "rank_zero_module", "utilities.rank_zero"),
+    _not("it holds a logger of Lightning's: use logging.getLogger(...)", "rank_zero_module", "utilities.rank_zero"),
     _not("it lists the arguments of a function: use inspect.signature", "parse_class_init_keys get_init_args "
          "collect_init_args", "utilities.parsing"),
     _not("it is a call of torchvision: use torchvision.models.get_model", "get_torchvision_model",
