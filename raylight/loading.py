@@ -28,6 +28,7 @@ from raylight.storage.retention import rank
 from raylight.storage.summaries import monitor_of, read_run_or_status
 from raylight.storage.versions import Version, list_versions
 from raylight.user.checkpoint_reader import CheckpointPath, MapLocation
+from raylight.user.given_hyperparameters import INSTANTIATOR
 
 if TYPE_CHECKING:
     from raylight.driver.result import Result
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
 
 M = TypeVar("M")
 POINTER_FILE = "raylight.json"
+INSTANTIATORS = (
+    "raylight.cli.instantiate_module", "lightning.pytorch.cli.instantiate_module",
+    "pytorch_lightning.cli.instantiate_module",
+)  # fmt: skip
+"""The functions that a configuration among hyperparameters may name; all stand for raylight's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +220,7 @@ def load_module(
     saved = _to_saved(path)
     state = load_any(saved, map_location)
     kept = read_hyperparameters(state.module, owner)
-    module: Value = owner(**_accepted(owner, kept, overrides))
+    module: Value = _make(owner, kept, overrides)
     hparams = {**kept.values, **overrides}
     progress = {"epoch": saved.epoch, "global_step": saved.step} if isinstance(saved, Checkpoint) else {}
     checkpoint = {
@@ -232,7 +238,27 @@ def load_data_module(owner: type[M], path: CheckpointPath, overrides: dict[str, 
     from raylight.worker.checkpoint.restore import load_any
 
     kept = read_hyperparameters(load_any(_to_saved(path)).module, owner, DATA_MODULE_KEY)
-    return owner(**_accepted(owner, kept, overrides))
+    return _make(owner, kept, overrides)
+
+
+def read_plain_hyperparameters(path: str | os.PathLike[str], owner: type) -> dict[str, Value]:
+    """The hyperparameters that a checkpoint has kept for a module."""
+    from raylight.worker.checkpoint.kept_hyperparameters import read_hyperparameters
+    from raylight.worker.checkpoint.restore import load_any
+
+    return read_hyperparameters(load_any(_to_saved(path)).module, owner).values
+
+
+def _make(owner: type[M], kept: Kept, overrides: dict[str, Value]) -> M:
+    """An object with the hyperparameters of a checkpoint; a command line's configuration may be among them."""
+    made_by = kept.values.get(INSTANTIATOR)
+    if made_by is None:
+        return owner(**_accepted(owner, kept, overrides))
+    if made_by not in INSTANTIATORS:
+        raise CheckpointMismatch(f"the checkpoint is to be read by {made_by!r}; allowed are {INSTANTIATORS}")
+    from raylight.instantiation import instantiate_module
+
+    return instantiate_module(owner, kept.arguments(overrides, dict.fromkeys([*kept.values, *kept.missing])))
 
 
 def _to_saved(path: CheckpointPath) -> CheckpointPath:

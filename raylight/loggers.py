@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from raylight.arguments.trainer_arguments import TakesMetrics
 from raylight.contract.config import FilePath
 from raylight.contract.errors import InvalidArguments
 from raylight.contract.kinds import Value
@@ -23,7 +24,7 @@ CSV_INTERVAL_S = 1.0
 SUMMARY_WRITER_OPTIONS = ("comment", "purge_step", "max_queue", "flush_secs", "filename_suffix")
 
 
-class Logger:
+class Logger(TakesMetrics):
     """A receiver of values and hyperparameters.
 
     To be one, an object needs `log_metrics(metrics, step)` and no base class; of the other methods, those that it has

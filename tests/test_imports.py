@@ -20,10 +20,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("arguments",),
     ("worker", "storage"),
     ("driver",),
-    ("launch", "report", "callbacks", "loading", "loggers"),
+    ("launch", "report", "callbacks", "loading", "instantiation", "loggers"),
     ("execution", "replay", "runs"),
     ("trainer",),
-    ("sweep", "tuning", "cli", "doctor", "supervise"),
+    ("sweep", "tuning", "cli", "command", "doctor", "supervise"),
 )
 
 # Neighbours of one layer that must not know each other.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, TypedDict
 
 from raylight.contract.config import DDP, Checkpointing, FilePath, Filesystem
@@ -14,8 +14,7 @@ from raylight.user.callback import Callback
 class TakesMetrics(Protocol):
     """One of raylight.loggers, Lightning's or your own: it has log_metrics(metrics, step)."""
 
-    @property
-    def log_metrics(self) -> Callable[..., object]: ...
+    def log_metrics(self, metrics: Value, step: Value, /) -> Value: ...
 
 
 NumWorkers = int | tuple[int, int] | Literal["auto"]

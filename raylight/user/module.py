@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from raylight.contract.kinds import Batch, Value
 from raylight.user.checkpoint_reader import CheckpointPath, MapLocation, checkpoint_reader
+from raylight.user.given_hyperparameters import find_given_hyperparameters
 from raylight.user.init_arguments import choose_hyperparameters, collect_arguments
 from raylight.user.module_hooks import ModuleHooks, Stepping
 from raylight.user.trainer_names import TrainerNames
@@ -209,7 +210,9 @@ class Module(ModuleHooks):
         """Keep the arguments of `__init__` in `hparams`, and in checkpoints: all, those named, or the items of one
         dict, Namespace, dataclass or DictConfig, which `load_from_checkpoint` puts together again. Works before
         `super().__init__()` too."""
-        arguments = collect_arguments(self, frame or inspect.currentframe().f_back)  # type: ignore[union-attr]
+        arguments = find_given_hyperparameters(self)
+        if arguments is None:
+            arguments = collect_arguments(self, frame or inspect.currentframe().f_back)  # type: ignore[union-attr]
         found, argument = choose_hyperparameters(names, arguments)
         ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
         self.hparams.update({name: value for name, value in found.items() if name not in ignored})

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from raylight.contract.config import Config, FilePath
+    from raylight.contract.task import Files
     from raylight.user.run_view import Loader, SchedulerEntry
 
 INSTEAD = {
@@ -83,6 +84,7 @@ class TrainerNames:
     callbacks: Fact[list[Value]] = Fact()
     loggers: Fact[list[Value]] = Fact()
     log_dir: Fact[str | None] = Fact()
+    files: Fact[Files | None] = Fact()
     ckpt_path: Fact[str | None] = Fact()
     current_epoch: Fact[int] = Fact()
     global_step: Fact[int] = Fact()

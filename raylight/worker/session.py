@@ -15,7 +15,7 @@ from raylight.contract.errors import InvalidArguments
 from raylight.contract.kinds import Index, Loader, ProcessGroup, StateDict, Value
 from raylight.contract.messages import Hyperparameters
 from raylight.contract.seeding import RNGState
-from raylight.contract.task import Place, Task
+from raylight.contract.task import Files, Place, Task
 from raylight.user.callback import Callback
 from raylight.user.data_module import DataModule
 from raylight.user.module import Module
@@ -193,6 +193,10 @@ class Session:
     @property
     def log_dir(self) -> str:
         return self.worker.task.version_path
+
+    @property
+    def files(self) -> Files | None:
+        return self.worker.task.files
 
     @property
     def ckpt_path(self) -> str | None:

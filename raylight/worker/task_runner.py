@@ -18,6 +18,7 @@ from raylight.contract.messages import ENDING, RECOVERY, Finished, Hyperparamete
 from raylight.contract.rank_zero import set_rank
 from raylight.contract.seeding import seed_process, set_rng_state
 from raylight.contract.task import Begin, Place, Rejoin, Rescue, Task
+from raylight.user.given_hyperparameters import INSTANTIATOR
 from raylight.user.run_view import PLAIN
 from raylight.worker.checkpoint import contents, optimizer_options
 from raylight.worker.checkpoint.restore import load_lightning, load_state
@@ -134,6 +135,7 @@ def prepare(session: Session) -> Iterator[Message]:
     worker.precision.convert_module(worker.module)
     worker.module.to(worker.device)
     hparams = {**getattr(data_module, "hparams", {}), **worker.module.hparams}
+    hparams.pop(INSTANTIATOR, None)
     if worker.is_first and hparams:
         yield Hyperparameters(dict(hparams))
     yield from worker.outbox.take()
