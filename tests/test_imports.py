@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("arguments",),
     ("worker", "storage"),
     ("driver",),
-    ("launch", "report", "callbacks", "loading", "instantiation", "loggers"),
+    ("launch", "report", "callbacks", "tuner", "loading", "instantiation", "loggers"),
     ("execution", "replay", "runs"),
     ("trainer",),
     ("sweep", "tuning", "cli", "command", "doctor", "supervise"),

@@ -7,11 +7,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from raylight.callbacks.batch_size_finder import BatchSizeFinder
     from raylight.callbacks.device_stats_monitor import DeviceStatsMonitor
     from raylight.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
     from raylight.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
     from raylight.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
     from raylight.callbacks.lambda_callback import LambdaCallback
+    from raylight.callbacks.learning_rate_finder import LearningRateFinder
     from raylight.callbacks.learning_rate_monitor import LearningRateMonitor
     from raylight.callbacks.model_checkpoint import ModelCheckpoint
     from raylight.callbacks.model_summary import ModelSummary, RichModelSummary
@@ -28,12 +30,14 @@ _FILES = {
     "BackboneFinetuning": "finetuning",
     "BaseFinetuning": "finetuning",
     "BasePredictionWriter": "prediction_writer",
+    "BatchSizeFinder": "batch_size_finder",
     "DeviceStatsMonitor": "device_stats_monitor",
     "EMAWeightAveraging": "weight_averaging",
     "EarlyStopping": "early_stopping",
     "EarlyStoppingReason": "early_stopping",
     "GradientAccumulationScheduler": "gradient_accumulation_scheduler",
     "LambdaCallback": "lambda_callback",
+    "LearningRateFinder": "learning_rate_finder",
     "LearningRateMonitor": "learning_rate_monitor",
     "ModelCheckpoint": "model_checkpoint",
     "ModelSummary": "model_summary",
@@ -52,6 +56,7 @@ __all__ = [
     "BackboneFinetuning",
     "BaseFinetuning",
     "BasePredictionWriter",
+    "BatchSizeFinder",
     "Callback",
     "DeviceStatsMonitor",
     "EMAWeightAveraging",
@@ -59,6 +64,7 @@ __all__ = [
     "EarlyStoppingReason",
     "GradientAccumulationScheduler",
     "LambdaCallback",
+    "LearningRateFinder",
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelSummary",

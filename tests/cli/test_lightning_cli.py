@@ -32,6 +32,7 @@ BOTH = {"raylight": (raylight.cli, Net, Data), "lightning": (pytorch_lightning.c
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["script.py"])
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # which Lightning sets
     return tmp_path
 
 
