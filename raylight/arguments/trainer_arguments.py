@@ -9,6 +9,7 @@ from raylight.contract.config import DDP, Checkpointing, FilePath, Filesystem
 from raylight.contract.durations import Duration
 from raylight.contract.kinds import Value
 from raylight.user.callback import Callback
+from raylight.user.profilers import Profiler
 
 
 class TakesMetrics(Protocol):
@@ -83,7 +84,7 @@ class EvaluationArguments(TypedDict, total=False):
     log_every_n_steps: int | None
     enable_progress_bar: bool | None
     enable_model_summary: bool | None
-    profiler: str | None
+    profiler: str | Profiler | None
     # failure
     max_restarts: int
     hang_timeout_s: float | None

@@ -20,6 +20,7 @@ from raylight.user.accelerators import Accelerator, accelerator_of
 from raylight.user.forwarding import Fact, Setting
 from raylight.user.loop_facades import EvaluationLoopFacade, FitLoopFacade
 from raylight.user.overriding import overrides
+from raylight.user.profilers import PassThroughProfiler, Profiler
 from raylight.user.run_view import Record, RunView
 from raylight.user.states import RunningStage, TrainerFn, TrainerState
 from raylight.user.strategy_facade import StrategyFacade
@@ -131,7 +132,6 @@ class TrainerNames:
     gradient_clip_algorithm: Setting[str] = Setting()
     log_every_n_steps: Setting[int] = Setting()
     default_root_dir: Setting[str] = Setting("storage_path")
-    profiler: Setting[str | None] = Setting()
 
     barebones = False
     """Lightning's switch for measuring its own overhead; there is nothing to switch off here."""
@@ -196,6 +196,12 @@ class TrainerNames:
         """Batches of each validation loader that the sanity check takes, over all workers."""
         limit = self.config.num_sanity_val_steps
         return [count if limit == -1 else min(count, limit) for count in self.num_val_batches]
+
+    @property
+    def profiler(self) -> Profiler:
+        """Measures sections of your own: `with trainer.profiler.profile("name"): ...`. On a worker, that worker's."""
+        found: Profiler = self.config.profiler or PassThroughProfiler()
+        return found
 
     @property
     def logger(self) -> Value:

@@ -26,6 +26,7 @@ from raylight.worker.checkpoint.state import State
 from raylight.worker.diagnosis.evidence import keep_evidence
 from raylight.worker.diagnosis.failure import Aftermath, describe_failure
 from raylight.worker.diagnosis.out_of_memory import advise
+from raylight.worker.diagnosis.sections import begin_profile, end_profile
 from raylight.worker.evaluation import EvaluationResult, evaluate, split_by_loader
 from raylight.worker.group import process_group, rejoin
 from raylight.worker.group.control import Control, Halted
@@ -64,6 +65,7 @@ def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
                 _part_random_numbers(session.worker)
                 control.keep(session)
             result = yield from (_fit(session) if task.stage == "fit" else _evaluate(session.worker))
+            end_profile(session.worker)
             _tear_down(session)
         finished = _finish(session, result)
         yield from session.worker.outbox.take()
@@ -139,6 +141,7 @@ def prepare(session: Session) -> Iterator[Message]:
     if worker.is_first and hparams:
         yield Hyperparameters(dict(hparams))
     yield from worker.outbox.take()
+    begin_profile(worker)
     if worker.is_fitting:
         session.keep_random_numbers(_prepare_fit(worker, state if task.checkpoint is not None else None))
 
@@ -234,6 +237,7 @@ def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
         if worker.data_module is not None:
             aftermath.attempt("on_exception", worker.data_module.on_exception, error)
         aftermath.attempt("trainer.logger", session.close_logger)
+        aftermath.attempt("the profiler", worker.profiler.teardown, worker.task.stage)
         failure = describe_failure(error, step, stage)
         if stage == "train" and loop is not None:
             evidence = keep_evidence(worker, loop.step, loop.suspect, failure.kind, failure.text)
