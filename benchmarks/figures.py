@@ -53,8 +53,7 @@ def read(path: Path) -> list[tuple[str, list[Figure]]]:
 def table(title: str, figures: list[Figure]) -> str:
     width = max((len(figure.name) for figure in figures), default=0)
     rows = [
-        f"  {it.name:{width}}  {significant(it.value):>9} {it.unit:<10}  {it.target:<14} {it.verdict}"
-        for it in figures
+        f"  {it.name:{width}}  {significant(it.value):>9} {it.unit:<10}  {it.target:<14} {it.verdict}" for it in figures
     ]
     return "\n".join([title, *(row.rstrip() for row in rows)])
 

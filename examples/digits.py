@@ -1,9 +1,9 @@
 """Handwritten digits: train on two Ray workers, test, and say where everything is stored.
 
-    python examples/digits.py                      two workers on this machine, a few seconds after Ray is up
-    python examples/digits.py --num-workers 0      the same in this process
-    python examples/digits.py --resume last        go on where the newest version stopped
-    python examples/digits.py --help
+python examples/digits.py                      two workers on this machine, a few seconds after Ray is up
+python examples/digits.py --num-workers 0      the same in this process
+python examples/digits.py --resume last        go on where the newest version stopped
+python examples/digits.py --help
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """MNIST: a data module that downloads once a node, and a network that reaches 98 % in two epochs.
 
-    python examples/mnist.py                       in this process, or a worker for each GPU where there are several
-    python examples/mnist.py --num-workers 2       two Ray workers
+python examples/mnist.py                       in this process, or a worker for each GPU where there are several
+python examples/mnist.py --num-workers 2       two Ray workers
 """
 
 import argparse

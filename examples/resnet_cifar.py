@@ -1,8 +1,8 @@
 """ResNet-18 on CIFAR-10 in bfloat16: augmentation on two loader processes, a one-cycle schedule.
 
-    python examples/resnet_cifar.py                       in this process, or a worker for each GPU
-    python examples/resnet_cifar.py --fake-data           no download, a few small batches: does it run here?
-    python examples/resnet_cifar.py --num-workers 4       four Ray workers
+python examples/resnet_cifar.py                       in this process, or a worker for each GPU
+python examples/resnet_cifar.py --fake-data           no download, a few small batches: does it run here?
+python examples/resnet_cifar.py --num-workers 4       four Ray workers
 """
 
 import argparse

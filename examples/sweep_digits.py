@@ -1,8 +1,8 @@
 """Search for a good network for handwritten digits: trials of two Ray workers, the weak ones stopped early by ASHA.
 
-    python examples/sweep_digits.py                     12 trials, about a minute
-    python examples/sweep_digits.py --num-workers 0     each trial in one process
-    python examples/sweep_digits.py --resume            go on with a sweep that was interrupted
+python examples/sweep_digits.py                     12 trials, about a minute
+python examples/sweep_digits.py --num-workers 0     each trial in one process
+python examples/sweep_digits.py --resume            go on with a sweep that was interrupted
 """
 
 import argparse

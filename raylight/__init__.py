@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from raylight.lightning import alias_modules
 from raylight.user import checkpoint_reader
 
 __version__ = "0.1.0"
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from raylight.contract.seeding import seed_everything
     from raylight.driver.result import Result
     from raylight.runs import Run, open_run
+    from raylight.speed.benchmark import benchmark
+    from raylight.speed.result import Benchmark
     from raylight.sweep import sweep
     from raylight.trainer import Trainer, fit, predict, test, validate
     from raylight.user.callback import Callback
@@ -58,6 +61,8 @@ _NAMES = {
     "open_run": ("runs", "open_run"),
     "Run": ("runs", "Run"),
     "Result": ("driver.result", "Result"),
+    "benchmark": ("speed.benchmark", "benchmark"),
+    "Benchmark": ("speed.result", "Benchmark"),
     "Callback": ("user.callback", "Callback"),
     "Checkpointing": ("contract.config", "Checkpointing"),
     "DDP": ("contract.config", "DDP"),
@@ -73,10 +78,10 @@ _NAMES = {
 # Written out, because type checkers read it: of a typed package they let users import these names alone.
 __all__ = [  # noqa: RUF022  (in the order of the table)
     "Module", "LightningModule", "DataModule", "LightningDataModule", "Trainer", "fit", "validate", "test", "predict",
-    "sweep", "open_run", "Run", "Result", "Callback", "Checkpointing", "DDP", "seed_everything", "rank_zero_only",
-    "rank_zero_info", "rank_zero_warn", "callbacks", "loggers", "RaylightError", "InvalidArguments", "WorkerFailed",
-    "WorkerHung", "CheckpointCorrupt", "CheckpointMismatch", "StorageError", "ClusterError", "NotEnoughResources",
-    "DataError",
+    "sweep", "open_run", "Run", "Result", "benchmark", "Benchmark", "Callback", "Checkpointing", "DDP",
+    "seed_everything", "rank_zero_only", "rank_zero_info", "rank_zero_warn", "callbacks", "loggers", "RaylightError",
+    "InvalidArguments", "WorkerFailed", "WorkerHung", "CheckpointCorrupt", "CheckpointMismatch", "StorageError",
+    "ClusterError", "NotEnoughResources", "DataError",
 ]  # fmt: skip
 
 
@@ -84,21 +89,39 @@ class _LazyReader(checkpoint_reader.CheckpointReader):
     """Loads what reads checkpoints when it is first asked for."""
 
     def load_module(self, kind: Any, *arguments: Any) -> Any:
-        from raylight.loading import load_module
+        from raylight.rebuilding import load_module
 
         return load_module(kind, *arguments)
 
     def load_data_module(self, kind: Any, *arguments: Any) -> Any:
-        from raylight.loading import load_data_module
+        from raylight.rebuilding import load_data_module
 
         return load_data_module(kind, *arguments)
 
+    def read_file(self, path: Any, *arguments: Any) -> Any:
+        from raylight.rebuilding import read_file
+
+        return read_file(path, *arguments)
+
+    def open_write(self, path: Any) -> Any:
+        from raylight.storage.single_file import open_write
+
+        return open_write(path)
+
+    def remove(self, path: Any) -> None:
+        from raylight.storage.single_file import remove
+
+        remove(path)
+
 
 checkpoint_reader.install(_LazyReader())
+alias_modules.install()
 
 
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:
+        if alias_modules.is_known(name):
+            return importlib.import_module(f"raylight.{name}")
         raise AttributeError(f"module 'raylight' has no attribute {name!r}")
     path, attribute = _NAMES[name]
     module = importlib.import_module(f"raylight.{path}")

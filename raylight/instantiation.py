@@ -8,11 +8,9 @@ from typing import TypeVar
 
 from raylight.contract.errors import CheckpointMismatch
 from raylight.contract.kinds import StateDict, Value
-from raylight.user.given_hyperparameters import INSTANTIATOR, giving_hyperparameters
+from raylight.user.given_hyperparameters import CLASS_PATH, INSTANTIATOR, giving_hyperparameters
 
 M = TypeVar("M")
-CLASS_PATH = "_class_path"
-"""Lightning's key for the class, beside its arguments."""
 PUBLIC_PATH = "raylight.cli.instantiate_module"
 
 

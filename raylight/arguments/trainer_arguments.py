@@ -34,7 +34,8 @@ class EvaluationArguments(TypedDict, total=False):
     resources_per_worker: Mapping[str, float] | None
     strategy: str | DDP
     devices: int | str | Sequence[int]
-    """Lightning's `num_workers`: workers of each node, -1 or "auto" for all GPUs; 1 is this process."""
+    """Lightning's `num_workers`: workers of each node, -1 or "auto" for all GPUs; 1 is this process. Indices, as in
+    [0, 2] or "2,", choose GPUs of this machine."""
     gpus: int | str | Sequence[int] | None
     """As `devices`, of workers that have a GPU each; 0: none has one."""
     num_nodes: int
@@ -84,6 +85,7 @@ class EvaluationArguments(TypedDict, total=False):
     log_every_n_steps: int | None
     enable_progress_bar: bool | None
     enable_model_summary: bool | None
+    barebones: bool
     profiler: str | Profiler | None
     # failure
     max_restarts: int

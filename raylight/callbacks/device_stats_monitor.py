@@ -32,7 +32,7 @@ class DeviceStatsMonitor(Callback):
         self._processor_time: tuple[int, int] | None = None
         self._logged: dict[str, int] = {}  # by hook: with accumulation several batches belong to one step
 
-    def find_mistakes(self, config: Config) -> list[str]:
+    def _find_mistakes(self, config: Config) -> list[str]:
         if config.logger is not False or config.fast_dev_run:
             return []
         return ["DeviceStatsMonitor has nowhere to log to with logger=False; remove one of them."]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from raylight.callbacks.checkpoint import Checkpoint
 from raylight.callbacks.mistake_list import Mistakes
-from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
     from raylight.contract.config import Config, FilePath
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from raylight.user.trainer_names import TrainerNames
 
 
-class OnExceptionCheckpoint(Callback):
+class OnExceptionCheckpoint(Checkpoint):
     """Does what `Checkpointing.on_exception` does by default: the last finished step is saved when user code
     raises, and `resume="last"` goes on from there. With checkpoints turned off it is an error.
 
@@ -28,7 +28,7 @@ class OnExceptionCheckpoint(Callback):
         self.dirpath = dirpath
         self.filename = filename
 
-    def find_mistakes(self, config: Config) -> list[str]:
+    def _find_mistakes(self, config: Config) -> list[str]:
         if config.checkpoint is None and not config.fast_dev_run:
             return ["OnExceptionCheckpoint and checkpoint=False contradict each other; keep one of them."]
         if config.checkpoint is not None and not config.checkpoint.on_exception:

@@ -86,7 +86,7 @@ class StochasticWeightAveraging(Callback):
         start = self.swa_epoch_start
         return max((start if isinstance(start, int) else int(max_epochs * start)) - 1, 0)
 
-    def find_mistakes(self, config: Config) -> list[str]:
+    def _find_mistakes(self, config: Config) -> list[str]:
         start, limit = self.swa_epoch_start, config.max_epochs
         if limit is None or config.fast_dev_run:
             return []
@@ -113,7 +113,7 @@ class StochasticWeightAveraging(Callback):
         num_groups = len(trainer.optimizers[0].param_groups) if trainer.optimizers else 0
         if isinstance(self.swa_lrs, (list, tuple)) and len(self.swa_lrs) != num_groups:
             mistakes.add(f"swa_lrs has {len(self.swa_lrs)} rates, and the optimizer has {num_groups} parameter groups.")
-        mistakes.take(self.find_mistakes(trainer.config))
+        mistakes.take(self._find_mistakes(trainer.config))
         if not module.automatic_optimization and find_batch_norms(module):
             mistakes.add(
                 "measures batch norm by calling training_step without gradients, which a module that optimizes "

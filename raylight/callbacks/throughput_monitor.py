@@ -102,7 +102,7 @@ class ThroughputMonitor(Callback):
         self._logged_step = 0
         self._validation_began = 0.0
 
-    def find_mistakes(self, config: Config) -> list[str]:
+    def _find_mistakes(self, config: Config) -> list[str]:
         if config.logger is not False or config.fast_dev_run:
             return []
         return ["ThroughputMonitor has nowhere to log to with logger=False; remove one of them."]

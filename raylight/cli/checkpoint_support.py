@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from raylight.contract.kinds import StateDict, Value
-from raylight.instantiation import CLASS_PATH, PUBLIC_PATH
-from raylight.loading import read_plain_hyperparameters
-from raylight.user.given_hyperparameters import INSTANTIATOR, giving_hyperparameters
+from raylight.instantiation import PUBLIC_PATH
+from raylight.rebuilding import read_plain_hyperparameters
+from raylight.user.given_hyperparameters import CLASS_PATH, INSTANTIATOR, giving_hyperparameters
 
 M = TypeVar("M")
 

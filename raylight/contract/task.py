@@ -115,8 +115,10 @@ class Task:
     mode: Begin | Rejoin | Rescue = Begin()
     checkpoint: SavedState | None = None
     """Where state comes from."""
-    lightning_file: str | None = None
-    """Where weights come from instead: a file that Lightning has written."""
+    file: str | bytes | None = None
+    """Where state comes from instead: a file in Lightning's format, by path or URI, or its bytes."""
+    runs_code: bool = False
+    """Objects that only running code from the checkpoint rebuilds are wanted, too."""
     weights_only: bool = False
     """Take the weights alone from `checkpoint`."""
     attempt: int = 0

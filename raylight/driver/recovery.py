@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from raylight.contract.config import Config
@@ -32,63 +34,61 @@ class Recovery:
     def go_on(self, failures: dict[int, Failed]) -> Messages:
         """The messages of the next generation: of the ranks that are left and their new peers, or, if nobody is left,
         of ranks that begin from the newest checkpoint. Raises if the run cannot go on."""
-        another = self.driver.metrics.take_logger_error()
-        if another is None:
-            try:
-                messages = self._go_on(failures)
-                another = self.driver.metrics.take_logger_error()
-                if another is None:
-                    return messages
-            except RaylightError as known:
-                self._note(known, self.driver.metrics.take_logger_error())
+        with self._ending_on_errors(failures):
+            group, driver = self.group, self.driver
+            driver.wait_for_storage()
+            last_step = _furthest(failures, driver.step)
+            if self.watch.is_regrouping and all(isinstance(failure, PeerLost) for failure in failures.values()):
+                return self._regroup(last_step)
+            limit = self.config.max_restarts if group.can_recover else 0
+            decision = decide(failures, group.world_size, driver.step, self.task.stage, limit, self.history)
+            first, dead = find_first(failures), _find_dead(failures)
+            self.history.note(failures[first], driver.step, decision)
+            if not is_of_recovery(failures):
+                self.handled = failures
+            if decision.action is Action.GIVE_UP:
+                raise self._end(failures, decision)
+            lines = [f"rank {first} failed at step {driver.step} ({decision.reason}); the run goes on"]
+            driver.tell("\n".join([*lines, *getattr(failures[first], "notes", ())]), "warning")
+            driver.goodput_clock.note_failure(loses_work=decision.action is Action.RESTART)
+            time.sleep(decision.delay_s)
+            driver.departed_values.depart(dead)
+            deadline = time.monotonic() + self.config.replacement_timeout_s
+            missing = [rank for rank in dead if group.replace(rank, max(0.0, deadline - time.monotonic())) is None]
+            if missing:
+                self._go_on_without(missing, dead)
+            return self._begin(decision.reason, decision.action is Action.RESTART, dead, last_step)
+
+    @contextmanager
+    def _ending_on_errors(self, failures: dict[int, Failed]) -> Iterator[None]:
+        """Ends the run with the error of its failure if going on raises, as a user's logger may that hears of it."""
+        metrics = self.driver.metrics
+        another = metrics.take_logger_error()
+        try:
+            if another is not None:
+                raise another
+            yield
+            another = metrics.take_logger_error()
+            if another is not None:
+                raise another
+        except Exception as raised:
+            if isinstance(raised, RaylightError) and raised is not another:
+                _note(raised, metrics.take_logger_error())
                 raise
-            except Exception as raised:
-                another = raised
-        error = self._make_error(failures, Decision(Action.GIVE_UP, "it could not be handled"))
+            error = self._end(failures, Decision(Action.GIVE_UP, "it could not be handled"))
+            _note(error, raised)
+            raise error from None
+
+    def _end(self, failures: dict[int, Failed], decision: Decision) -> BaseException:
+        """The error of a run that is given up, whose last whole step is saved."""
+        error = self._make_error(failures, decision)
         with beside(error, "saving a last checkpoint"):
-            self._rescue([rank for rank, failure in failures.items() if isinstance(failure, Died)])
-        self._note(error, another)
-        raise error from None
+            self._rescue(_find_dead(failures))
+        return error
 
-    def _note(self, error: BaseException, another: Exception | None) -> None:
-        """Adds an exception of going on, such as one of a logger of the user's that hears of the failure."""
-        if another is not None:
-            error.add_note(describe_beside("going on", another))
-
-    def _go_on(self, failures: dict[int, Failed]) -> Messages:
-        self.driver.wait_for_storage()
-        if self.watch.is_regrouping and all(isinstance(failure, PeerLost) for failure in failures.values()):
-            return self._regroup(_furthest(failures, self.driver.step))
-        group, driver = self.group, self.driver
-        limit = self.config.max_restarts if group.can_recover else 0
-        decision = decide(failures, group.world_size, driver.step, self.task.stage, limit, self.history)
-        first = find_first(failures)
-        self.history.note(failures[first], driver.step, decision)
-        dead = [rank for rank, failure in failures.items() if isinstance(failure, Died)]
-        if not is_of_recovery(failures):
-            self.handled = failures
-        if decision.action is Action.GIVE_UP:
-            error = self._make_error(failures, decision)
-            with beside(error, "saving a last checkpoint"):
-                self._rescue(dead)
-            raise error
-        lines = [f"rank {first} failed at step {driver.step} ({decision.reason}); the run goes on"]
-        driver.tell("\n".join([*lines, *getattr(failures[first], "notes", ())]), "warning")
-        driver.goodput_clock.note_failure(loses_work=decision.action is Action.RESTART)
-        time.sleep(decision.delay_s)
-        self._replace(dead)
-        return self._begin(
-            decision.reason, decision.action is Action.RESTART, dead, last_step=_furthest(failures, driver.step)
-        )
-
-    def _replace(self, dead: list[int]) -> None:
-        """Other processes for the ranks that are lost; an elastic group goes on without those that find no room."""
+    def _go_on_without(self, missing: list[int], dead: list[int]) -> None:
+        """For these of the dead there is no room: an elastic group shrinks, any other cannot go on."""
         group, config = self.group, self.config
-        self.driver.departed_values.depart(dead)
-        deadline = time.monotonic() + config.replacement_timeout_s
-        missing = [rank for rank in dead if group.replace(rank, max(0.0, deadline - time.monotonic())) is None]
-        if not missing:
-            return
         fewest = config.num_workers[0] if isinstance(config.num_workers, tuple) else group.world_size
         left = group.world_size - len(missing)
         if left < fewest:
@@ -133,7 +133,10 @@ class Recovery:
             driver.redo_from(checkpoint.step if checkpoint is not None else 0)
             if checkpoint is not None:
                 driver.shelf.start_from(checkpoint)
-            task = replace(task, checkpoint=checkpoint or task.checkpoint, weights_only=False)
+            is_own = checkpoint is not None  # made by this very run, which may run what it has pickled
+            task = replace(
+                task, checkpoint=checkpoint or task.checkpoint, weights_only=False, runs_code=is_own or task.runs_code
+            )
         self.watch.begin()
         if from_checkpoint:
             driver.departed_values.clear()
@@ -168,6 +171,15 @@ class Recovery:
             return error
         is_own = type(cause).__module__ == RaylightError.__module__  # and says all by itself
         return cause if is_own and not isinstance(cause, WorkerFailed) else with_users_class(error, cause)
+
+
+def _note(error: BaseException, another: Exception | None) -> None:
+    if another is not None:
+        error.add_note(describe_beside("going on", another))
+
+
+def _find_dead(failures: dict[int, Failed]) -> list[int]:
+    return [rank for rank, failure in failures.items() if isinstance(failure, Died)]
 
 
 def _furthest(failures: dict[int, Failed], step: int) -> int:

@@ -134,17 +134,13 @@ def retry(
         outage.wait(backoff.delay_s(failures))
 
 
-def note_if_given_up(
-    outage: Outage, backoff: Backoff, where: str, took_s: float, answers: Callable[[], bool]
-) -> None:
+def note_if_given_up(outage: Outage, backoff: Backoff, where: str, took_s: float, answers: Callable[[], bool]) -> None:
     """Gives the store up if nothing else answers either, after an operation's last try, which took `took_s`. A try that
     is refused at once costs nothing; one that has to time out is not made for every file."""
     if not outage.is_given_up and answers():
         return
     if outage.give_up(min(backoff.longest_s, 2 * took_s) if took_s > SLOW_TRY_S else 0.0) and outage.lasted_s >= TOLD_S:
-        logger.warning(
-            "nothing has answered at %s for %.0f s: raylight no longer waits for it", where, outage.lasted_s
-        )
+        logger.warning("nothing has answered at %s for %.0f s: raylight no longer waits for it", where, outage.lasted_s)
 
 
 def _note_answer(outage: Outage, where: str) -> None:

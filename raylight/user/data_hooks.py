@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from raylight.contract.kinds import Batch, Loader
+from raylight.contract.kinds import Batch, Loader, Value
 from raylight.user.transfer import move_to_device
 
 
 class DataHooks:
     """Each may be overridden. If both do, a data module's loaders and batch hooks take the place of the module's."""
 
+    prepare_data_per_node: bool = True
+    """Call `prepare_data` on one worker of each node; False: on rank 0 alone, for storage that all nodes share."""
+    allow_zero_length_dataloader_with_multiple_devices: bool = False
+    """Lightning's; a worker without a batch takes part with nothing here, whatever it says."""
+
     def prepare_data(self) -> None:
-        """Download or write data, on one worker of each node while the others wait; keep nothing on `self`."""
+        """Download or write data, on one worker of each node while the others wait (see `prepare_data_per_node`); keep
+        nothing on `self`."""
 
     def setup(self, stage: str) -> None:
         """Build what depends on the data, on every worker; `stage` is "fit", "validate", "test" or "predict"."""
@@ -46,3 +52,13 @@ class DataHooks:
 
     def on_exception(self, exception: BaseException) -> None:
         """Called on the worker that raised `exception`; an error in this hook becomes a note to it."""
+
+
+class CheckpointHooks:
+    """The hooks that see a checkpoint as a dict."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Value]) -> None:
+        """Add to a checkpoint, on every worker alike: plain values and tensors only."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Value]) -> None:
+        """Read or change a checkpoint before its weights are loaded, for evaluation too."""

@@ -11,6 +11,10 @@ from raylight.contract.kinds import Value
 
 INSTANTIATOR = "_instantiator"
 """Lightning's key for the function that makes an object of such hyperparameters."""
+CLASS_PATH = "_class_path"
+"""Lightning's key for the class, beside its arguments."""
+CLI_KEYS = (INSTANTIATOR, CLASS_PATH)
+"""What LightningCLI keeps among the hyperparameters, for itself."""
 _given: ContextVar[tuple[type, dict[str, Value]] | None] = ContextVar("given_hyperparameters", default=None)
 
 

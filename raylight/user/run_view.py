@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
+from raylight.contract.config import FilePath
 from raylight.contract.kinds import Index, Loader, ProcessGroup, Scheduler, Value
 from raylight.user.states import RunningStage, TrainerStatus
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from raylight.contract.messages import FileOrder
     from raylight.contract.task import Files
 
 
@@ -199,7 +200,7 @@ class RunView(Protocol):
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
         """The newest value of everything logged. Epoch values are equal on all ranks; a step value is this rank's own
-        until the epoch ends. Reading it waits for the device."""
+        until the epoch ends. Reading it waits for the device. A hook may set values of its own in it."""
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
@@ -224,8 +225,15 @@ class RunView(Protocol):
     def request_checkpoint(self) -> None:
         """Saves at the end of this step. Call it on every rank at the same step."""
 
-    def save_checkpoint(self, path: str | os.PathLike[str], weights_only: bool) -> None:
+    def save_checkpoint(self, path: FilePath, weights_only: bool, storage_options: Value) -> None:
         """Writes one file with the present state to `path`. Call it on every rank at the same step."""
+
+    def order_file(self, order: FileOrder) -> None:
+        """Asks for a file with the present state, a link or a deletion; done in this order, behind the loop. Call it on
+        every rank at the same step."""
+
+    def is_file_wanted(self, path: str) -> bool | None:
+        """Whether a file that was asked for will be at this path; None if nobody asked for one there."""
 
     def manual_backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:
         """Backward under the run's precision, with gradients averaged over the ranks."""
@@ -346,8 +354,14 @@ class Record:
     def request_checkpoint(self) -> None:
         raise RuntimeError(NO_RUN)
 
-    def save_checkpoint(self, path: str | os.PathLike[str], weights_only: bool) -> None:
+    def save_checkpoint(self, path: FilePath, weights_only: bool, storage_options: Value) -> None:
         raise RuntimeError(NO_RUN)
+
+    def order_file(self, order: FileOrder) -> None:
+        raise RuntimeError(NO_RUN)
+
+    def is_file_wanted(self, path: str) -> bool | None:
+        return None
 
     def manual_backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:
         raise RuntimeError(NO_RUN)

@@ -55,9 +55,19 @@ def batch_size_of(batch: Batch) -> int | None:
     return None
 
 
-def size_guess(batch: Batch) -> Callable[[], int | None]:
-    """`batch_size_of`, computed only when called."""
-    return lambda: batch_size_of(batch)
+def take_samples(batch: Batch, count: int) -> Batch:
+    """The batch with `count` samples: its first ones, and them again where it has fewer. Cut are the tensors whose
+    first dimension is the number of its samples."""
+    size = batch_size_of(batch)
+    if size is None or size == count:
+        return batch
+
+    def take(leaf: Batch) -> Batch:
+        if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.shape[0] != size:
+            return leaf
+        return leaf[torch.arange(count, device=leaf.device) % size]
+
+    return _change_leaves(batch, "index_select", take)
 
 
 def _change_leaves(batch: Batch, method: str, change: Callable[[Any], Any]) -> Batch:

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from raylight.contract.kinds import Hook, Output
 from raylight.contract.messages import Message, Progress, StageFinished, StageStarted
-from raylight.user.transfer import batch_size_of, move_to_device, size_guess
+from raylight.user.transfer import batch_size_of, move_to_device
 from raylight.worker.data.evaluation_batches import EvaluationBatches
 from raylight.worker.diagnosis.sections import Sections
 from raylight.worker.group.collectives import broadcast_tensors, gather_objects
@@ -51,8 +52,6 @@ def evaluate(
     prefix, module, hooks, progress = PREFIXES[stage], worker.module, worker.hooks, worker.progress
     data = worker.evaluation_data["validate" if stage == "sanity" else stage]
     worker.metrics.enter("validate" if stage == "sanity" else stage)
-    if worker.is_fitting and stage == "validate":
-        hooks.call("on_validation_model_zero_grad") if hooks.of("on_validation_model_zero_grad") else module.zero_grad()
     module._remember_modes()
     getattr(module, f"on_{prefix}_model_eval")()
     # DDP lets running statistics drift apart between its broadcasts; all ranks must measure the same module
@@ -103,12 +102,14 @@ def _run_loader(
             break
         worker.control.show_life(stage if finished else f"first batch of {stage}", progress.global_step)
         metrics.end_step()
-        metrics.begin_batch(size_guess(batch) if size is None else size, index)
+        metrics.begin_batch(partial(batch_size_of, batch) if size is None else size, index)
         batch = worker.transfer(batch, loader_index)
         for hook in on_start:
             hook(batch, index, *arguments)
         with precision.forward_context():
             output = step(batch, index, loader_index)
+        if returns and output is None and not finished:
+            worker.warn_once("predict_step returned None, and so the predictions hold None")
         for hook in on_end:
             hook(output, batch, index, *arguments)
         if keeps:
@@ -123,9 +124,7 @@ def _run_loader(
     yield Progress(stage, progress.current_epoch, progress.global_step, finished, num_samples)
 
 
-def _finish(
-    worker: Worker, stage: str, prefix: str, outputs: Outputs
-) -> Generator[Message, None, dict[str, float]]:
+def _finish(worker: Worker, stage: str, prefix: str, outputs: Outputs) -> Generator[Message, None, dict[str, float]]:
     hook, metrics, progress = _epoch_end_hook(worker, stage), worker.metrics, worker.progress
     if hook is not None:
         gathered = _gather_in_order(worker, outputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 from collections.abc import Generator, Iterator
@@ -18,10 +17,13 @@ from raylight.contract.messages import ENDING, RECOVERY, Finished, Hyperparamete
 from raylight.contract.rank_zero import set_rank
 from raylight.contract.seeding import seed_process, set_rng_state
 from raylight.contract.task import Begin, Place, Rejoin, Rescue, Task
+from raylight.user.checkpoint_io import find_checkpoint_io
 from raylight.user.given_hyperparameters import INSTANTIATOR
+from raylight.user.hyperparameters import merge_logged
 from raylight.user.run_view import PLAIN
 from raylight.worker.checkpoint import contents, optimizer_options
-from raylight.worker.checkpoint.restore import load_lightning, load_state
+from raylight.worker.checkpoint.lightning_state import load_content, to_state
+from raylight.worker.checkpoint.restore import load_state
 from raylight.worker.checkpoint.state import State
 from raylight.worker.diagnosis.evidence import keep_evidence
 from raylight.worker.diagnosis.failure import Aftermath, describe_failure
@@ -34,8 +36,9 @@ from raylight.worker.loop import sanity_check
 from raylight.worker.returned import pack_objects
 from raylight.worker.session import Session
 from raylight.worker.step.dynamo import postpone_dynamo
-from raylight.worker.step.optimizers import check_schedulers, make_optimizers
+from raylight.worker.step.optimizers import NoOptimizer, check_schedulers, make_optimizers
 from raylight.worker.step.reduction import explain
+from raylight.worker.surprises import warn_of_surprises
 from raylight.worker.worker import Worker
 
 
@@ -50,16 +53,17 @@ def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
     try:
         yield Started(socket.gethostname(), os.getpid(), place.device)
         with ExitStack() as numerics:
+            numerics.callback(process_group.leave)
             _set_numerics(task, place, numerics, goes_on=kept is not None and not isinstance(task.mode, Begin))
             if isinstance(task.mode, Rescue):
                 if kept is not None:
                     yield from rejoin.rescue(kept, task, place, control)
                 return
             if isinstance(task.mode, Rejoin):
-                session = yield from _rejoin(kept, task, place, control, task.mode, numerics)
+                session = yield from _rejoin(kept, task, place, control, task.mode)
             else:
                 control.keep(None)
-                _join(place, task, numerics)
+                process_group.join(place, task.config.strategy.backend, task.config.strategy.timeout_s)
                 session = Session(task, place, control)
                 yield from prepare(session)
                 _part_random_numbers(session.worker)
@@ -80,15 +84,8 @@ def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
             session.end()
 
 
-def _join(place: Place, task: Task, stack: ExitStack) -> None:
-    if place.world_size > 1:
-        options = task.config.strategy
-        process_group.join(place, options.backend, options.timeout_s)
-        stack.callback(process_group.leave)
-
-
 def _rejoin(
-    kept: Session | None, task: Task, place: Place, control: Control, mode: Rejoin, stack: ExitStack
+    kept: Session | None, task: Task, place: Place, control: Control, mode: Rejoin
 ) -> Generator[Message, None, Session]:
     """A survivor brings the session it kept; a replacement makes one before it joins, so that nobody waits for that."""
     session = kept
@@ -98,10 +95,9 @@ def _rejoin(
         _part_random_numbers(session.worker)
         control.keep(session)
     else:
-        gc.collect()  # the DDP of the generation before, which lies in a cycle, would still reduce gradients
         session.worker.move(task, place, control)
         session.begin()
-    _join(place, task, stack)
+    process_group.join(place, task.config.strategy.backend, task.config.strategy.timeout_s)
     with session.meeting():
         rejoin.meet(session, mode)
     return session
@@ -114,10 +110,9 @@ def prepare(session: Session) -> Iterator[Message]:
     added = worker.module.configure_callbacks()
     if added:
         hooks.add_callbacks(as_list(added))
-    if worker.place.local_rank == 0:
-        if data_module is not None:
-            data_module.prepare_data()
-        worker.module.prepare_data()
+    for owner in (data_module, worker.module):
+        if owner is not None and (worker.place.local_rank if owner.prepare_data_per_node else worker.rank) == 0:
+            owner.prepare_data()
     if isinstance(task.mode, Begin):
         worker.barrier()
     if data_module is not None:
@@ -128,8 +123,8 @@ def prepare(session: Session) -> Iterator[Message]:
     worker.module.configure_model()
     if task.checkpoint is not None:
         state = load_state(task.checkpoint, worker.rank, worker.world_size)
-    elif task.lightning_file is not None:
-        state = load_lightning(task.lightning_file)
+    elif task.file is not None:
+        state = _load_file(task, worker)
     if state is not None:
         contents.restore_weights(worker, state)
     if worker.config.sync_batchnorm and worker.world_size > 1:
@@ -139,17 +134,28 @@ def prepare(session: Session) -> Iterator[Message]:
     hparams = {**getattr(data_module, "hparams", {}), **worker.module.hparams}
     hparams.pop(INSTANTIATOR, None)
     if worker.is_first and hparams:
-        yield Hyperparameters(dict(hparams))
+        yield Hyperparameters(dict(hparams), merge_logged(worker.module, data_module))
     yield from worker.outbox.take()
     begin_profile(worker)
     if worker.is_fitting:
-        session.keep_random_numbers(_prepare_fit(worker, state if task.checkpoint is not None else None))
+        session.keep_random_numbers(_prepare_fit(worker, state))
+
+
+def _load_file(task: Task, worker: Worker) -> State:
+    assert task.file is not None
+    where = task.file if isinstance(task.file, str) else "the file"
+    content = load_content(task.file, find_checkpoint_io(worker.config.plugins), weights_only=not task.runs_code)
+    return to_state(content, where, worker.rank, worker.world_size)
 
 
 def _prepare_fit(worker: Worker, state: State | None) -> contents.RNGState | None:
     """Optimizers, snapshots, and the state of the checkpoint that the run goes on from."""
     task, config, module = worker.task, worker.config, worker.module
-    optimizers, schedulers = make_optimizers(module.configure_optimizers(), module.automatic_optimization)
+    returned = module.configure_optimizers()
+    optimizers, schedulers = make_optimizers(returned, module.automatic_optimization)
+    if returned is None and module.automatic_optimization:
+        optimizers = [NoOptimizer()]
+        worker.warn_once("configure_optimizers returned None: this fit has no optimizer and trains nothing")
     mistakes = check_schedulers(optimizers, schedulers)
     if module.automatic_optimization and len(optimizers) > 1:
         mistakes.append(
@@ -157,7 +163,9 @@ def _prepare_fit(worker: Worker, state: State | None) -> contents.RNGState | Non
             "and step them in training_step, as Lightning asks too"
         )
     if module.automatic_optimization and not optimizers:
-        mistakes.append("configure_optimizers returned no optimizer: nothing would be trained")
+        mistakes.append(
+            "configure_optimizers returned no optimizer: nothing would be trained; to mean that, return None"
+        )
     if mistakes:
         raise InvalidArguments(mistakes)
     worker.optimizers.take(optimizers, schedulers)
@@ -175,6 +183,8 @@ def _fit(session: Session) -> Generator[Message, None, None]:
     if worker.progress.is_at_start:
         yield from sanity_check(worker)
     worker.open_training_data()
+    if worker.progress.is_at_start:
+        warn_of_surprises(worker)
     yield from session.open_loop().fit(session.take_random_numbers())
     worker.hooks.call("on_fit_end")
 
@@ -248,6 +258,9 @@ def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
     if worker.is_fitting:
         num_notes = len(aftermath.notes)
         aftermath.attempt("taking the broken step back", session.settle)
+        settle_orders = contents.drop_orders if lost_peer else contents.send_orders
+        settle_orders(worker)
+        yield from worker.outbox.take()
         if len(aftermath.notes) > num_notes:
             session.lose(aftermath.notes[-1])
         yield from rejoin.drain_rows(worker)

@@ -14,7 +14,7 @@ from raylight.worker.checkpoint.saving import Saving
 from raylight.worker.data.batch_transfer import BatchTransfer
 from raylight.worker.data.training_data import EvaluationData, TrainingData, find_loader
 from raylight.worker.group.control import Control
-from raylight.worker.hooks import Hooks
+from raylight.worker.hooks import Hooks, bind_step
 from raylight.worker.metrics.metrics import Metrics
 from raylight.worker.outbox import Outbox
 from raylight.worker.progress import Progress
@@ -134,9 +134,11 @@ class Worker:
     def open_training_data(self) -> None:
         """Finds the training loader and divides it; again where loaders are reloaded every n epochs."""
         loader = find_loader(self.task.loaders, self.hooks, "train")
-        index = self.data.open(loader, self.rank, self.world_size)
+        index = self.data.open(loader, self.rank, self.world_size, self.progress.current_epoch)
         if index is not None:
             self.progress.enter_epoch_at(index)
+            if self.data.batches is not None:
+                self.progress.note_position(self.data.batches.position)
 
     def open_evaluation_data(self, stage: str) -> EvaluationData:
         """Finds the loaders of a stage and deals them."""
@@ -149,5 +151,9 @@ class Worker:
         if stage == "validate" and config.overfit_batches and self.is_fitting:
             limit = config.overfit_batches
         given = find_loader(self.task.loaders, self.hooks, stage)
-        data = self.evaluation_data[stage] = EvaluationData(given, self.place, limit, self.task.seed)
+        data = EvaluationData(given, self.place, limit, self.task.seed, self.progress.current_epoch)
+        step = f"{'validation' if stage == 'validate' else stage}_step"
+        if self.hooks.overrides(step):
+            bind_step(getattr(self.module, step), several=len(data.batches) > 1)  # what it cannot take shows here
+        self.evaluation_data[stage] = data
         return data

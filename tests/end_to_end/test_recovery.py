@@ -182,9 +182,7 @@ def test_the_epoch_values_hold_what_a_killed_worker_had_logged(faults, tmp_path)
 
 
 def test_an_exception_at_the_end_of_an_epoch_loses_no_value(tmp_path):
-    _, result = fit(
-        tmp_path, faults=[FailAt(1, 6, "epoch_end", "exception", tmp_path)], kind=CountingNet, max_epochs=2
-    )
+    _, result = fit(tmp_path, faults=[FailAt(1, 6, "epoch_end", "exception", tmp_path)], kind=CountingNet, max_epochs=2)
     rows = result.history().to_pylist()
     assert result.num_restarts == 1
     assert [row["value"] for row in rows if row["name"] == "seen"] == [sum(range(NUM_SAMPLES))] * 2

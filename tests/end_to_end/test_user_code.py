@@ -72,8 +72,6 @@ def test_a_caller_catches_its_own_class(num_workers, tmp_path):
     assert isinstance(caught.value, pl.WorkerFailed)
 
 
-
-
 class First(RuntimeError):
     """What fails first."""
 

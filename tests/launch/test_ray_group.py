@@ -477,7 +477,7 @@ def test_an_action_is_done_by_all_ranks_at_one_boundary():
     assert boundary is not None
     assert boundary > 1000
     assert {rank: message.step for rank, message in finished.items()} == {0: boundary, 1: boundary}
-    
+
 
 def test_a_request_of_a_signal_handler_is_done_while_the_stream_waits():
     group = acquire(wait_for_action)

@@ -353,7 +353,7 @@ def test_a_closed_descriptor_is_not_given_to_the_next_file(tmp_path):
         "    os.write(1, b'printed')\n"
         "    print(file.fileno() > 2, file=file)\n"
     )
-    command = f"{sys.executable} -c \"{code}\" >&- 2>&- <&-"
+    command = f'{sys.executable} -c "{code}" >&- 2>&- <&-'
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True, timeout=60)
     assert (tmp_path / "opened").read_text() == "True\n"

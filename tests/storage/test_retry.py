@@ -123,9 +123,7 @@ def test_tries_are_bounded_and_counted(behind_proxy: Storage, proxy: FaultProxy)
     assert not behind_proxy.exists("file")
 
 
-def test_an_outage_is_waited_for_once_and_told_once(
-    proxy: FaultProxy, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_outage_is_waited_for_once_and_told_once(proxy: FaultProxy, caplog: pytest.LogCaptureFixture) -> None:
     """By all storages that are made from one, in all threads."""
     storage = Storage(proxy.uri(uuid.uuid4().hex), backoff=Backoff(num_attempts=5, first_s=0.2, longest_s=0.5))
     storage.write("file", [b"content"])

@@ -109,5 +109,3 @@ def test_a_step_that_was_named_is_passed_not_hit(every, expected, tmp_path):
     options = pl.Checkpointing(every_n_steps=every, keep_last=-1)
     result = fit(Twice(), tmp_path, max_epochs=1, checkpoint=options)
     assert [checkpoint.step for checkpoint in result.checkpoints] == expected
-
-

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -42,7 +44,7 @@ def test_where_it_runs():
     assert (session.attempt, session.seed, session.device) == (3, 11, torch.device("cpu"))
     assert session.log_dir == "version_0"
     assert session.ckpt_path is None
-    assert make(task={"lightning_file": "a.ckpt"}).ckpt_path == "a.ckpt"
+    assert make(task={"file": "a.ckpt"}).ckpt_path == "a.ckpt"
 
 
 @pytest.mark.parametrize("name", list(STAGES))
@@ -260,3 +262,19 @@ def test_ranks_speak_with_one_another():
 def test_a_module_has_no_trainer_of_its_own():
     with pytest.raises(RuntimeError):
         _ = pl.Module().trainer
+
+
+def settle_with_ddp(place: Place) -> tuple[bool, bool]:
+    gc.disable()  # no cycle may keep it
+    session = open_loop(place=place)
+    assert session.step is not None
+    session.step.follow()
+    ddp = weakref.ref(session.step.reduction.ddp)
+    was_there = ddp() is not None
+    session.settle()
+    return was_there, ddp() is not None
+
+
+def test_ddp_of_a_broken_step_is_gone_at_once():
+    """Else it would take part in the backward of the next generation."""
+    assert in_group(settle_with_ddp) == [(True, False)] * 2

@@ -87,9 +87,7 @@ class IndexedSource(Source):
         division, order, start = self.own_division, self.order(epoch, cycle), start // self.replicas
         limit = None if num_steps is None else division.units_in(num_steps)
         if not hasattr(order, "__len__"):
-            steps = deal_unsized(
-                order, division, start, limit, are_batches=self.are_batches, drop_last=self.drop_last
-            )
+            steps = deal_unsized(order, division, start, limit, are_batches=self.are_batches, drop_last=self.drop_last)
             return self._fetch(steps, epoch, cycle)
         end = len(order) if limit is None else min(len(order), limit)
         if self.drop_last:
@@ -171,7 +169,8 @@ class StreamSource(Source):
             collate=loader.collate_fn if reads_dataset else None,
             makes_batches=makes_batches,
             drop_last=self.drop_last,
-            is_whole=whole or getattr(getattr(loader, "dataset", None), "raylight_sharded", False)
+            is_whole=whole
+            or getattr(getattr(loader, "dataset", None), "raylight_sharded", False)
             or has_distributed_sampler(source),
             for_evaluation=for_evaluation,
         )

@@ -81,9 +81,11 @@ def join(place: Place, backend: str | None = None, timeout_s: float = 1800.0) ->
     """Makes the default group of `place.generation`. `backend` None: NCCL on GPUs, gloo on CPUs.
 
     On GPUs the group has gloo too, for tensors that are on the CPU. `timeout_s` is that of a collective.
-    Raises torch.distributed's errors where a rank does not come.
+    A single rank needs no group, and makes none. Raises torch.distributed's errors where a rank does not come.
     """
     global _membership
+    if place.world_size == 1:
+        return
     backend = _resolve_backend(backend, place.device)
     environment = _set_environment(place, backend)
     listeners = set(_listeners())
@@ -108,18 +110,20 @@ def join(place: Place, backend: str | None = None, timeout_s: float = 1800.0) ->
 
 
 def leave() -> None:
-    """Leaves the group. To the other ranks it looks as if this process had ended: what they wait for breaks at once.
+    """Leaves the group that was joined here, if there is one. To the other ranks it looks as if this process had ended:
+    what they wait for breaks at once.
 
     Without that, a rank that raised would leave its peers in their collective for as long as its DDP module lives,
     because that keeps the connections open.
     """
     global _membership
+    if _membership is None:
+        return
     abort()
     if dist.is_initialized():
         dist.destroy_process_group()
-    if _membership is not None:
-        for name, value in _membership.environment.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+    for name, value in _membership.environment.items():
+        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
     _membership = None
 
 

@@ -41,12 +41,13 @@ def take(name: str, value: Value) -> Number | Metric:
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:
-            raise InvalidArguments(
-                f"log({name!r}): one element is needed, the tensor has shape {tuple(value.shape)}"
-            )
-        if value.is_complex():
+            raise InvalidArguments(f"log({name!r}): one element is needed, the tensor has shape {tuple(value.shape)}")
+        if not value.is_cpu and not value.is_complex():
+            return value.detach().clone()
+        number = value.item()
+        if isinstance(number, complex):
             raise InvalidArguments(f"log({name!r}): a real number is needed, the tensor is {value.dtype}")
-        return float(value.item()) if value.is_cpu else value.detach().clone()
+        return float(number)
     if isinstance(value, (int, float)):
         return float(value)
     if is_metric(value):

@@ -117,6 +117,20 @@ def check_schedulers(optimizers: list[Optimizer], configs: list[SchedulerConfig]
     ]
 
 
+class NoOptimizer(Optimizer):
+    """Stands for None where `configure_optimizers` returned that: a step counts and changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__([Tensor([0.0])], {})
+        self.param_groups.clear()
+
+    def step(self, closure: Closure | None = None) -> Output:
+        return closure() if closure is not None else None
+
+    def __repr__(self) -> str:
+        return "No Optimizer"
+
+
 class Optimizers:
     """What `configure_optimizers` returned."""
 
@@ -165,6 +179,10 @@ def needs_closure(optimizer: Optimizer) -> bool:
     """Whether `optimizer.step` cannot do without a function that evaluates the loss."""
     parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
     return bool(parameters) and parameters[0].default is parameters[0].empty and parameters[0].kind in POSITIONAL
+
+
+def do_nothing_closure() -> None:
+    """A closure for `optimizer.step` that computes nothing."""
 
 
 class SteppingOptimizer:

@@ -72,8 +72,12 @@ class Reduction:
         trained, self._trained = self._trained, [id(p) for _, p in named if p.requires_grad]
         if self._trained != trained or self.waits_for_shapes:
             self.names = [name for name, parameter in named if parameter.requires_grad]
-            self.step, self.ddp, self.check_complete = self.plain_step, None, None
+            self.leave_ddp()
             self._join_ddp(is_first=trained is None)
+
+    def leave_ddp(self) -> None:
+        """Lets DDP go at once: while it exists, backward reduces through it, in a group that may have broken."""
+        self.step, self.ddp, self.check_complete = self.plain_step, None, None
 
     def is_outdated(self) -> bool:
         """Whether there is something to follow; asked before each step of several ranks."""

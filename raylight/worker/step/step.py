@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from raylight.arguments.checks import check_loss
 from raylight.contract.errors import DataError, InvalidArguments
 from raylight.contract.kinds import Batch, Closure, Hook, Output
 from raylight.contract.seeding import seed_step
-from raylight.user.transfer import size_guess
+from raylight.user.transfer import batch_size_of
 from raylight.worker.data.batches import TrainBatch
 from raylight.worker.diagnosis.sections import Sections
 from raylight.worker.hooks import bind_step
@@ -53,7 +54,7 @@ class Step:
         self.clips = hooks.overrides("configure_gradient_clipping") or bool(self.config.gradient_clip_val)
         self.uses_closure = hooks.overrides("optimizer_step") or any(map(needs_closure, worker.optimizers.all[:1]))
         self.losses: list[Tensor] = []  # since the last report
-        self.loss_is_checked = False
+        self.loss_is_checked = self._said_none = False
         self._last_data: Batch = None  # of manual optimization with several ranks
         self.filled = 0.0  # what their losses were weighted with, all in all
         self.uneven = False  # a batch of this window is missing on some rank, so that DDP cannot average
@@ -93,7 +94,7 @@ class Step:
         if self.buffers and not self.window:
             self.buffers.keep()
         is_known = self._knows_sizes or not batch.size
-        worker.metrics.begin_batch(batch.size if is_known else size_guess(batch.data), batch.index)
+        worker.metrics.begin_batch(batch.size if is_known else partial(batch_size_of, batch.data), batch.index)
 
     def end(self) -> None:
         """Every hook of the batch has run."""
@@ -103,11 +104,8 @@ class Step:
 
     def begin_epoch(self, knows_sizes: bool) -> None:
         """`knows_sizes`: the sampler says how many samples a batch holds; else it is guessed from what is in it."""
-        self._knows_sizes = knows_sizes
-        self.begin_window()
-
-    def begin_window(self) -> None:
-        self.window, self.filled, self.uneven = 0, 0.0, False
+        self._knows_sizes, self.window, self.uneven = knows_sizes, self.worker.data.take_window(), False
+        self.filled = self.window / self.worker.data.accumulate
 
     def take_losses(self) -> list[Tensor]:
         """Those since the last call, on the device."""
@@ -163,6 +161,8 @@ class Step:
     def make(self, batch: TrainBatch, data: Batch, complete: bool) -> Output:
         """training_step on one batch and, where it completes an accumulation window, the optimizer step."""
         worker, reduction = self.worker, self.reduction
+        if not self.window:
+            self.filled, self.uneven = 0.0, False
         self.uneven |= batch.uneven
         if not self.automatic:
             return self._take_manually(batch, data)
@@ -187,8 +187,7 @@ class Step:
             outputs = self.compute(batch, data, scale)
             self.finish()
             self.step_optimizer(self.optimizer)
-        self.begin_window()
-        self.is_done = True
+        self.is_done, self.window = True, 0
         return outputs
 
     def forward(self, data: Batch, index: int) -> Output:
@@ -387,5 +386,9 @@ class Step:
         if loss is not None:
             check_loss(loss)
             self.loss_is_checked = True
-        elif self.worker.world_size > 1:
+            return
+        if self.worker.world_size > 1:
             raise DataError("training_step returned None: with several workers every rank must return a loss")
+        if not self._said_none:
+            self._said_none = True
+            self.worker.warn_once("training_step returned None: such a batch is skipped")
