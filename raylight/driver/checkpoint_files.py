@@ -35,9 +35,13 @@ class CheckpointFiles:
     one that it would take the place of stays.
     """
 
-    def __init__(self, maker: FileMaker | None, warn: Callable[[str], None], after: Callable[[], None]):
-        """`after` is called on that thread when a checkpoint is not needed here any more."""
-        self._maker, self._warn, self._after = maker, warn, after
+    def __init__(
+        self, maker: FileMaker | None, warn: Callable[[str], None], after: Callable[[], None],
+        tell: Callable[[FileWanted], None],
+    ):  # fmt: skip
+        """On that thread `after` is called when a checkpoint is not needed here any more, and `tell` for each file that
+        was written."""
+        self._maker, self._warn, self._after, self._tell = maker, warn, after, tell
         self._left_out: set[str] = set()
         self._waiting: dict[str, list[FileOrders]] = {}  # by the name of the checkpoint's folder
         self._lost: list[FileOrders] = []  # their checkpoint will not come; the next one has to do
@@ -133,6 +137,7 @@ class CheckpointFiles:
         assert self._maker is not None
         if isinstance(order, FileWanted):
             self._say_left_out(order.path, self._maker.write(checkpoint, order))
+            self._tell(order)
         elif isinstance(order, LinkWanted):
             link(order.path, order.target)
         else:
