@@ -84,6 +84,8 @@ def find(module: str, name: str) -> Value:
 
 def say_what_is_wrong(module: str, name: str) -> str | None:
     """Why a name of Lightning's cannot be used here, or that it is unknown; None if it can be."""
+    if (sentence := refusal_of(f"{module}.{name}")) is not None:
+        return f"{name} is not in raylight: {sentence}"
     try:
         value = getattr(importlib.import_module(f"{ROOT}.{module}" if module else ROOT), name)
     except (ModuleNotFoundError, AttributeError) as error:
