@@ -551,16 +551,6 @@ def test_of_a_checkpoint_the_weights_alone_may_be_taken(tmp_path):
     assert module.weight.item() == pytest.approx(-0.1 * (0.5 + 2.5 + 4.5 + 6.5))
 
 
-def test_of_a_file_of_lightnings_the_weights_are_taken(tmp_path):
-    torch.save({"state_dict": {"weight": torch.tensor([3.0])}, "epoch": 4}, tmp_path / "last.ckpt")
-    module = Line(lr=0.0)
-    found = run_task(
-        make_task(module, make_loader(4), max_epochs=1, task={"lightning_file": str(tmp_path / "last.ckpt")})
-    )
-    assert module.weight.item() == 3.0
-    assert outline(found)[-1] == ("Finished", "finished", 2, 1)
-
-
 def test_random_numbers_of_a_rank_that_is_kept_go_on_and_a_run_begins_with_its_seed():
     module, control = Drawing(), Control()
     task = make_task(module, make_loader(2), max_epochs=1, seed=3)
