@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from raylight.contract.config import Config
-from raylight.contract.messages import BatchOutputs, FilesAwaited, FileWanted, Message, Trained
+from raylight.contract.messages import BatchOutputs, FilesAwaited, Message, Trained
 from raylight.contract.process_settings import read_settings
 from raylight.contract.seeding import isolate_rng, last_seed, rng_state
 from raylight.contract.task import Loaders, Task
@@ -24,7 +23,7 @@ from raylight.driver.logger_feed import Logger
 from raylight.driver.recovery import Recovery
 from raylight.driver.restart import History
 from raylight.driver.result import Result
-from raylight.driver.saved_checkpoints import describe_file
+from raylight.driver.saved_checkpoints import make_describer
 from raylight.driver.watch import Watch
 from raylight.launch.in_process import InProcessGroup
 from raylight.launch.signals import stop_on_signal
@@ -193,7 +192,7 @@ class Execution:
             protected,
             is_follow_up,
             LightningFiles(find_checkpoint_io(config.plugins), type(self.module)),
-            self._find_describer(),
+            make_describer(self.callbacks),
         )
         if self.stage == "fit" and not group.is_local:
             driver.add_sink(_make_gauges(driver))
@@ -260,20 +259,6 @@ class Execution:
             if not failures:
                 return
             messages = recovery.go_on(failures)
-
-    def _find_describer(self) -> Callable[[FileWanted], Any] | None:
-        """Makes a ModelCheckpoint as it was when it wanted a file; None if the run has none."""
-        owners = {callback.state_key: callback for callback in self.callbacks if hasattr(callback, "best_k_models")}
-
-        def describe(wanted: FileWanted) -> Any:
-            key, state = wanted.state or (next(iter(owners)), {})
-            if key not in owners:
-                return describe_file(wanted)
-            owner = copy.copy(owners[key])
-            vars(owner).update(state)
-            return owner
-
-        return describe if owners else None
 
     # ---- before
 

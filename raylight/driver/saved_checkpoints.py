@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from raylight.contract.config import Checkpointing
+from raylight.contract.kinds import Value
 from raylight.contract.messages import FileWanted
 from raylight.driver.shelf import Shelf
 from raylight.storage.retention import DEFAULT_MONITOR, rank_measured
@@ -53,3 +56,18 @@ def describe_file(wanted: FileWanted) -> SavedCheckpoints:
         if state.get(name):
             setattr(saved, name, state[name])
     return saved
+
+
+def make_describer(callbacks: Iterable[Value]) -> Callable[[FileWanted], Value] | None:
+    """Gives a ModelCheckpoint among `callbacks` as it was when it wanted a file; None if there is none."""
+    owners = {callback.state_key: callback for callback in callbacks if hasattr(callback, "best_k_models")}
+
+    def describe(wanted: FileWanted) -> Value:
+        key, state = wanted.state or (next(iter(owners)), {})
+        if key not in owners:
+            return describe_file(wanted)
+        owner = copy.copy(owners[key])
+        vars(owner).update(state)
+        return owner
+
+    return describe if owners else None
