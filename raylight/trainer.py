@@ -22,7 +22,6 @@ from raylight.arguments.trainer_arguments import (
     EvaluationArguments,
     NumWorkers,
     Precision,
-    TakesMetrics,
     TrainerArguments,
 )
 from raylight.contract.config import DDP, Checkpointing, Config, FilePath, Filesystem
@@ -35,6 +34,7 @@ from raylight.user.callback import Callback
 from raylight.user.checkpoint_io import find_checkpoint_io
 from raylight.user.checkpoint_reader import CheckpointPath
 from raylight.user.data_module import DataModule
+from raylight.user.logger import TakesMetrics
 from raylight.user.module import Module
 from raylight.user.profilers import Profiler
 from raylight.user.run_view import Record, WorkersRecord, facts_of
@@ -250,7 +250,7 @@ class Trainer(TrainerNames):
             "module": execution.module,
             "datamodule": given.data_module,
             "callbacks": execution.callbacks,
-            "loggers": driver.loggers,
+            "loggers": driver.loggers.all,
             "stage": None,
             "status": TrainerStatus.INTERRUPTED if execution.was_interrupted else TrainerStatus.FINISHED,
             "log_dir": driver.version.path if driver.version is not None else view.log_dir,

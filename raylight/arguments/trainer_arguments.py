@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol, TypedDict
+from typing import Literal, TypedDict
 
 from raylight.contract.config import DDP, Checkpointing, FilePath, Filesystem
 from raylight.contract.durations import Duration
 from raylight.contract.kinds import Value
 from raylight.user.callback import Callback
+from raylight.user.logger import TakesMetrics
 from raylight.user.profilers import Profiler
-
-
-class TakesMetrics(Protocol):
-    """One of raylight.loggers, Lightning's or your own: it has log_metrics(metrics, step)."""
-
-    def log_metrics(self, metrics: Value, step: Value, /) -> Value: ...
-
 
 NumWorkers = int | tuple[int, int] | Literal["auto"]
 Precision = Literal[

@@ -180,5 +180,3 @@ class _SampleCount(Callback):
         data: list[Value] = [getattr(one, "dataset", None) for one in several]
         is_known = all(hasattr(one, "__len__") for one in data)
         self.num_samples = sum(len(one) for one in data) if is_known else None
-
-

@@ -30,16 +30,24 @@ class LearningRateMonitor(Callback):
     logged for a step is the one that the step is made with. All of them are in `trainer.callback_metrics` too, so that
     EarlyStopping can watch one. Names are those of Lightning 2.6: "lr-Adam", "lr-Adam-1"
     for a second Adam, "lr-Adam/pg1" for a group, or the `name` that the scheduler or the group was given. `lrs` keeps
-    what was logged, by name.
+    what was logged, by name; `log_key_prefix` stands in front of the names in the log alone.
     """
 
-    def __init__(self, logging_interval: str | None = None, log_momentum: bool = False, log_weight_decay: bool = False):
+    def __init__(
+        self,
+        logging_interval: str | None = None,
+        log_momentum: bool = False,
+        log_weight_decay: bool = False,
+        log_key_prefix: str = "",
+    ):
         mistakes = Mistakes("LearningRateMonitor")
+        mistakes.require(isinstance(log_key_prefix, str), f"log_key_prefix={log_key_prefix!r} must be a string.")
         mistakes.require_choice("logging_interval", logging_interval, (None, "step", "epoch"))
         mistakes.raise_any()
         self.logging_interval = logging_interval
         self.log_momentum = log_momentum
         self.log_weight_decay = log_weight_decay
+        self.log_key_prefix = log_key_prefix
         self.lrs: dict[str, list[float]] = {}
         self.last_momentum_values: dict[str, float | None] = {}
         self.last_weight_decay_values: dict[str, float | None] = {}
@@ -89,9 +97,10 @@ class LearningRateMonitor(Callback):
             if self.logging_interval is not None or own_interval in (interval, None):
                 for group, name in zip(optimizer.param_groups, names, strict=True):
                     values |= self._read(optimizer, group, name)
+        values = {f"{self.log_key_prefix}{name}": value for name, value in values.items()}
         trainer.callback_metrics.update({each: torch.tensor(value) for each, value in values.items()})
-        if values and trainer.logger:
-            trainer.logger.log_metrics(values, step=step)
+        for logger in trainer.loggers if values else ():
+            logger.log_metrics(values, step=step)
 
     def _read(self, optimizer: Optimizer, group: dict[str, Value], name: str) -> dict[str, float]:
         values = {name: float(group["lr"])}

@@ -77,13 +77,13 @@ HERE: tuple[Here, ...] = (
     _here("user.precision_plugins", "DoublePrecision", "plugins", "plugins.precision", "plugins.precision.double"),
     _here("user.precision_plugins", "LayerSync TorchSyncBatchNorm", "plugins", "plugins.layer_sync"),
     # what is written and shown
-    _here("loggers", "Logger DummyLogger rank_zero_experiment merge_dicts", "loggers.logger"),
-    _here("loggers", "TensorBoardLogger", "loggers.tensorboard"),
-    _here("loggers", "CSVLogger", "loggers.csv_logs"),
-    _here("loggers", "WandbLogger", "loggers", "loggers.wandb"),
-    _here("loggers", "MLFlowLogger", "loggers", "loggers.mlflow"),
-    _here("loggers", "CometLogger", "loggers", "loggers.comet"),
-    _here("loggers", "NeptuneLogger", "loggers", "loggers.neptune"),
+    _here("loggers.logger", "Logger DummyLogger rank_zero_experiment merge_dicts", "loggers.logger"),
+    _here("loggers.tensorboard", "TensorBoardLogger", "loggers.tensorboard"),
+    _here("loggers.csv_logs", "CSVLogger ExperimentWriter", "loggers.csv_logs"),
+    _here("loggers.wandb", "WandbLogger", "loggers", "loggers.wandb"),
+    _here("loggers.mlflow", "MLFlowLogger", "loggers", "loggers.mlflow"),
+    _here("loggers.comet", "CometLogger", "loggers", "loggers.comet"),
+    _here("loggers.neptune", "NeptuneLogger", "loggers", "loggers.neptune"),
     _here("user.profilers", "Profiler", "profilers", "profilers.profiler"),
     _here("user.profilers", "PassThroughProfiler", "profilers", "profilers.base"),
     _here("user.profilers", "SimpleProfiler", "profilers", "profilers.simple"),
@@ -127,18 +127,6 @@ HERE: tuple[Here, ...] = (
     _here("callbacks.layer_table", "ModelSummary get_formatted_model_size get_human_readable_count summarize",
           "utilities.model_summary", "utilities.model_summary.model_summary"),
 )  # fmt: skip
-
-
-NOT_YET = {
-    "loggers:WandbLogger": "pass any object with log_metrics(metrics, step)",
-    "loggers:MLFlowLogger": "pass any object with log_metrics(metrics, step)",
-    "loggers:CometLogger": "pass any object with log_metrics(metrics, step)",
-    "loggers:NeptuneLogger": "pass any object with log_metrics(metrics, step)",
-    "loggers:DummyLogger": "pass logger=False",
-    "loggers:rank_zero_experiment": "loggers run in the driver, once: leave it out",
-    "loggers:merge_dicts": "merge them by hand",
-}
-"""Names of the table that may be missing, as `place:name`, and what to use until they are there."""
 
 
 def read(row: Here) -> dict[str, str]:

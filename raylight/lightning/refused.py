@@ -82,7 +82,6 @@ REFUSED: tuple[Refused, ...] = (
          "plugins.io", "plugins.io.async_plugin"),
     _not("it logs to a service of Lightning AI: use raylight.loggers.TensorBoardLogger or CSVLogger", "LitLogger",
          "loggers", "loggers.litlogger"),
-    _not("use raylight.loggers.CSVLogger, which writes the file", "ExperimentWriter", "loggers.csv_logs"),
     _not("a constant of the inside of a logger: leave it out", "FRAMEWORK_NAME comet_experiment", "loggers.comet"),
     _not("a constant of the inside of a logger: leave it out", "LOCAL_FILE_URI_PREFIX", "loggers.mlflow"),
     _not("checkpoints go to storage_path, and load_from_checkpoint reads them: there is no registry", "*",
@@ -115,7 +114,7 @@ REFUSED: tuple[Refused, ...] = (
     _not("the loaders are divided over the workers by raylight; ask trainer.num_training_batches",
          "has_len_all_ranks BType", "utilities.data"),
     _not("compile inside the module: self.net = torch.compile(self.net)", "*", "utilities.compile"),
-    _not("functions below it are in raylight.utilities.rank_zero", "rank_zero_module", "utilities.rank_zero"),
+    _not("it holds a logger of Lightning's: use logging.getLogger(...)", "rank_zero_module", "utilities.rank_zero"),
     _not("it lists the arguments of a function: use inspect.signature", "parse_class_init_keys get_init_args "
          "collect_init_args", "utilities.parsing"),
     _not("it is a call of torchvision: use torchvision.models.get_model", "get_torchvision_model",

@@ -29,6 +29,7 @@ OLD_HOOKS = {
     "on_pretrain_routine_start": "use on_fit_start", "on_pretrain_routine_end": "use on_fit_start",
     "on_batch_start": "use on_train_batch_start", "on_batch_end": "use on_train_batch_end",
     "on_epoch_start": "use on_train_epoch_start", "on_epoch_end": "use on_train_epoch_end",
+    "configure_sharded_model": "use configure_model",
     "get_progress_bar_dict": "use get_metrics of a ProgressBar", "on_hpc_save": "use on_save_checkpoint",
     "on_hpc_load": "use on_load_checkpoint", "on_keyboard_interrupt": "use on_exception",
 }  # fmt: skip

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from raylight.contract.config import FilePath
+from raylight.contract.errors import InvalidArguments
 from raylight.contract.kinds import Batch, Value
 from raylight.user.checkpoint_reader import CheckpointPath, MapLocation, checkpoint_reader
+from raylight.user.export import OnnxTarget, to_onnx, to_torchscript
 from raylight.user.hyperparameters import AttributeDict, HyperparametersMixin
 from raylight.user.module_hooks import ModuleHooks, Stepping
 from raylight.user.trainer_names import TrainerNames
@@ -35,6 +37,10 @@ class Module(HyperparametersMixin, ModuleHooks):
     """Whether a checkpoint must hold exactly the keys of this module's state."""
     example_input_array: Batch = None
     """Input of `forward`, from which ModelSummary finds shapes: a tensor, a tuple of arguments or a dict of them."""
+    device_mesh: None = None
+    """Lightning's mesh of devices, for models that are divided over several; here each worker has the whole one."""
+    fabric: None = None
+    """Lightning's Fabric, which raylight does not have."""
     _trainer: TrainerNames | None
     __jit_unused_properties__: ClassVar[list[str]]
     __jit_ignored_attributes__: ClassVar[list[str]]
@@ -66,6 +72,11 @@ class Module(HyperparametersMixin, ModuleHooks):
     def device(self) -> torch.device:
         """The device of the first parameter or buffer; the CPU if there is none."""
         return next((tensor.device for tensor in _tensors(self)), torch.device("cpu"))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the module is on a GPU."""
+        return self.device.type == "cuda"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,7 +111,7 @@ class Module(HyperparametersMixin, ModuleHooks):
 
     @property
     def loggers(self) -> list[Value]:
-        """The run's loggers; on a worker one object that sends values to those of the driver."""
+        """The run's loggers."""
         return self._trainer.loggers if self._trainer else []
 
     def __getstate__(self) -> dict[str, Value]:
@@ -205,6 +216,31 @@ class Module(HyperparametersMixin, ModuleHooks):
         """Let all parameters require gradients, and switch to training mode."""
         self.requires_grad_(True)
         return self.train()
+
+    def to_torchscript(
+        self,
+        file_path: FilePath | None = None,
+        method: str = "script",
+        example_inputs: Batch = None,
+        **kwargs: Value,
+    ) -> torch.jit.ScriptModule:
+        """Return the module as TorchScript in evaluation mode, and write it to `file_path` if there is one.
+
+        `method` is "script", or "trace", which follows one call with `example_inputs` or `example_input_array`. The
+        other arguments go to `torch.jit.script` or `torch.jit.trace`. Override it to script a part alone.
+        """
+        return to_torchscript(self, file_path, method, example_inputs, kwargs)
+
+    def to_onnx(self, file_path: OnnxTarget | None = None, input_sample: Batch = None, **kwargs: Value) -> Value:
+        """Write the module in the ONNX format, by one call with `input_sample` or `example_input_array`.
+
+        The other arguments go to `torch.onnx.export`, whose result is returned. Needs the extra `raylight[onnx]`.
+        """
+        return to_onnx(self, file_path, input_sample, kwargs)
+
+    def to_tensorrt(self, *args: Value, **kwargs: Value) -> None:
+        """Raise InvalidArguments: TensorRT reads what `to_onnx` writes."""
+        raise InvalidArguments("to_tensorrt is not in raylight: write the file that TensorRT reads by to_onnx(...)")
 
     @classmethod
     def load_from_checkpoint(

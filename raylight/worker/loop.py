@@ -202,7 +202,6 @@ class Loop:
         worker, progress = self.worker, self.worker.progress
         if worker.progress.batch_idx == 0 and self.schedule.reloads(worker.data.opened_in):
             worker.open_training_data()
-        worker.metrics.enter("train", in_step=False)
         if worker.progress.batch_idx == 0:
             worker.hooks.call("on_train_epoch_start")
             self.step.follow()
@@ -211,7 +210,7 @@ class Loop:
         self.step.begin_epoch(worker.data.batches.knows_sizes)
         yield StageStarted("train", worker.progress.current_epoch, worker.progress.global_step, worker.data.num_batches)
         worker.metrics.enter("train", in_step=True)
-        ended = progress.batch_idx > 0 and progress.batch_idx == worker.data.num_batches
+        ended = progress.batch_idx == worker.data.num_batches
         if progress.batch_idx and self.schedule.validates_after_batch(ended) and not progress.is_validated:
             yield from self.validate()  # it was due, and then the run was cut short
 

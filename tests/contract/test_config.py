@@ -141,7 +141,7 @@ BAD = [
     (dict(plugins=ClusterEnvironment()), CPU, ["plugins", "Ray knows the nodes"]),
     (dict(plugins=[OwnPrecision()], precision="16-mixed"), ONE_GPU, ["precision='16-mixed'", "plugins"]),
     # strategy
-    (dict(strategy="fsdp"), CPU, ['strategy="fsdp" is not yet here', '"ddp"']),
+    (dict(strategy="fsdp"), CPU, ["'fsdp'", "a model that does not fit one device is not supported yet"]),
     (dict(strategy="deepspeed"), CPU, ["strategy", '"ddp"', "raylight.DDP(...)", "'deepspeed'"]),
     (dict(strategy=LightningStrategy()), CPU, ["strategy", "raylight.DDP(...) in place of Lightning's object"]),
     (dict(strategy=DDP(backend="ncl")), CPU, ["strategy: backend", "did you mean 'nccl'?"]),
