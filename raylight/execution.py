@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from raylight.contract.config import Config
-from raylight.contract.messages import BatchOutputs, FilesAwaited, Message, Trained
+from raylight.contract.messages import BatchOutputs, FilesAwaited, FileWanted, Message, Trained
 from raylight.contract.process_settings import read_settings
 from raylight.contract.seeding import isolate_rng, last_seed, rng_state
 from raylight.contract.task import Loaders, Task
@@ -23,12 +24,13 @@ from raylight.driver.logger_feed import Logger
 from raylight.driver.recovery import Recovery
 from raylight.driver.restart import History
 from raylight.driver.result import Result
+from raylight.driver.saved_checkpoints import describe_file
 from raylight.driver.watch import Watch
 from raylight.launch.in_process import InProcessGroup
 from raylight.launch.signals import stop_on_signal
 from raylight.lightning_files import LightningFiles
 from raylight.loading import Resume, find_resume, find_seed
-from raylight.loggers import make_loggers
+from raylight.loggers.opening import describe_loggers, make_loggers
 from raylight.report.console import Console
 from raylight.report.gauges import GAUGES, Gauges
 from raylight.report.output_streams import lasting_streams
@@ -37,6 +39,7 @@ from raylight.storage.fence import claim_attempt
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
 from raylight.user.checkpoint_io import find_checkpoint_io, find_plugged_io
+from raylight.user.logger import DummyLogger
 from raylight.user.module import Module
 from raylight.user.trainer_names import TrainerNames
 from raylight.worker.returned import unpack_objects
@@ -56,7 +59,7 @@ class Claimed:
 def claim(config: Config) -> Claimed:
     """Claims the next version of a run, which the next run of that trainer will use."""
     version = claim_version(Storage(config.storage_path, config.storage_filesystem), config.name)
-    return Claimed(version, make_loggers(config.logger, version.storage, version.path))
+    return Claimed(version, make_loggers(config.logger, version.storage))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +170,10 @@ class Execution:
         loggers: Sequence[Logger] = []
         if self.claimed is not None and version is self.claimed.version:
             loggers = self.claimed.loggers
-        elif version is not None:
-            loggers = make_loggers(config.logger, version.storage, version.path)
+        elif config.fast_dev_run:
+            loggers = [DummyLogger()]
+        else:
+            loggers = make_loggers(config.logger, version.storage if version is not None else None)
         console = Console(
             config.enable_progress_bar,
             world_size=group.world_size,
@@ -187,12 +192,15 @@ class Execution:
             attempt,
             protected,
             is_follow_up,
-            LightningFiles(find_checkpoint_io(config.plugins), type(self.module)),
+            LightningFiles(find_checkpoint_io(config.plugins), type(self.module)), self._find_describer(),
         )
         if self.stage == "fit" and not group.is_local:
             driver.add_sink(_make_gauges(driver))
         seed = resume.seed if resume.seed is not None else self._choose_seed(resume)
         driver.start({"seed": seed, "stage": self.stage, "resumed_from": protected, **facts})
+        self.module.trainer = self.trainer  # a graph is traced through all properties, and loggers may read it
+        driver.loggers.open(self.module)
+        self.module.trainer = None
         if resume.notice:
             driver.tell(resume.notice)
         if attempt:
@@ -213,6 +221,7 @@ class Execution:
             version_path=version.path if version is not None else "",
             files=version.storage if version is not None else None,
             seed=seed,
+            loggers=describe_loggers(driver.loggers, group.is_local),
             checkpoint=resume.checkpoint,
             file=resume.file,
             runs_code=self.weights_only is False,
@@ -250,6 +259,20 @@ class Execution:
             if not failures:
                 return
             messages = recovery.go_on(failures)
+
+    def _find_describer(self) -> Callable[[FileWanted], Any] | None:
+        """Makes a ModelCheckpoint as it was when it wanted a file; None if the run has none."""
+        owners = {callback.state_key: callback for callback in self.callbacks if hasattr(callback, "best_k_models")}
+
+        def describe(wanted: FileWanted) -> Any:
+            key, state = wanted.state or (next(iter(owners)), {})
+            if key not in owners:
+                return describe_file(wanted)
+            owner = copy.copy(owners[key])
+            vars(owner).update(state)
+            return owner
+
+        return describe if owners else None
 
     # ---- before
 

@@ -225,7 +225,7 @@ class Trainer(TrainerNames):
             "module": execution.module,
             "datamodule": given.data_module,
             "callbacks": execution.callbacks,
-            "loggers": driver.loggers,
+            "loggers": driver.loggers.all,
             "stage": None,
             "status": TrainerStatus.INTERRUPTED if execution.was_interrupted else TrainerStatus.FINISHED,
             "log_dir": driver.version.path if driver.version is not None else view.log_dir,

@@ -93,7 +93,8 @@ class DeviceStatsMonitor(Callback):
         if values:
             step = count if trainer.training else trainer.global_step
             prefix = f"{type(self).__qualname__}.{hook}"
-            trainer.logger.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, step=step)
+            for logger in trainer.loggers:
+                logger.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, step=step)
 
     def _read_cpu_stats(self) -> dict[str, float]:
         before, self._processor_time = self._processor_time, _read_processor_time()

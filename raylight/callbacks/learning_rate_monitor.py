@@ -99,8 +99,8 @@ class LearningRateMonitor(Callback):
                     values |= self._read(optimizer, group, name)
         values = {f"{self.log_key_prefix}{name}": value for name, value in values.items()}
         trainer.callback_metrics.update({each: torch.tensor(value) for each, value in values.items()})
-        if values and trainer.logger:
-            trainer.logger.log_metrics(values, step=step)
+        for logger in trainer.loggers if values else ():
+            logger.log_metrics(values, step=step)
 
     def _read(self, optimizer: Optimizer, group: dict[str, Value], name: str) -> dict[str, float]:
         values = {name: float(group["lr"])}

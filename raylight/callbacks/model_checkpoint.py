@@ -42,7 +42,6 @@ class ModelCheckpoint(CheckpointFiles):
 
     - A hook that reads a file while training goes on may come too early. A subclass that overrides `_save_checkpoint`
       gets each file written before the call returns, and training waits for it as it does in Lightning.
-    - Arguments that cannot work together are one error that lists all of them, before any worker starts.
     - `train_time_interval` is a timedelta, "DD:HH:MM:SS" or a dict such as {"hours": 2}.
     - With several workers rank 0's values decide, as a value of a step is each rank's own.
     - In manual optimization the weights are those after the step, whatever the module keeps in `saved_models`.
@@ -103,7 +102,7 @@ class ModelCheckpoint(CheckpointFiles):
         self._last_time_checked: float | None = None
         self._other_dirpath: str | None = None  # of the checkpoint that the run goes on from
         self._waits_for_validation = False  # a file was due, and the monitored value was not there yet
-        self._has_validated = False
+        self._has_validated = self._has_said_unknown = False
 
     def _check_arguments(self, mistakes: Mistakes) -> None:
         mistakes.require_choice("mode", self.mode, ("min", "max"))
@@ -180,9 +179,9 @@ class ModelCheckpoint(CheckpointFiles):
             self._tell(trainer, f"ModelCheckpoint: {text}", "warning")
             self._other_dirpath = None
         # A rank that takes the place of a lost one has not seen these.
-        state = (self._last_global_step_saved, self._last_checkpoint_saved, self._waits_for_validation)
-        state = trainer.broadcast(state)
-        self._last_global_step_saved, self._last_checkpoint_saved, self._waits_for_validation = state
+        self._last_global_step_saved, self._last_checkpoint_saved, self._waits_for_validation = trainer.broadcast(
+            (self._last_global_step_saved, self._last_checkpoint_saved, self._waits_for_validation)
+        )
 
     def on_train_batch_end(
         self, trainer: TrainerNames, module: Module, outputs: Output, batch: Batch, batch_idx: int
@@ -313,11 +312,12 @@ class ModelCheckpoint(CheckpointFiles):
             self._save_none_monitor_checkpoint(trainer, monitor_candidates)
             return
         if self.monitor not in monitor_candidates:
-            logged = monitor_candidates.keys() - {"epoch", "step"}
-            text = say_unknown_metric(self.monitor, logged, type(self).__name__)
+            text = say_unknown_metric(self.monitor, monitor_candidates.keys() - {"epoch", "step"}, type(self).__name__)
             if self._has_validated:
                 raise InvalidArguments(text)
-            self._tell(trainer, text, "warning")
+            if not self._has_said_unknown:
+                self._has_said_unknown = True
+                self._tell(trainer, text, "warning")
         self._save_monitor_checkpoint(trainer, monitor_candidates)
 
     def _save_monitor_checkpoint(self, trainer: TrainerNames, monitor_candidates: Candidates) -> None:

@@ -91,6 +91,24 @@ class EpochMetrics:
     shown: frozenset[str]  # names that go to the progress bar
     of_last_step: frozenset[str] = frozenset()
     """Names whose value is that of the epoch's last step: loggers had them at every `log_every_n_steps`."""
+    logger: int | None = None
+    """The one logger of the run that they are for; None: all."""
+
+
+class Item(NamedTuple):
+    """In the path of a `LoggerCall`: what stands in brackets."""
+
+    key: Value
+
+
+@dataclass(frozen=True, slots=True)
+class LoggerCall:
+    """What a hook on a worker has called on one of the run's loggers: `path` are the names from the logger to the
+    method, `arguments` the pickled positional and named ones."""
+
+    logger: int
+    path: tuple[str | Item, ...]
+    arguments: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +309,7 @@ class Finished:
 
 
 Message = (
-    Started | StageStarted | StageFinished | Progress | StepMetrics | EpochMetrics | Saved | SaveFailed | FileOrders
-    | Output | Notice | Hyperparameters | Failure | PeerLost | Died | Paused | FilesAwaited
+    Started | StageStarted | StageFinished | Progress | StepMetrics | EpochMetrics | LoggerCall | Saved | SaveFailed
+    | FileOrders | Output | Notice | Hyperparameters | Failure | PeerLost | Died | Paused | FilesAwaited
     | Finished
 )  # fmt: skip

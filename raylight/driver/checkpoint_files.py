@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from raylight.contract.errors import StorageError
@@ -35,19 +35,25 @@ class CheckpointFiles:
     one that it would take the place of stays.
     """
 
-    def __init__(self, maker: FileMaker | None, warn: Callable[[str], None], after: Callable[[], None]):
-        """`after` is called on that thread when a checkpoint is not needed here any more."""
-        self._maker, self._warn, self._after = maker, warn, after
+    def __init__(
+        self, maker: FileMaker | None, warn: Callable[[str], None], after: Callable[[], None],
+        tell: Callable[[FileWanted], None],
+    ):  # fmt: skip
+        """On that thread `after` is called when a checkpoint is not needed here any more, and `tell` for each file that
+        was written."""
+        self._maker, self._warn, self._after, self._tell = maker, warn, after, tell
         self._left_out: set[str] = set()
         self._waiting: dict[str, list[FileOrders]] = {}  # by the name of the checkpoint's folder
-        self._ready: list[FileOrders] = []  # to be done, or being done
+        self._lost: list[FileOrders] = []  # their checkpoint will not come; the next one has to do
+        self._ready: list[tuple[FileOrders, Checkpoint]] = []  # to be done, the first of them now
+        self._put_off: list[FileDropped] = []  # of orders whose file was passed over: until the one after it is there
         self._thread: ThreadPoolExecutor | None = None
         self._jobs: list[Future[None]] = []
 
     @property
     def needed(self) -> set[str]:
         """Names of checkpoints that files are still made of."""
-        return {_name_of(orders) for orders in [*self._ready]} | {*self._waiting}
+        return {checkpoint.name for _, checkpoint in [*self._ready]} | {*self._waiting}
 
     def wanted_of(self, directory: str) -> tuple[FileWanted, ...]:
         """The files that wait for the checkpoint in `directory`."""
@@ -61,7 +67,23 @@ class CheckpointFiles:
         else:
             self._begin(orders, committed)
 
+    def note_lost(self, directory: str | None = None) -> None:
+        """The checkpoint in `directory`, or any that is waited for, will not come."""
+        names = [*self._waiting] if directory is None else [directory.rpartition("/")[2]]
+        self._lost += [orders for name in names for orders in self._waiting.pop(name, [])]
+
+    def redo_from(self, step: int) -> None:
+        """The steps after this one are made again, and their files are asked for again."""
+        self.note_lost()
+        self._lost = [orders for orders in self._lost if orders.step <= step]
+
     def note_commit(self, checkpoint: Checkpoint) -> None:
+        lost, self._lost = self._lost, []
+        for orders in lost:
+            if _name_of(orders) != checkpoint.name:
+                paths = ", ".join(order.path for order in orders.orders if isinstance(order, FileWanted))
+                self._warn(f"the state of step {orders.step} is lost; that of step {checkpoint.step} goes to {paths}")
+            self._begin(orders, checkpoint)
         for orders in self._waiting.pop(checkpoint.name, []):
             self._begin(orders, checkpoint)
 
@@ -74,37 +96,47 @@ class CheckpointFiles:
     def close(self) -> None:
         """Returns once all files are written; those whose checkpoint did not come are named."""
         self.wait()
-        for waiting in self._waiting.values():
-            for orders in waiting:
-                self._give_up(orders.orders, f"there is no checkpoint of step {orders.step}")
-        self._waiting.clear()
+        self.note_lost()
+        lost, self._lost = self._lost, []
+        for orders in lost:
+            self._give_up(orders.orders, f"there is no checkpoint of step {orders.step}")
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
 
     def _begin(self, orders: FileOrders, checkpoint: Checkpoint) -> None:
-        self._ready.append(orders)
+        self._ready.append((orders, checkpoint))
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="raylight files")
         self._jobs.append(self._thread.submit(self._do, orders, checkpoint))
 
     def _do(self, orders: FileOrders, checkpoint: Checkpoint) -> None:
-        dropped = {order.path for later in self._ready[1:] for order in later.orders if isinstance(order, FileDropped)}
-        for number, order in enumerate(orders.orders):
-            if _leads_to(order) in dropped:
-                continue  # another takes its place at once
+        todo = self._pass_over(orders.orders)
+        for number, order in enumerate(todo):
             try:
                 self._do_one(order, checkpoint)
             except Exception as error:
-                self._give_up(orders.orders[number:], describe_error(error))
+                self._give_up(todo[number:], describe_error(error))
                 break
-        self._ready.remove(orders)
+        del self._ready[0]
         self._after()
+
+    def _pass_over(self, orders: tuple[FileOrder, ...]) -> list[FileOrder]:
+        """What is left of orders without the files that others, which are ready too, take the place of at once."""
+        later = [order for others, _ in self._ready[1:] for order in others.orders]
+        dropped = {order.path for order in later if isinstance(order, FileDropped)}
+        left = [order for order in orders if _leads_to(order) not in dropped]
+        if len(left) == len(orders):
+            put_off, self._put_off = self._put_off, []
+            return [*orders, *put_off]
+        self._put_off += [order for order in left if isinstance(order, FileDropped)]
+        return [order for order in left if not isinstance(order, FileDropped)]
 
     def _do_one(self, order: FileOrder, checkpoint: Checkpoint) -> None:
         assert self._maker is not None
         if isinstance(order, FileWanted):
             self._say_left_out(order.path, self._maker.write(checkpoint, order))
+            self._tell(order)
         elif isinstance(order, LinkWanted):
             link(order.path, order.target)
         else:
@@ -115,7 +147,7 @@ class CheckpointFiles:
             self._left_out |= new
             self._warn(f"{path} does not hold {', '.join(sorted(new))}, which have no plain form")
 
-    def _give_up(self, orders: tuple[FileOrder, ...], reason: str) -> None:
+    def _give_up(self, orders: Iterable[FileOrder], reason: str) -> None:
         for order in orders:
             if isinstance(order, FileDropped):
                 self._warn(f"{order.path} stays, because what takes its place was not written")

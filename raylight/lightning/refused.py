@@ -82,7 +82,6 @@ REFUSED: tuple[Refused, ...] = (
          "plugins.io", "plugins.io.async_plugin"),
     _not("it logs to a service of Lightning AI: use raylight.loggers.TensorBoardLogger or CSVLogger", "LitLogger",
          "loggers", "loggers.litlogger"),
-    _not("use raylight.loggers.CSVLogger, which writes the file", "ExperimentWriter", "loggers.csv_logs"),
     _not("a constant of the inside of a logger: leave it out", "FRAMEWORK_NAME comet_experiment", "loggers.comet"),
     _not("a constant of the inside of a logger: leave it out", "LOCAL_FILE_URI_PREFIX", "loggers.mlflow"),
     _not("checkpoints go to storage_path, and load_from_checkpoint reads them: there is no registry", "*",

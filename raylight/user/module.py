@@ -111,7 +111,7 @@ class Module(HyperparametersMixin, ModuleHooks):
 
     @property
     def loggers(self) -> list[Value]:
-        """The run's loggers; on a worker one object that sends values to those of the driver."""
+        """The run's loggers."""
         return self._trainer.loggers if self._trainer else []
 
     def __getstate__(self) -> dict[str, Value]:

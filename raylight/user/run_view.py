@@ -93,7 +93,7 @@ class RunView(Protocol):
 
     @property
     def loggers(self) -> list[Any]:
-        """On a worker one object, which sends values to the loggers of the driver."""
+        """In a hook, an object for each logger of the run, which acts for it."""
 
     @property
     def log_dir(self) -> str | None:

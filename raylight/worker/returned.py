@@ -51,7 +51,7 @@ def pack_objects(
         "trainer": _sendable(trainer, trainer._stays),
     }
     file = io.BytesIO()
-    _Packer(file).dump(content)
+    Packer(file).dump(content)
     return file.getvalue()
 
 
@@ -85,7 +85,7 @@ def _sendable(owner: Value, skip: Collection[str] = ()) -> dict[str, Value]:
     }  # fmt: skip
 
 
-class _Packer(pickle.Pickler):
+class Packer(pickle.Pickler):
     """Classes and functions go by name, those of a script too: the caller has them, and they must stay the same."""
 
     def reducer_override(self, obj: Value) -> Value:
@@ -98,7 +98,7 @@ class _Packer(pickle.Pickler):
         return NotImplemented
 
 
-class _Counter(_Packer):
+class _Counter(Packer):
     def __init__(self) -> None:
         super().__init__(self, protocol=5)
         self.size = 0

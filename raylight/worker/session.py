@@ -58,7 +58,7 @@ class Session:
         self.num_undone = 0
         """Batches of the step that was taken back."""
         self._is_on, self._said_dropped = True, False
-        self._logger = LoggerProxy(self.worker) if task.config.logger is not False else None
+        self._loggers = [LoggerProxy(self.worker, index, view) for index, view in enumerate(task.loggers)]
         self.log = self._drop_logged if task.config.barebones else self.worker.metrics.log
         self.begin()
 
@@ -118,10 +118,6 @@ class Session:
     def take_random_numbers(self) -> RNGState | None:
         taken, self.restored_rng = self.restored_rng, None
         return taken
-
-    def close_logger(self) -> None:
-        if self._logger is not None:
-            self._logger.close()
 
     def end(self) -> None:
         """The run is over; what it has left can still be read."""
@@ -197,7 +193,7 @@ class Session:
 
     @property
     def loggers(self) -> list[LoggerProxy]:
-        return [self._logger] if self._logger is not None else []
+        return self._loggers
 
     @property
     def log_dir(self) -> str:

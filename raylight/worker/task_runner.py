@@ -195,7 +195,6 @@ def _tear_down(session: Session) -> None:
     worker.hooks.call("teardown", worker.task.stage)
     if worker.data_module is not None:
         worker.data_module.teardown(worker.task.stage)
-    session.close_logger()
 
 
 def _finish(session: Session, result: EvaluationResult | None) -> Finished:
@@ -241,7 +240,6 @@ def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
             aftermath.attempt("on_exception", hook, error)
         if worker.data_module is not None:
             aftermath.attempt("on_exception", worker.data_module.on_exception, error)
-        aftermath.attempt("trainer.logger", session.close_logger)
         failure = describe_failure(error, step, stage)
         if stage == "train" and loop is not None:
             evidence = keep_evidence(worker, loop.step, loop.suspect, failure.kind, failure.text)

@@ -41,6 +41,10 @@ class HandmadeTrainer:
         vars(self).update(attributes)
 
     @property
+    def loggers(self) -> list[Any]:
+        return [self.logger] if self.logger else []
+
+    @property
     def training(self) -> bool:
         return self.stage == "train"
 

@@ -217,3 +217,22 @@ def test_a_kill_in_the_middle_of_a_file_leaves_none_and_the_run_that_goes_on_mak
     fit(make_net(), callback, resume="last", max_epochs=3)
     assert names_in(folder) == ["epoch=0-step=6.ckpt", "epoch=1-step=12.ckpt", "epoch=2-step=18.ckpt", "last.ckpt"]
     assert [torch.load(folder / name)["global_step"] for name in names_in(folder)] == [6, 12, 18, 18]
+
+
+def test_a_metric_of_later_epochs_is_waited_for(fit, make_net):
+    """Another one saves each epoch meanwhile, and it is no mistake that the metric is not there yet."""
+
+    class Net(make_net):
+        def on_train_epoch_end(self) -> None:
+            if self.current_epoch % 2:
+                self.log("rare", float(self.current_epoch))
+
+    rare = ModelCheckpoint(monitor="rare", every_n_epochs=2, filename="{rare:.0f}", save_top_k=-1)
+    fit(Net(), ModelCheckpoint(filename="new"), rare)
+    assert names_in(rare.dirpath) == ["new.ckpt", "rare=1.ckpt", "rare=3.ckpt"]
+
+
+def test_a_metric_that_is_never_logged_is_an_error_once_there_was_a_validation(fit, make_net):
+    text = "ModelCheckpoint monitors 'val_los', which was never logged; .*did you mean 'val_loss'"
+    with pytest.raises(pl.InvalidArguments, match=text):
+        fit(make_net(), ModelCheckpoint(monitor="val_los"))

@@ -9,6 +9,7 @@ import pytest
 
 from raylight.contract.messages import EpochMetrics, StepMetrics, StepRow, StepValue
 from raylight.driver.journal import read_metrics
+from raylight.driver.loggers import Loggers
 from raylight.driver.metric_store import MetricStore
 from raylight.storage.filesystem import Storage
 
@@ -39,7 +40,7 @@ class Kept(Closed):
 
 def make(*loggers: Any, world_size: int = 1, files: Storage | None = None) -> tuple[MetricStore, list[str]]:
     said: list[str] = []
-    return MetricStore(files, world_size, loggers, said.append), said
+    return MetricStore(files, world_size, Loggers(loggers, said.append), said.append), said
 
 
 def steps(*rows: tuple[int, float], name: str = "loss") -> StepMetrics:
@@ -90,15 +91,27 @@ def test_what_an_earlier_attempt_measured_stands_until_there_is_a_newer_one() ->
     assert store.logged_metrics == {"loss": 1.0}
 
 
-def test_the_first_error_of_a_logger_is_given_once_and_others_get_their_rows() -> None:
-    first, second = OSError("full"), OSError("again")
-    store, _ = make(broken := Kept(first), logger := Kept())
+def test_the_first_error_of_a_logger_is_said_once_and_others_get_their_rows() -> None:
+    store, said = make(broken := Kept(OSError("full")), logger := Kept())
     store.add_steps(0, steps((1, 1.0)))
-    broken.error = second
+    broken.error = OSError("again")
     store.add_steps(0, steps((2, 1.0)))
     assert [step for step, _ in logger.given] == [1, 2]
-    assert store.logger_error is first
-    assert [store.take_logger_error(), store.take_logger_error(), store.logger_error] == [first, None, None]
+    assert len(said) == 1
+    assert "Kept could not log values: OSError: full" in said[0]
+    broken.error = None  # it is asked again
+    store.add_steps(0, steps((3, 1.0)))
+    assert [step for step, _ in broken.given] == [3]
+
+
+def test_values_for_one_of_several_loggers_are_on_record_once() -> None:
+    store, _ = make(one := Kept(), other := Kept())
+    for index in range(2):
+        values = {"by_hand": float(index)}
+        store.add_epoch(EpochMetrics("train", 0, 3, 1.0, values, frozenset(values), frozenset(), logger=index))
+    assert [values["by_hand"] for _, values in one.given] == [0.0]
+    assert [values["by_hand"] for _, values in other.given] == [1.0]
+    assert store.logged_metrics == {"by_hand": 0.0}
 
 
 def test_rows_that_lack_a_rank_that_is_gone_are_told() -> None:
@@ -172,8 +185,8 @@ def test_what_fails_at_the_end_is_told_and_the_others_are_ended_all_the_same() -
     store.add_steps(0, steps((1, 1.0)))
     store.close("finished", merge=True)
     assert (broken.ends, logger.ends) == (["success"], ["success"])
-    assert len(said) == 3
-    assert "a logger raised" in said[0]
-    assert "late" in said[0]
-    assert "Failing raised" in said[1]
-    assert said[2] == "what was logged is not all on storage: disk full"
+    assert [text.partition(". Training")[0] for text in said] == [
+        "Kept could not log values: RuntimeError: late",
+        "Failing could not store all that was logged: ValueError: mine",
+        "Full could not store all that was logged: OSError: disk full",
+    ]
