@@ -192,7 +192,8 @@ class Execution:
             attempt,
             protected,
             is_follow_up,
-            LightningFiles(find_checkpoint_io(config.plugins), type(self.module)), self._find_describer(),
+            LightningFiles(find_checkpoint_io(config.plugins), type(self.module)),
+            self._find_describer(),
         )
         if self.stage == "fit" and not group.is_local:
             driver.add_sink(_make_gauges(driver))

@@ -12,11 +12,13 @@ from raylight.contract.config import FilePath
 from raylight.contract.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments, MissingFile
 from raylight.contract.kinds import StateDict, Value
 from raylight.hparams_file import read_hparams_file
+from raylight.instantiation import instantiate_module
 from raylight.loading import CHECKPOINT_KINDS, find_by_path, find_of_tune, is_single_file
 from raylight.storage import single_file
 from raylight.storage.checkpoints import Checkpoint
 from raylight.storage.filesystem import Storage
 from raylight.user.checkpoint_reader import CheckpointPath, MapLocation
+from raylight.user.given_hyperparameters import INSTANTIATOR
 from raylight.user.overriding import overrides as overrides_hook
 from raylight.worker.checkpoint.kept_hyperparameters import DATA_MODULE_KEY, MODULE_KEY, Kept, read_hyperparameters
 from raylight.worker.checkpoint.lightning_state import read_content, show_to_hooks, to_state
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
     from raylight.worker.checkpoint.state import State
 
 M = TypeVar("M")
+INSTANTIATORS = (
+    "raylight.cli.instantiate_module", "lightning.pytorch.cli.instantiate_module",
+    "pytorch_lightning.cli.instantiate_module",
+)  # fmt: skip
+"""The functions that a configuration among hyperparameters may name; all stand for raylight's."""
 
 
 def load_module(
@@ -36,7 +43,7 @@ def load_module(
     """`Module.load_from_checkpoint`."""
     state = _load_state(path, map_location, weights_only)
     kept = read_hyperparameters(_replace_hyperparameters(state.module, hparams_file, MODULE_KEY), owner)
-    module: Value = owner(**_accepted(owner, kept, overrides))
+    module: Value = _make(owner, kept, overrides)
     if strict and not module.strict_loading:
         raise InvalidArguments(
             f"load_from_checkpoint(strict=True) and {owner.__name__}.strict_loading=False contradict each other; keep "
@@ -60,12 +67,27 @@ def load_data_module(
     """`DataModule.load_from_checkpoint`."""
     state = _load_state(path, map_location, weights_only)
     module = _replace_hyperparameters(state.module, hparams_file, DATA_MODULE_KEY)
-    made: Value = owner(**_accepted(owner, read_hyperparameters(module, owner, DATA_MODULE_KEY), overrides))
+    made: Value = _make(owner, read_hyperparameters(module, owner, DATA_MODULE_KEY), overrides)
     held = state.replicated.get("data_module") or module.get("extra", {}).get(owner.__qualname__)
     if held:
         made.load_state_dict(held)
     loaded: M = made
     return loaded
+
+
+def read_plain_hyperparameters(path: FilePath, owner: type) -> StateDict:
+    """The hyperparameters that a checkpoint has kept for a module."""
+    return read_hyperparameters(_load_state(path, "cpu", None).module, owner).values
+
+
+def _make(owner: type[M], kept: Kept, overrides: dict[str, Value]) -> M:
+    """An object with the hyperparameters of a checkpoint; a command line's configuration may be among them."""
+    made_by = kept.values.get(INSTANTIATOR)
+    if made_by is None:
+        return owner(**_accepted(owner, kept, overrides))
+    if made_by not in INSTANTIATORS:
+        raise CheckpointMismatch(f"the checkpoint is to be read by {made_by!r}; allowed are {INSTANTIATORS}")
+    return instantiate_module(owner, kept.arguments(overrides, dict.fromkeys([*kept.values, *kept.missing])))
 
 
 def _load_state(path: CheckpointPath, map_location: MapLocation, weights_only: bool | None) -> State:

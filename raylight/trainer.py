@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Never, Unpack
 
 import torch
@@ -20,7 +22,6 @@ from raylight.arguments.trainer_arguments import (
     EvaluationArguments,
     NumWorkers,
     Precision,
-    TakesMetrics,
     TrainerArguments,
 )
 from raylight.contract.config import DDP, Checkpointing, Config, FilePath, Filesystem
@@ -33,7 +34,9 @@ from raylight.user.callback import Callback
 from raylight.user.checkpoint_io import find_checkpoint_io
 from raylight.user.checkpoint_reader import CheckpointPath
 from raylight.user.data_module import DataModule
+from raylight.user.logger import TakesMetrics
 from raylight.user.module import Module
+from raylight.user.profilers import Profiler
 from raylight.user.run_view import Record, WorkersRecord, facts_of
 from raylight.user.states import TrainerStatus
 from raylight.user.trainer_names import TrainerNames
@@ -42,6 +45,13 @@ if TYPE_CHECKING:
     from raylight.driver.result import Result
     from raylight.driver.run import Run
     from raylight.execution import Claimed, Execution, Kept
+
+QUIET: dict[str, Value] = {
+    "fast_dev_run": 1, "checkpoint": None, "enable_progress_bar": False, "enable_model_summary": False,
+    "profiler": None, "max_restarts": 0, "min_steps": None, "min_epochs": None, "max_time_s": None,
+    "log_every_n_steps": 0,
+}  # fmt: skip
+"""Fields of the configuration of a run that leaves nothing."""
 
 
 class Trainer(TrainerNames):
@@ -81,7 +91,7 @@ class Trainer(TrainerNames):
         enable_checkpointing: bool | None = None,
         logger: bool | TakesMetrics | Sequence[TakesMetrics] | None = True, log_every_n_steps: int | None = 50,
         enable_progress_bar: bool | None = True, enable_model_summary: bool | None = True,
-        barebones: bool = False, profiler: str | None = None,
+        barebones: bool = False, profiler: str | Profiler | None = None,
         max_restarts: int = 3, hang_timeout_s: float | None = None, replacement_timeout_s: float = 60.0,
         num_standby: int | None = None,
         callbacks: Callback | Sequence[Callback] | None = None, plugins: Value = None,
@@ -189,6 +199,10 @@ class Trainer(TrainerNames):
             raise InvalidArguments(f"{stage} needs a model: pass one, or call fit first")
         if mistakes := checks.check_run(stage, module, loaders, self.config, self.callbacks):
             raise InvalidArguments(mistakes)
+        if ckpt_path is None:
+            for callback in self.callbacks:
+                if hasattr(callback, "prepare_run"):
+                    callback.prepare_run(self, stage, module, loaders)
         execution = Execution(
             self, stage, module, loaders, self.result, self._claimed, returns_predictions, weights_only
         )
@@ -201,6 +215,17 @@ class Trainer(TrainerNames):
             raise
         self._remember(execution)
         return returned
+
+    def rehearse(
+        self, stage: str, model: Module, loaders: Loaders, callbacks: Sequence[Callback], changes: dict[str, Value]
+    ) -> None:
+        """Runs `stage` for the sake of trying, with these callbacks alone and with fields of the configuration
+        changed. Nothing is written to storage, and this trainer remembers nothing."""
+        trial = copy.copy(self)
+        trial.config = replace(self.config, **(QUIET | changes))
+        trial._view, trial._fn = Record(callbacks=list(callbacks)), None
+        trial.result = trial._claimed = trial._kept = None
+        trial._execute(stage, model, loaders, None, None, verbose=False, returns_predictions=False)
 
     def _remember(self, execution: Execution) -> None:
         """Keeps what a run leaves for the caller to read."""

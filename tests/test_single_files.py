@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import raylight as pl
-from raylight import cli
+from raylight import command as cli
 from raylight.contract.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments, MissingFile
 from raylight.user.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from raylight.worker.checkpoint.lightning_file import find_left_out, make_from_saved

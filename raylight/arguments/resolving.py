@@ -44,8 +44,8 @@ ELSEWHERE = {
 INSTEAD = {
     "amp_backend": "torch's is the only one; leave it out",
     "amp_level": "say precision=... instead",
-    "auto_lr_find": "search with raylight.sweep(...) instead",
-    "auto_scale_batch_size": "search with raylight.sweep(...) instead",
+    "auto_lr_find": "use raylight.tuner.Tuner(trainer).lr_find(model) instead",
+    "auto_scale_batch_size": "use raylight.tuner.Tuner(trainer).scale_batch_size(model) instead",
     "auto_select_gpus": "Ray assigns the GPUs; leave it out",
     "checkpoint_callback": "use checkpoint=True, False or raylight.Checkpointing(...) instead",
     "distributed_backend": 'use strategy="ddp" instead',

@@ -28,6 +28,7 @@ from raylight.contract.kinds import Value
 from raylight.contract.seeding import MAX_SEED
 from raylight.lightning.refused import say_why_not
 from raylight.user.checkpoint_io import is_checkpoint_io
+from raylight.user.profilers import KINDS, is_profiler
 
 
 def as_list(value: object) -> list[Value]:
@@ -54,6 +55,17 @@ def _limit(value: object) -> int | float:
     if parsed > 1 and parsed.is_integer():
         return int(parsed)
     raise Refused
+
+
+def _profiler(value: object) -> Value:
+    if isinstance(value, str) and value in KINDS:
+        return KINDS[value]()
+    if isinstance(value, str):
+        near = difflib.get_close_matches(value, list(KINDS), n=1)
+        raise Refused(f"did you mean {near[0]!r}?" if near else "")
+    if isinstance(value, type) or not is_profiler(value):
+        raise Refused
+    return value
 
 
 def _validation_interval(value: object) -> int | float | timedelta:
@@ -299,7 +311,7 @@ RULES: dict[str, Rule] = {
     "enable_progress_bar": FLAG,
     "enable_model_summary": FLAG,
     "barebones": FLAG,
-    "profiler": choice({"simple": "simple", "torch": "torch", "pytorch": "torch"}),
+    "profiler": Rule(f"{', '.join(map(repr, KINDS))}, or an object of raylight.profilers", _profiler),
     # failure
     "max_restarts": whole(0),
     "hang_timeout_s": number(f"{_SECONDS} (inf: never)", _is_positive),

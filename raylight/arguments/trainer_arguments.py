@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Protocol, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict
 
 from raylight.contract.config import DDP, Checkpointing, FilePath, Filesystem
 from raylight.contract.durations import Duration
 from raylight.contract.kinds import Value
 from raylight.user.callback import Callback
-
-
-class TakesMetrics(Protocol):
-    """One of raylight.loggers, Lightning's or your own: it has log_metrics(metrics, step)."""
-
-    @property
-    def log_metrics(self) -> Callable[..., object]: ...
-
+from raylight.user.logger import TakesMetrics
+from raylight.user.profilers import Profiler
 
 NumWorkers = int | tuple[int, int] | Literal["auto"]
 Precision = Literal[
@@ -86,7 +80,7 @@ class EvaluationArguments(TypedDict, total=False):
     enable_progress_bar: bool | None
     enable_model_summary: bool | None
     barebones: bool
-    profiler: str | None
+    profiler: str | Profiler | None
     # failure
     max_restarts: int
     hang_timeout_s: float | None

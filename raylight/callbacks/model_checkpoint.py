@@ -48,7 +48,7 @@ class ModelCheckpoint(CheckpointFiles):
     """
 
     _judges_values = True
-    comes_last = True
+    _comes_last = True
 
     def __init__(
         self,

@@ -168,8 +168,9 @@ class Config:
     """Show the module's layers and their sizes before training."""
     barebones: bool = False
     """Measure the bare loop: no checkpoints, loggers, progress bar, summary or sanity check; `log` does nothing."""
-    profiler: str | None = None
-    """"simple": seconds by what they went to; "torch": torch's profiler, written beside the logs."""
+    profiler: Value = None
+    """"simple": seconds by what they went to; "advanced": by function; "pytorch": by operator, with a trace beside the
+    logs; or an object of raylight.profilers."""
     # failure
     max_restarts: int = 3
     """Failures from which a run goes on; a lost node does not count."""

@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 from raylight.contract.kinds import Value
-from raylight.lightning.names import HERE, NOT_YET, read
+from raylight.lightning.names import HERE, read
 from raylight.lightning.refused import REFUSED, StandIn, stand_in
 
 ROOT = "raylight"
@@ -73,13 +73,7 @@ def find(module: str, name: str) -> Value:
     place, what = entry
     if not place:
         return stand_in(name, f"{ROOT}.{module}", what)
-    try:
-        if place != module:  # else the module itself was asked already
-            return getattr(importlib.import_module(f"{ROOT}.{place}"), what)
-    except (ModuleNotFoundError, AttributeError):
-        if f"{place}:{what}" not in NOT_YET:
-            raise
-    return stand_in(name, f"{ROOT}.{module}", f"{NOT_YET[f'{place}:{what}']}, until it is there")
+    return getattr(importlib.import_module(f"{ROOT}.{place}"), what)
 
 
 def say_what_is_wrong(module: str, name: str) -> str | None:

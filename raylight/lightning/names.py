@@ -91,7 +91,8 @@ HERE: tuple[Here, ...] = (
     _here("user.profilers", "PyTorchProfiler", "profilers", "profilers.pytorch"),
     # the command line
     _here("cli", "LightningCLI LightningArgumentParser SaveConfigCallback ArgsType OptimizerCallable "
-          "LRSchedulerCallable ReduceLROnPlateau instantiate_class instantiate_module", "cli"),
+          "LRSchedulerCallable ReduceLROnPlateau instantiate_class instantiate_module LRSchedulerTypeTuple "
+          "LRSchedulerTypeUnion LRSchedulerType", "cli"),
     # what Lightning keeps in `utilities`
     _here("user.hyperparameters", "AttributeDict", "utilities", "utilities.parsing"),
     _here("user.combined_loader", "CombinedLoader", "utilities", "utilities.combined_loader"),
@@ -126,28 +127,6 @@ HERE: tuple[Here, ...] = (
     _here("callbacks.layer_table", "ModelSummary get_formatted_model_size get_human_readable_count summarize",
           "utilities.model_summary", "utilities.model_summary.model_summary"),
 )  # fmt: skip
-
-
-NOT_YET = {
-    "user.profilers:Profiler": 'use profiler="simple" or "torch"',
-    "user.profilers:PassThroughProfiler": "leave profiler out",
-    "user.profilers:SimpleProfiler": 'use profiler="simple"',
-    "user.profilers:AdvancedProfiler": 'use profiler="torch"',
-    "user.profilers:PyTorchProfiler": 'use profiler="torch"',
-    "callbacks.batch_size_finder:BatchSizeFinder": "search with raylight.sweep(...)",
-    "callbacks.learning_rate_finder:LearningRateFinder": "search with raylight.sweep(...)",
-    "tuner.tuner:Tuner": "search with raylight.sweep(...)",
-    "cli:LightningCLI": "read the arguments in your script",
-    "cli:LightningArgumentParser": "read the arguments in your script",
-    "cli:SaveConfigCallback": "the arguments of each run are in its run.json",
-    "cli:ArgsType": "read the arguments in your script",
-    "cli:OptimizerCallable": "read the arguments in your script",
-    "cli:LRSchedulerCallable": "read the arguments in your script",
-    "cli:ReduceLROnPlateau": "use torch.optim.lr_scheduler.ReduceLROnPlateau",
-    "cli:instantiate_class": "read the arguments in your script",
-    "cli:instantiate_module": "read the arguments in your script",
-}
-"""Names of the table that may be missing, as `place:name`, and what to use until they are there."""
 
 
 def read(row: Here) -> dict[str, str]:

@@ -120,8 +120,7 @@ REFUSED: tuple[Refused, ...] = (
     _not("it is a call of torchvision: use torchvision.models.get_model", "get_torchvision_model",
          "utilities.model_helpers"),
     _not("a type variable of Lightning's inside: use typing.TypeVar", "TBroadcast TReduce", "strategies.strategy"),
-    _not("a type variable of Lightning's inside: use typing.TypeVar", "ModuleType LRSchedulerTypeTuple "
-         "LRSchedulerTypeUnion LRSchedulerType", "cli"),
+    _not("a type variable of Lightning's inside: use typing.TypeVar", "ModuleType", "cli"),
     _not(MAKE_CACHE, "warning_cache", "callbacks.model_checkpoint", "core.module", "plugins.precision.deepspeed",
          "profilers.pytorch", "strategies.deepspeed", "utilities.data", "utilities.model_summary.model_summary"),
     _not(INSIDE, "*", "utilities.testing", "utilities.argparse", "utilities.imports", "loggers.utilities",

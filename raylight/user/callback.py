@@ -25,7 +25,7 @@ class Callback:
     _judges_values = False
     """Run `on_train_epoch_end` after the module's own, which may log the values that are judged there."""
 
-    comes_last = False
+    _comes_last = False
     """Run every hook after those of the other callbacks, whose state it saves."""
 
     @property

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from raylight.contract.kinds import Value
 from raylight.contract.rank_zero import rank_zero_warn
+from raylight.user.given_hyperparameters import CLI_KEYS, find_given_hyperparameters
 from raylight.user.init_arguments import choose_hyperparameters, collect_arguments
-
-CLI_KEY = "_class_path"
-"""What LightningCLI keeps among the hyperparameters, for itself."""
 
 
 class AttributeDict(dict[str, Value]):
@@ -48,7 +46,9 @@ class HyperparametersMixin:
         `ignore` names arguments that are left out. `frame` is that of another `__init__`, if its arguments are meant.
         With `logger=False` loggers do not get them.
         """
-        arguments = collect_arguments(self, frame or inspect.currentframe().f_back)  # type: ignore[union-attr]
+        arguments = find_given_hyperparameters(self)
+        if arguments is None:
+            arguments = collect_arguments(self, frame or inspect.currentframe().f_back)  # type: ignore[union-attr]
         ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
         found, argument = choose_hyperparameters(names, arguments)
         self.hparams.update({name: value for name, value in found.items() if name not in ignored})
@@ -82,7 +82,7 @@ def merge_logged(module: HyperparametersMixin, data_module: HyperparametersMixin
     for owner in (module, data_module):
         if owner is not None and owner._log_hyperparams:
             merged |= owner.__dict__["_hparams_initial"]
-    return {name: value for name, value in merged.items() if name != CLI_KEY}
+    return {name: value for name, value in merged.items() if name not in CLI_KEYS}
 
 
 def find_collisions(module: HyperparametersMixin, data_module: HyperparametersMixin | None) -> list[str]:
@@ -90,7 +90,7 @@ def find_collisions(module: HyperparametersMixin, data_module: HyperparametersMi
     if data_module is None or not (module._log_hyperparams and data_module._log_hyperparams):
         return []
     mine, theirs = module.__dict__["_hparams_initial"], data_module.__dict__["_hparams_initial"]
-    shared = [name for name in mine if name in theirs and name != CLI_KEY]
+    shared = [name for name in mine if name in theirs and name not in CLI_KEYS]
     return [name for name in shared if not _is_same(mine[name], theirs[name])]
 
 

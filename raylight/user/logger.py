@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from raylight.contract.kinds import Value
 from raylight.contract.rank_zero import get_rank
 
 
-class Logger:
+class TakesMetrics(Protocol):
+    """One of raylight.loggers, Lightning's or your own: it has log_metrics(metrics, step)."""
+
+    def log_metrics(self, metrics: Value, step: Value, /) -> Value: ...
+
+
+class Logger(TakesMetrics):
     """A receiver of values and hyperparameters. Loggers run in the driver, on values that are merged over all ranks.
 
     To be one, an object needs `log_metrics(metrics, step)` and no base class; of the other methods, those that it has

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from raylight.contract.messages import FileOrder
+    from raylight.contract.task import Files
+
 
 Count = int | float | None
 """Batches of a loader; `inf` where the data has no length, None where no loader was opened yet."""
@@ -98,6 +100,10 @@ class RunView(Protocol):
     @property
     def log_dir(self) -> str | None:
         """The version directory, as path or URI."""
+
+    @property
+    def files(self) -> Files | None:
+        """The version directory as storage; None if nothing is written."""
 
     @property
     def ckpt_path(self) -> str | None:
@@ -301,6 +307,7 @@ class Record:
     module: nn.Module | None = None
     datamodule: Any | None = None
     log_dir: str | None = None
+    files: Files | None = None
     ckpt_path: str | None = None
     current_epoch: int = 0
     global_step: int = 0

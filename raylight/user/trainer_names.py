@@ -23,6 +23,7 @@ from raylight.user.forwarding import Fact, Setting
 from raylight.user.loop_facades import EvaluationLoopFacade, FitLoopFacade
 from raylight.user.overriding import overrides
 from raylight.user.precision_plugins import Precision, plugin_of
+from raylight.user.profilers import PassThroughProfiler, Profiler
 from raylight.user.run_view import Record, RunView
 from raylight.user.states import RunningStage, TrainerFn, TrainerState
 from raylight.user.strategies import LightningStrategy, strategy_of
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from raylight.contract.config import Config, FilePath
     from raylight.contract.messages import FileOrder
+    from raylight.contract.task import Files
     from raylight.user.run_view import Loader, SchedulerEntry
 
 INSTEAD = {
@@ -87,6 +89,7 @@ class TrainerNames:
     callbacks: Fact[list[Value]] = Fact()
     loggers: Fact[list[Value]] = Fact()
     log_dir: Fact[str | None] = Fact()
+    files: Fact[Files | None] = Fact()
     ckpt_path: Fact[str | None] = Fact()
     current_epoch: Fact[int] = Fact()
     global_step: Fact[int] = Fact()
@@ -133,7 +136,6 @@ class TrainerNames:
     gradient_clip_algorithm: Setting[str] = Setting()
     log_every_n_steps: Setting[int] = Setting()
     default_root_dir: Setting[str] = Setting("storage_path")
-    profiler: Setting[str | None] = Setting()
     barebones: Setting[bool] = Setting()
 
     # ---- what follows from these
@@ -196,6 +198,12 @@ class TrainerNames:
         """Batches of each validation loader that the sanity check takes, over all workers."""
         limit = self.config.num_sanity_val_steps
         return [count if limit == -1 else min(count, limit) for count in self.num_val_batches]
+
+    @property
+    def profiler(self) -> Profiler:
+        """Measures sections of your own: `with trainer.profiler.profile("name"): ...`. On a worker, that worker's."""
+        found: Profiler = self.config.profiler or PassThroughProfiler()
+        return found
 
     @property
     def logger(self) -> Value:

@@ -20,6 +20,7 @@ from raylight.contract.kinds import Hook, Output
 from raylight.contract.messages import Message, Progress, StageFinished, StageStarted
 from raylight.user.transfer import batch_size_of, move_to_device
 from raylight.worker.data.evaluation_batches import EvaluationBatches
+from raylight.worker.diagnosis.sections import Sections
 from raylight.worker.group.collectives import broadcast_tensors, gather_objects
 from raylight.worker.hooks import bind_step, takes_outputs
 from raylight.worker.step.lazy_layers import shaped
@@ -85,6 +86,10 @@ def _run_loader(
     prefix, module, progress = PREFIXES[stage], worker.module, worker.progress
     several = len(loaders) > 1
     step = bind_step(getattr(module, f"{prefix}_step"), several)
+    batches = loaders[loader_index].iterate()
+    if worker.config.profiler is not None:
+        sections = Sections(worker.profiler)
+        step, batches = sections.around(f"{prefix}_step", step), sections.around_items(f"{prefix} data", batches, False)
     on_start, on_end = worker.hooks.of(f"on_{prefix}_batch_start"), worker.hooks.of(f"on_{prefix}_batch_end")
     returns = stage == "predict" and worker.task.returns_predictions
     keeps = returns or _epoch_end_hook(worker, stage) is not None
@@ -92,7 +97,7 @@ def _run_loader(
     metrics, precision = worker.metrics, worker.precision
     metrics.enter_loader(loader_index if several else None)
     num_samples, finished, next_report = 0, 0, monotonic() + REPORT_EVERY_S
-    for index, batch, size in loaders[loader_index].iterate():
+    for index, batch, size in batches:
         if index >= max_batches:
             break
         worker.control.show_life(stage if finished else f"first batch of {stage}", progress.global_step)

@@ -89,7 +89,7 @@ class Hooks:
 
 def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
     """As they were given, and those that save the state of others at the end."""
-    return sorted(callbacks, key=lambda callback: callback.comes_last)
+    return sorted(callbacks, key=lambda callback: callback._comes_last)
 
 
 def bind_step(function: Hook, several: bool = False) -> Callable[[Batch, int, int], Output]:

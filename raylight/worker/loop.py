@@ -18,11 +18,11 @@ from raylight.contract.kinds import Batch, Hook, Output
 from raylight.contract.messages import EpochMetrics, FilesAwaited, Message, Paused, StageFinished, StageStarted
 from raylight.contract.requests import Request
 from raylight.contract.seeding import isolate_rng, set_rng_state
+from raylight.user.profilers import Profiler
 from raylight.worker.checkpoint import contents
 from raylight.worker.checkpoint.spare import keep_locally
 from raylight.worker.data.batches import TrainBatch
 from raylight.worker.diagnosis.evidence import keep_evidence
-from raylight.worker.diagnosis.profiler import Profiler
 from raylight.worker.diagnosis.sections import Sections
 from raylight.worker.evaluation import evaluate, gather_outputs
 from raylight.worker.group.collectives import agree
@@ -87,7 +87,7 @@ class Loop:
         """`restored_rng` are the random numbers of the checkpoint: put in place just before the first step, because
         what was drawn up to here, the run that is continued had drawn before its own first step."""
         worker = self.worker
-        if worker.profiler is not None:
+        if worker.config.profiler is not None:
             self._profile(worker.profiler)
         worker.begin_training()
         worker.metrics.enter("train")
@@ -102,10 +102,6 @@ class Loop:
         worker.end_training()
         worker.hooks.call("on_train_end")
         self._send_orders()
-        if worker.profiler is not None:
-            worker.profiler.stop()
-            worker.outbox.notice(worker.profiler.summary())
-            yield from worker.outbox.take()
 
     def train_epoch(self) -> Iterator[Message]:
         worker, schedule, step = self.worker, self.schedule, self.step
@@ -187,7 +183,6 @@ class Loop:
             self.transfer = sections.around("transfer", self.transfer)
         self.on_batch_start = tuple(sections.around("on_train_batch_start", hook) for hook in self.on_batch_start)
         self.on_batch_end = tuple(sections.around("on_train_batch_end", hook) for hook in self.on_batch_end)
-        profiler.start()
 
     def forward_epoch(self, skip_uneven: bool) -> None:
         """Calls training_step on each of this rank's batches; what it logs is dropped. With `skip_uneven` a batch that
@@ -207,7 +202,6 @@ class Loop:
         worker, progress = self.worker, self.worker.progress
         if worker.progress.batch_idx == 0 and self.schedule.reloads(worker.data.opened_in):
             worker.open_training_data()
-        worker.metrics.enter("train", in_step=False)
         if worker.progress.batch_idx == 0:
             worker.hooks.call("on_train_epoch_start")
             self.step.follow()
@@ -216,7 +210,7 @@ class Loop:
         self.step.begin_epoch(worker.data.batches.knows_sizes)
         yield StageStarted("train", worker.progress.current_epoch, worker.progress.global_step, worker.data.num_batches)
         worker.metrics.enter("train", in_step=True)
-        ended = progress.batch_idx > 0 and progress.batch_idx == worker.data.num_batches
+        ended = progress.batch_idx == worker.data.num_batches
         if progress.batch_idx and self.schedule.validates_after_batch(ended) and not progress.is_validated:
             yield from self.validate()  # it was due, and then the run was cut short
 
@@ -252,7 +246,8 @@ class Loop:
         if not self.step.window:  # what is accumulated is not thrown away
             hooks = worker.hooks.of("on_validation_model_zero_grad")
             hooks[0]() if hooks else worker.module.zero_grad()
-        yield from evaluate(worker, "validate")
+        with worker.profiler.profile("validation"):
+            yield from evaluate(worker, "validate")
         worker.enter("train")
         worker.metrics.enter("train", in_step=True)
         worker.seconds["validation"] += perf_counter() - began

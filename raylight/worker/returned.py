@@ -23,7 +23,8 @@ MAX_BYTES = 256 << 20
 """Of one attribute of a data module; what its `setup` has made of larger ones is made again faster than sent."""
 
 _DATA = (Dataset, DataLoader, Tensor, numpy.ndarray)
-_MODULE_INTERNALS = {*vars(torch.nn.Module()), "_trainer", "_modes", "_toggled"}
+_MODULE_INTERNALS = {*vars(torch.nn.Module()), "_trainer", "_modes", "_toggled", "configure_optimizers"}
+"""The last is an object's own, which refers to it: a command line's."""
 
 
 def pack_objects(

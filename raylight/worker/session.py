@@ -15,7 +15,7 @@ from raylight.contract.errors import InvalidArguments
 from raylight.contract.kinds import Index, Loader, ProcessGroup, StateDict, Value
 from raylight.contract.messages import FileOrder, FileWanted, Hyperparameters
 from raylight.contract.seeding import RNGState
-from raylight.contract.task import Place, Task
+from raylight.contract.task import Files, Place, Task
 from raylight.user.callback import Callback
 from raylight.user.checkpoint_io import find_checkpoint_io
 from raylight.user.data_module import DataModule
@@ -198,6 +198,10 @@ class Session:
     @property
     def log_dir(self) -> str:
         return self.worker.task.version_path
+
+    @property
+    def files(self) -> Files | None:
+        return self.worker.task.files
 
     @property
     def ckpt_path(self) -> str | None:

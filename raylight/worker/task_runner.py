@@ -18,6 +18,7 @@ from raylight.contract.rank_zero import set_rank
 from raylight.contract.seeding import seed_process, set_rng_state
 from raylight.contract.task import Begin, Place, Rejoin, Rescue, Task
 from raylight.user.checkpoint_io import find_checkpoint_io
+from raylight.user.given_hyperparameters import INSTANTIATOR
 from raylight.user.hyperparameters import merge_logged
 from raylight.user.run_view import PLAIN
 from raylight.worker.checkpoint import contents, optimizer_options
@@ -27,6 +28,7 @@ from raylight.worker.checkpoint.state import State
 from raylight.worker.diagnosis.evidence import keep_evidence
 from raylight.worker.diagnosis.failure import Aftermath, describe_failure
 from raylight.worker.diagnosis.out_of_memory import advise
+from raylight.worker.diagnosis.sections import begin_profile, end_profile
 from raylight.worker.evaluation import EvaluationResult, evaluate, split_by_loader
 from raylight.worker.group import process_group, rejoin
 from raylight.worker.group.control import Control, Halted
@@ -67,6 +69,7 @@ def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
                 _part_random_numbers(session.worker)
                 control.keep(session)
             result = yield from (_fit(session) if task.stage == "fit" else _evaluate(session.worker))
+            end_profile(session.worker)
             _tear_down(session)
         finished = _finish(session, result)
         yield from session.worker.outbox.take()
@@ -129,9 +132,11 @@ def prepare(session: Session) -> Iterator[Message]:
     worker.precision.convert_module(worker.module)
     worker.module.to(worker.device)
     hparams = {**getattr(data_module, "hparams", {}), **worker.module.hparams}
+    hparams.pop(INSTANTIATOR, None)
     if worker.is_first and hparams:
         yield Hyperparameters(dict(hparams), merge_logged(worker.module, data_module))
     yield from worker.outbox.take()
+    begin_profile(worker)
     if worker.is_fitting:
         session.keep_random_numbers(_prepare_fit(worker, state))
 
@@ -240,6 +245,7 @@ def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
             aftermath.attempt("on_exception", hook, error)
         if worker.data_module is not None:
             aftermath.attempt("on_exception", worker.data_module.on_exception, error)
+        aftermath.attempt("the profiler", worker.profiler.teardown, worker.task.stage)
         failure = describe_failure(error, step, stage)
         if stage == "train" and loop is not None:
             evidence = keep_evidence(worker, loop.step, loop.suspect, failure.kind, failure.text)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raylight import cli
+from raylight import command as cli
 from raylight.contract.errors import InvalidArguments
 from raylight.lightning.script import examine_script
 

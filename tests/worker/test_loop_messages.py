@@ -28,7 +28,7 @@ from raylight.storage.filesystem import Storage
 from raylight.worker import loop
 from raylight.worker.group.control import Control
 from tests.worker import nets
-from tests.worker.ranks import make_task, run_task
+from tests.worker.ranks import make_task, run_ranks, run_task
 
 # ---- what the driver may ask for, and what it sees of the rank
 
@@ -148,6 +148,57 @@ def test_a_stream_that_is_read_again_shows_life_and_says_how_far():
     assert module.trained == [0.0, 2.0, 4.0, 6.0]
 
 
+class BreakingOnce(Asked):
+    """Breaks in the first epoch, at its third batch or in its validation."""
+
+    def __init__(self, point: str):
+        super().__init__()
+        self.point = point
+
+    def reach(self, point: str) -> None:
+        if point == self.point and not self.trainer.sanity_checking:
+            self.point = ""
+            raise KeyError("broken")
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 2:
+            self.reach("train")
+        return super().training_step(batch)
+
+    def validation_step(self, batch):
+        self.reach("validate")
+        super().validation_step(batch)
+
+
+@pytest.mark.parametrize("point", ["train", "validate"])
+@pytest.mark.parametrize("interval", [1.0, 4])
+def test_a_rank_that_goes_on_validates_once_where_it_was_due(point, interval):
+    module, control = BreakingOnce(point), Control()
+    options = {"max_epochs": 2, "num_sanity_val_steps": 0, "val_check_interval": interval}
+    loaders = {"validate": nets.make_loader(2)}
+    task = make_task(module, nets.make_loader(8), loaders=loaders, **options)
+    run_task(task, control=control)
+    control.resume()
+    found = run_task(replace(task, mode=Rejoin()), Place(generation=1), control)
+    assert [it.stage for it in found if isinstance(it, StageStarted)] == ["train", "validate"] * 2
+    assert module.validated_at == [4, 8]
+    assert module.trained == [0.0, 2.0, 4.0, 6.0] * 2
+
+
+def test_a_scheduler_on_a_plateau_may_follow_single_steps():
+    class OnPlateau(Asked):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+            given = {"scheduler": scheduler, "interval": "step", "monitor": "loss"}
+            return {"optimizer": optimizer, "lr_scheduler": given}
+
+    module = OnPlateau()
+    run(module, limit_val_batches=0)  # the loss that it logs rises in each of the four steps
+    (optimizer,) = module.control.kept.optimizers
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)
+
+
 # ---- reports and stages
 
 
@@ -245,7 +296,7 @@ def test_hooks_see_what_a_step_returned_free_of_its_graph(given):
     module = Returning()
     run(module)
     if given == "none":
-        assert module.seen is None
+        assert module.seen == {}
     else:
         assert not module.seen["loss"].requires_grad
         assert module.seen.get("extra") == ("mine" if given == "dict" else None)
@@ -282,3 +333,17 @@ def test_a_profile_is_told_at_the_end():
     found = run(Asked(), profiler="simple", limit_val_batches=0)
     assert "training_step" in found[-2].text
     assert isinstance(found[-1], Finished)
+
+
+def tell_shares(place: Place) -> list[tuple[int, list[tuple[float, float]] | None]]:
+    """The batch, and what the rank has logged of the loss so far, at each report."""
+    loop.REPORT_EVERY_S = 0.0
+    task = make_task(nets.Line(), nets.make_loader(16), max_epochs=1, accumulate_grad_batches=2, limit_val_batches=0)
+    told = [it for it in run_task(task, place) if isinstance(it, Progress)]
+    return [(it.batch, it.share["loss"][1] if it.share else None) for it in told]
+
+
+def test_a_rank_of_several_tells_what_it_has_logged_in_whole_steps():
+    of_first, of_second = run_ranks(tell_shares)
+    assert of_first == [(1, None), (2, [(10.0, 4.0)]), (3, None), (4, [(52.0, 8.0)]), (4, [(52.0, 8.0)])]
+    assert of_second[-1] == (4, [(68.0, 8.0)])

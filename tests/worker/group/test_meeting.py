@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -224,8 +225,8 @@ def lose_state(place: Place) -> tuple[str, str, str]:
 # ---- state through the group
 
 
-def share_state(place: Place, source: int, limit: int) -> tuple[Any, list[int]]:
-    rejoin.CHUNK_BYTES = limit
+def share_states(place: Place) -> list[tuple[Any, list[int]]]:
+    """From each of both ranks, with three bounds of the pieces."""
     sizes, broadcast = [], dist.broadcast
 
     def note(tensor, **arguments):
@@ -233,7 +234,15 @@ def share_state(place: Place, source: int, limit: int) -> tuple[Any, list[int]]:
             sizes.append(tensor.numel() * tensor.element_size())
         return broadcast(tensor, **arguments)
 
-    dist.broadcast = note
+    dist.broadcast, found = note, []
+    for source, limit in itertools.product((0, 1), (1 << 20, 36, 1)):
+        rejoin.CHUNK_BYTES = limit
+        sizes.clear()
+        found.append((share_state(place, source), list(sizes)))
+    return found
+
+
+def share_state(place: Place, source: int) -> tuple[Any, ...]:
     values = [torch.arange(6.0).reshape(2, 3), torch.arange(4), torch.full((3,), 7.0), torch.tensor(2.0)]
     weight = torch.nn.Parameter(values[0])
     mine = State({"a": weight, "b": values[1]}, {"loop": {"x": 3}, "optimizers": [values[2]]}, {"ends": (True, "")})
@@ -241,20 +250,18 @@ def share_state(place: Place, source: int, limit: int) -> tuple[Any, list[int]]:
     got = rejoin.broadcast_state(mine if place.rank == source else None, place.world_size, source)
     parts = (got.model["a"], got.model["b"], got.replicated["optimizers"][0], got.module["extra"][0])
     rest = (got.replicated["loop"], got.own["ends"], got.module["extra"][1])
-    return ([(part.tolist(), str(part.dtype)) for part in parts], rest, got is mine), sizes
+    return [(part.tolist(), str(part.dtype)) for part in parts], rest, got is mine
 
 
-@pytest.mark.parametrize("source", [0, 1])
-@pytest.mark.parametrize(("limit", "sizes"), [(1 << 20, [40, 32]), (36, [36, 32, 4]), (1, [24, 32, 12, 4])])
-def test_a_state_reaches_all_ranks_in_pieces_of_bounded_size(source, limit, sizes):
-    found = in_group(share_state, source, limit)
-    for rank, (state, sent) in enumerate(found):
-        assert state[0] == [
-            ([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], "torch.float32"), ([0, 1, 2, 3], "torch.int64"),
-            ([7.0, 7.0, 7.0], "torch.float32"), (2.0, "torch.float32"),
-        ]  # fmt: skip
-        assert state[1:] == (({"x": 3}, (True, ""), "text"), rank == source)
-        assert sent == sizes
+def test_a_state_reaches_all_ranks_in_pieces_of_bounded_size():
+    for rank, found in enumerate(in_group(share_states)):
+        assert [sizes for _, sizes in found] == [[40, 32], [36, 32, 4], [24, 32, 12, 4]] * 2
+        for number, (state, _) in enumerate(found):
+            assert state[0] == [
+                ([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], "torch.float32"), ([0, 1, 2, 3], "torch.int64"),
+                ([7.0, 7.0, 7.0], "torch.float32"), (2.0, "torch.float32"),
+            ]  # fmt: skip
+            assert state[1:] == (({"x": 3}, (True, ""), "text"), rank == number // 3)
 
 
 def test_one_rank_alone_keeps_its_state_as_it_is():
