@@ -64,7 +64,7 @@ class LRFinder:
         try:
             from matplotlib import pyplot
         except ImportError as error:
-            raise ImportError("a plot needs the package matplotlib: pip install 'raylight[plots]'") from error
+            raise ImportError("a plot needs the package matplotlib: pip install 'raylight[plot]'") from error
 
         if ax is None:
             _, ax = pyplot.subplots()
