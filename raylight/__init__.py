@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from raylight.lightning import alias_modules
 from raylight.user import checkpoint_reader
 
 __version__ = "0.1.0"
@@ -99,10 +100,13 @@ class _LazyReader(checkpoint_reader.CheckpointReader):
 
 
 checkpoint_reader.install(_LazyReader())
+alias_modules.install()
 
 
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:
+        if alias_modules.is_known(name):
+            return importlib.import_module(f"raylight.{name}")
         raise AttributeError(f"module 'raylight' has no attribute {name!r}")
     path, attribute = _NAMES[name]
     module = importlib.import_module(f"raylight.{path}")

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent / "raylight"
 # From the bottom up: a module imports from its own layer and from those below. The longest matching name counts.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("contract",),
+    ("lightning.names", "lightning.refused", "lightning.alias_modules"),
     ("user",),
+    ("lightning",),
     ("arguments",),
     ("worker", "storage"),
     ("driver",),

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 
+from raylight.arguments.lightning_objects import translate
 from raylight.arguments.rules import CHECKPOINTING_RULES, DDP_RULES, RULES, say_nearest
 from raylight.arguments.scale import Available, Scale, resolve_scale
 from raylight.arguments.value_kinds import Refused, Rule
@@ -75,7 +76,7 @@ def resolve(arguments: dict[str, Value], available: Available) -> Config:
     with every mistake, or NotEnoughResources if that alone is wrong.
     """
     mistakes: list[str] = []
-    given = _check_each(arguments, mistakes)
+    given = _check_each(translate(arguments, mistakes), mistakes)
     scale = resolve_scale({name: given[name] for name in _SCALE_NAMES if name in given}, available, mistakes)
     values = {name: value for name, value in given.items() if name in _CONFIG_NAMES}
     values |= {

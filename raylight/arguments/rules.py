@@ -26,6 +26,7 @@ from raylight.contract.config import DDP, RUN_NAMES, Checkpointing, is_collectio
 from raylight.contract.durations import FORMS, read_duration
 from raylight.contract.kinds import Value
 from raylight.contract.seeding import MAX_SEED
+from raylight.lightning.refused import say_why_not
 
 
 def as_list(value: object) -> list[Value]:
@@ -116,8 +117,8 @@ def _strategy(value: object) -> DDP:
     name = value.lower()
     unused = name.endswith("_find_unused_parameters_true")
     name = name.removesuffix("_find_unused_parameters_true").removesuffix("_find_unused_parameters_false")
-    if name == "fsdp":
-        raise Refused('strategy="fsdp" is not yet here; use "ddp"')
+    if (why := say_why_not(name)) is not None:
+        raise Refused(why)
     if name not in ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook"):  # here workers start in one way
         raise Refused
     return replace(DDP(), find_unused_parameters=unused)
@@ -235,7 +236,7 @@ RULES: dict[str, Rule] = {
     ),
     "use_gpu": FLAG,
     "resources_per_worker": Rule('a dict such as {"CPU": 2, "GPU": 1} with numbers of at least 0', _resources),
-    "strategy": Rule('"ddp", "ddp_find_unused_parameters_true", "auto", or a raylight.DDP(...)', _strategy),
+    "strategy": Rule('"auto", "ddp", "ddp_find_unused_parameters_true", or a raylight.DDP(...)', _strategy),
     "devices": Rule(_DEVICES.format(least=1), lambda value: _devices(value, "devices", 1)),
     "gpus": Rule(_DEVICES.format(least=0), lambda value: _devices(value, "gpus", 0)),
     "num_nodes": whole(1),

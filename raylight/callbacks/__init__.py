@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from raylight.callbacks.checkpoint import Checkpoint
     from raylight.callbacks.device_stats_monitor import DeviceStatsMonitor
     from raylight.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
     from raylight.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
@@ -14,10 +15,12 @@ if TYPE_CHECKING:
     from raylight.callbacks.lambda_callback import LambdaCallback
     from raylight.callbacks.learning_rate_monitor import LearningRateMonitor
     from raylight.callbacks.model_checkpoint import ModelCheckpoint
+    from raylight.callbacks.model_pruning import ModelPruning
     from raylight.callbacks.model_summary import ModelSummary, RichModelSummary
     from raylight.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
     from raylight.callbacks.prediction_writer import BasePredictionWriter
     from raylight.callbacks.progress_bar import ProgressBar, RichProgressBar, TQDMProgressBar
+    from raylight.callbacks.spike_detection import SpikeDetection
     from raylight.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
     from raylight.callbacks.throughput_monitor import ThroughputMonitor
     from raylight.callbacks.timer import Timer
@@ -28,6 +31,7 @@ _FILES = {
     "BackboneFinetuning": "finetuning",
     "BaseFinetuning": "finetuning",
     "BasePredictionWriter": "prediction_writer",
+    "Checkpoint": "checkpoint",
     "DeviceStatsMonitor": "device_stats_monitor",
     "EMAWeightAveraging": "weight_averaging",
     "EarlyStopping": "early_stopping",
@@ -36,11 +40,13 @@ _FILES = {
     "LambdaCallback": "lambda_callback",
     "LearningRateMonitor": "learning_rate_monitor",
     "ModelCheckpoint": "model_checkpoint",
+    "ModelPruning": "model_pruning",
     "ModelSummary": "model_summary",
     "OnExceptionCheckpoint": "on_exception_checkpoint",
     "ProgressBar": "progress_bar",
     "RichModelSummary": "model_summary",
     "RichProgressBar": "progress_bar",
+    "SpikeDetection": "spike_detection",
     "StochasticWeightAveraging": "stochastic_weight_averaging",
     "TQDMProgressBar": "progress_bar",
     "ThroughputMonitor": "throughput_monitor",
@@ -53,6 +59,7 @@ __all__ = [
     "BaseFinetuning",
     "BasePredictionWriter",
     "Callback",
+    "Checkpoint",
     "DeviceStatsMonitor",
     "EMAWeightAveraging",
     "EarlyStopping",
@@ -61,11 +68,13 @@ __all__ = [
     "LambdaCallback",
     "LearningRateMonitor",
     "ModelCheckpoint",
+    "ModelPruning",
     "ModelSummary",
     "OnExceptionCheckpoint",
     "ProgressBar",
     "RichModelSummary",
     "RichProgressBar",
+    "SpikeDetection",
     "StochasticWeightAveraging",
     "TQDMProgressBar",
     "ThroughputMonitor",

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from raylight.callbacks.checkpoint import Checkpoint as CheckpointCallback
 from raylight.callbacks.mistake_list import Mistakes, is_int
 from raylight.contract.config import Checkpointing, FilePath
 from raylight.contract.durations import Duration
 from raylight.contract.plain_numbers import to_python
 from raylight.storage.retention import rank_measured
-from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
     from raylight.storage.checkpoints import Checkpoint
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from raylight.user.trainer_names import TrainerNames
 
 
-class ModelCheckpoint(Callback):
+class ModelCheckpoint(CheckpointCallback):
     """Lightning's arguments for checkpoints; `checkpointing()` gives the trainer's `Checkpointing` that they mean.
 
     Checkpoints are made and kept by the driver, so on a worker this callback does nothing. After the run

@@ -81,7 +81,7 @@ def list_layers(module: nn.Module, max_depth: int = 1) -> list[Layer]:
         Layer(
             name,
             type(layer).__name__,
-            _count(layer),
+            count_parameters(layer),
             "train" if layer.training else "eval",
             *sizes.get(name, ("", "")),
         )
@@ -89,7 +89,8 @@ def list_layers(module: nn.Module, max_depth: int = 1) -> list[Layer]:
     ]
 
 
-def _count(layer: nn.Module, trainable: bool | None = None) -> int | None:
+def count_parameters(layer: nn.Module, trainable: bool | None = None) -> int | None:
+    """The parameters of a layer and those inside; None if a lazy one has no shape yet."""
     parameters = [p for p in layer.parameters() if trainable is None or p.requires_grad == trainable]
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in parameters):
         return None
@@ -98,8 +99,8 @@ def _count(layer: nn.Module, trainable: bool | None = None) -> int | None:
 
 def _total(module: nn.Module) -> list[str]:
     parts = {
-        "trainable parameters": _count(module, trainable=True),
-        "other parameters": _count(module, trainable=False),
+        "trainable parameters": count_parameters(module, trainable=True),
+        "other parameters": count_parameters(module, trainable=False),
     }
     lines = [f"{'not known yet' if count is None else f'{count:,}':>14}  {name}" for name, count in parts.items()]
     if None not in parts.values():
@@ -123,8 +124,7 @@ def _align(rows: list[list[str]]) -> list[str]:
 
 def _measure_sizes(module: nn.Module, layers: dict[str, nn.Module]) -> dict[str, tuple[str, str]]:
     """Shapes of what goes in and out of each layer, from one forward pass that leaves no trace on the module."""
-    example = getattr(module, "example_input_array", None)
-    if example is None:
+    if getattr(module, "example_input_array", None) is None:
         return {}
     sizes: dict[str, tuple[str, str]] = {}
 
@@ -135,21 +135,29 @@ def _measure_sizes(module: nn.Module, layers: dict[str, nn.Module]) -> dict[str,
         return hook
 
     handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
+    try:
+        run_example(module)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sizes
+
+
+def run_example(module: nn.Module) -> None:
+    """Sends `example_input_array` through `forward`, which leaves no trace on the module."""
     modes = {layer: layer.training for layer in module.modules()}
     module.eval()  # dropout draws no random numbers and batch norm keeps its statistics
     try:
         with torch.no_grad():
-            example = _move(example, next((p.device for p in module.parameters()), torch.device("cpu")))
+            device = next((p.device for p in module.parameters()), torch.device("cpu"))
+            example = _move(module.example_input_array, device)
             if isinstance(example, dict):
                 module(**example)
             else:
                 module(*(example if isinstance(example, tuple) else (example,)))
     finally:
-        for handle in handles:
-            handle.remove()
         for layer, training in modes.items():
             layer.training = training
-    return sizes
 
 
 def _shape(value: object) -> str:

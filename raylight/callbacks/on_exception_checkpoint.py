@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from raylight.callbacks.checkpoint import Checkpoint
 from raylight.callbacks.mistake_list import Mistakes
-from raylight.user.callback import Callback
 
 if TYPE_CHECKING:
     from raylight.contract.config import Config, FilePath
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from raylight.user.trainer_names import TrainerNames
 
 
-class OnExceptionCheckpoint(Callback):
+class OnExceptionCheckpoint(Checkpoint):
     """Does what `Checkpointing.on_exception` does by default: the last finished step is saved when user code
     raises, and `resume="last"` goes on from there. With checkpoints turned off it is an error.
 

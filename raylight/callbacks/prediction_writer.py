@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -21,6 +22,24 @@ Sample: TypeAlias = Any
 """An index into the loader's dataset, as its sampler yields them."""
 
 
+class WriteInterval(StrEnum):
+    """When predictions are written."""
+
+    BATCH = "batch"
+    EPOCH = "epoch"
+    BATCH_AND_EPOCH = "batch_and_epoch"
+
+    @property
+    def on_batch(self) -> bool:
+        """Whether each batch is written."""
+        return self is not WriteInterval.EPOCH
+
+    @property
+    def on_epoch(self) -> bool:
+        """Whether all batches together are written."""
+        return self is not WriteInterval.BATCH
+
+
 class BasePredictionWriter(Callback):
     """Override `write_on_batch_end`, `write_on_epoch_end` or both; `write_interval` is "batch", "epoch" or
     "batch_and_epoch".
@@ -32,9 +51,9 @@ class BasePredictionWriter(Callback):
 
     def __init__(self, write_interval: str = "batch"):
         mistakes = Mistakes(type(self).__name__)
-        mistakes.require_choice("write_interval", write_interval, ("batch", "epoch", "batch_and_epoch"))
+        mistakes.require_choice("write_interval", write_interval, [str(interval) for interval in WriteInterval])
         mistakes.raise_any()
-        self.write_interval = write_interval
+        self.interval = WriteInterval(write_interval)
         self._orders: list[Sample] = []  # each loader's samples, or batches of them, in the order of one process
         self._predictions: list[list[Output]] = []
         self._indices: list[list[list[Sample] | None]] = []
@@ -73,15 +92,15 @@ class BasePredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         indices = trainer.find_samples(dataloader_idx, batch_idx)
-        if self.write_interval != "epoch":
+        if self.interval.on_batch:
             self.write_on_batch_end(trainer, module, outputs, indices, batch, batch_idx, dataloader_idx)
-        if self.write_interval != "batch":
+        if self.interval.on_epoch:
             self._predictions[dataloader_idx].append(move_to_device(outputs, torch.device("cpu")))
             self._indices[dataloader_idx].append(indices)
 
     def on_predict_epoch_end(self, trainer: TrainerNames, module: Module) -> None:
         predictions, indices = self._predictions, self._indices
         self._predictions, self._indices = [], []
-        if self.write_interval != "batch":
+        if self.interval.on_epoch:
             several = len(predictions) > 1
             self.write_on_epoch_end(trainer, module, predictions if several else predictions[0], indices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raylight.callbacks.mistake_list import Mistakes
@@ -51,6 +52,12 @@ class ProgressBar(Callback):
         return {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
 
 
+def get_standard_metrics(trainer: TrainerNames) -> dict[str, int | str]:
+    """The number of the version among the runs of this name, as the bar shows it."""
+    version = getattr(trainer.logger, "version", None)
+    return {} if version is None else {"v_num": version[-4:] if isinstance(version, str) else version}
+
+
 class TQDMProgressBar(ProgressBar):
     """raylight's bar under Lightning's name; `process_position` and `leave` change nothing."""
 
@@ -58,6 +65,22 @@ class TQDMProgressBar(ProgressBar):
         super().__init__(refresh_rate)
         self.process_position = process_position
         self.leave = leave
+
+
+@dataclass
+class RichProgressBarTheme:
+    """Lightning's colours of the bar; raylight draws with those of the terminal."""
+
+    description: str = ""
+    progress_bar: str = ""
+    progress_bar_finished: str = ""
+    progress_bar_pulse: str = ""
+    batch_progress: str = ""
+    time: str = ""
+    processing_speed: str = ""
+    metrics: str = ""
+    metrics_text_delimiter: str = " "
+    metrics_format: str = ".3f"
 
 
 class RichProgressBar(ProgressBar):

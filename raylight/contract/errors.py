@@ -7,7 +7,17 @@ class RaylightError(Exception):
     """The root of all errors that raylight raises on purpose."""
 
 
-class InvalidArguments(RaylightError, ValueError):
+class MisconfigurationException(RaylightError):
+    """Lightning's name for what a user asked for and cannot have: `except` with it catches InvalidArguments and
+    NotEnoughResources."""
+
+
+class SIGTERMException(SystemExit):
+    """Lightning's name for the end of a run by SIGTERM. raylight never raises it: it ends the step, saves, and returns
+    a Result with the status "interrupted"."""
+
+
+class InvalidArguments(MisconfigurationException, ValueError):
     """Arguments that cannot work; `mistakes` lists everything that is wrong, not just the first thing."""
 
     def __init__(self, mistakes: list[str] | str):
@@ -81,7 +91,7 @@ class ClusterError(RaylightError):
     """The Ray cluster cannot be used as it is; the text names the nodes and says what to change."""
 
 
-class NotEnoughResources(RaylightError):
+class NotEnoughResources(MisconfigurationException):
     """More workers, GPUs or CPUs were asked for than there are; the text says what would fit."""
 
 

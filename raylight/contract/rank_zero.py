@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -53,3 +54,55 @@ def rank_zero_warn(message: object, category: type[Warning] = UserWarning, stack
     """`warnings.warn` on rank 0; with the default `stacklevel` it points at the caller."""
     # Two frames of ours lie between the caller and warn.
     warnings.warn(str(message), category, stacklevel=stacklevel + 2)
+
+
+@rank_zero_only
+def rank_zero_debug(message: object, *args: object) -> None:
+    """A record of logging's level DEBUG on rank 0, by the logger "raylight"."""
+    logging.getLogger("raylight").debug(message, *args, stacklevel=3)
+
+
+@rank_zero_only
+def rank_zero_deprecation(message: object, stacklevel: int = 1, **_: object) -> None:
+    """`rank_zero_warn` with the category LightningDeprecationWarning."""
+    warnings.warn(str(message), LightningDeprecationWarning, stacklevel=stacklevel + 2)
+
+
+def rank_prefixed_message(message: str, rank: int | None) -> str:
+    """The message with the rank in front of it, if there is one."""
+    return message if rank is None else f"[rank: {rank}] {message}"
+
+
+class LightningDeprecationWarning(DeprecationWarning):
+    """A name that will go."""
+
+
+class PossibleUserWarning(UserWarning):
+    """A warning of what may be a mistake."""
+
+
+def disable_possible_user_warnings(module: str = "") -> None:
+    """Shows no PossibleUserWarning, or none from modules whose names begin with `module`."""
+    warnings.filterwarnings("ignore", category=PossibleUserWarning, module=module)
+
+
+class WarningCache(set[str]):
+    """Gives each message once."""
+
+    def warn(self, message: str, stacklevel: int = 1, **options: Any) -> None:
+        """`rank_zero_warn` if the message is new."""
+        if message not in self:
+            self.add(message)
+            rank_zero_warn(message, stacklevel=stacklevel + 1, **options)
+
+    def deprecation(self, message: str, stacklevel: int = 1) -> None:
+        """`rank_zero_deprecation` if the message is new."""
+        if message not in self:
+            self.add(message)
+            rank_zero_deprecation(message, stacklevel=stacklevel + 1)
+
+    def info(self, message: str) -> None:
+        """`rank_zero_info` if the message is new."""
+        if message not in self:
+            self.add(message)
+            rank_zero_info(message)

@@ -98,9 +98,9 @@ def set_rng_state(state: RNGState) -> None:
 
 
 @contextmanager
-def isolate_rng() -> Iterator[None]:
+def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
     """Restores the state of all generators on exit, so that code inside draws without a trace."""
-    state = rng_state()
+    state = rng_state(include_cuda)
     try:
         yield
     finally:

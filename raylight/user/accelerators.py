@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from raylight.contract.errors import InvalidArguments
+
 
 class Accelerator:
     """One kind of device. Compare with `isinstance`; it moves and places nothing."""
@@ -22,6 +24,11 @@ class Accelerator:
     def is_available() -> bool:
         """Whether this machine has one."""
         raise NotImplementedError
+
+    def __init_subclass__(cls, **kwargs: object):
+        super().__init_subclass__(**kwargs)
+        if cls.__module__ != __name__:
+            raise InvalidArguments(f"{cls.__name__}: raylight trains on GPUs and CPUs; the run calls no accelerator")
 
 
 class CPUAccelerator(Accelerator):
@@ -56,6 +63,22 @@ class CUDAAccelerator(Accelerator):
         return torch.cuda.is_available()
 
 
+class MPSAccelerator(Accelerator):
+    """Workers compute on the GPU of an Apple computer."""
+
+    @staticmethod
+    def name() -> str:
+        return "mps"
+
+    @staticmethod
+    def auto_device_count() -> int:
+        return 1
+
+    @staticmethod
+    def is_available() -> bool:
+        return torch.backends.mps.is_available()
+
+
 def accelerator_of(device: torch.device) -> Accelerator:
     """The accelerator that a device belongs to."""
-    return CUDAAccelerator() if device.type == "cuda" else CPUAccelerator()
+    return {"cuda": CUDAAccelerator, "mps": MPSAccelerator}.get(device.type, CPUAccelerator)()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from raylight.contract.kinds import Batch, Loader
+from raylight.contract.kinds import Batch, Loader, Value
 from raylight.user.transfer import move_to_device
 
 
@@ -46,3 +46,13 @@ class DataHooks:
 
     def on_exception(self, exception: BaseException) -> None:
         """Called on the worker that raised `exception`; an error in this hook becomes a note to it."""
+
+
+class CheckpointHooks:
+    """The hooks that see a checkpoint as a dict."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Value]) -> None:
+        """Add to a checkpoint, on every worker alike: plain values and tensors only."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Value]) -> None:
+        """Read or change a checkpoint before its weights are loaded, for evaluation too."""

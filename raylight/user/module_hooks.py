@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raylight.contract.kinds import Batch, Output, Value
-from raylight.user.data_hooks import DataHooks
+from raylight.user.data_hooks import CheckpointHooks, DataHooks
 
 Callbacks: TypeAlias = Any
 """A Callback, a sequence of them, or None; their class lies above this one."""
@@ -19,7 +19,7 @@ Stepping: TypeAlias = Any
 """An optimizer or a scheduler as the user's code calls it: torch's, or an object with the same methods."""
 
 
-class ModuleHooks(DataHooks, nn.Module):
+class ModuleHooks(DataHooks, CheckpointHooks, nn.Module):
     """Each runs on every worker, after the callbacks' hooks of the same name; an exception in one ends the run."""
 
     # ---- hooks that define the training
@@ -176,12 +176,6 @@ class ModuleHooks(DataHooks, nn.Module):
     def _restore_modes(self) -> None:
         for module, training in self.__dict__.pop("_modes", {}).items():
             module.training = training
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Value]) -> None:
-        """Add to a checkpoint, on every worker alike: plain values and tensors only."""
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Value]) -> None:
-        """Read or change a checkpoint before its weights are loaded, for evaluation too."""
 
     # ---- hooks around one optimizer step
 

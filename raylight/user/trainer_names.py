@@ -10,7 +10,7 @@ import difflib
 import pickle
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import cloudpickle
 import torch
@@ -20,9 +20,10 @@ from raylight.user.accelerators import Accelerator, accelerator_of
 from raylight.user.forwarding import Fact, Setting
 from raylight.user.loop_facades import EvaluationLoopFacade, FitLoopFacade
 from raylight.user.overriding import overrides
+from raylight.user.precision_plugins import Precision, plugin_of
 from raylight.user.run_view import Record, RunView
 from raylight.user.states import RunningStage, TrainerFn, TrainerState
-from raylight.user.strategy_facade import StrategyFacade
+from raylight.user.strategies import LightningStrategy, strategy_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -221,14 +222,14 @@ class TrainerNames:
         return {"num_replicas": self._view.world_size, "rank": self._view.global_rank}
 
     @property
-    def strategy(self) -> StrategyFacade:
+    def strategy(self) -> LightningStrategy:
         """How the ranks act together."""
-        return StrategyFacade(self._view)
+        return strategy_of(self._view)
 
     @property
-    def precision_plugin(self) -> Self:
-        """For code that asks Lightning's plugin: `.precision` and `.scaler`."""
-        return self
+    def precision_plugin(self) -> Precision:
+        """For code that asks Lightning's plugin: its class, `.precision` and `.scaler`."""
+        return plugin_of(self.config.precision, self._view.scaler)
 
     @property
     def fit_loop(self) -> FitLoopFacade:

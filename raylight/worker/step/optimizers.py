@@ -167,6 +167,10 @@ def needs_closure(optimizer: Optimizer) -> bool:
     return bool(parameters) and parameters[0].default is parameters[0].empty and parameters[0].kind in POSITIONAL
 
 
+def do_nothing_closure() -> None:
+    """A closure for `optimizer.step` that computes nothing."""
+
+
 class SteppingOptimizer:
     """The optimizer as manual optimization sees it: `step` is counted, scaled and announced to the hooks.
 

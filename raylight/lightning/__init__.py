@@ -1,0 +1,1 @@
+"""Lightning's names: where each is found here, and why some are not."""
