@@ -89,14 +89,29 @@ class _LazyReader(checkpoint_reader.CheckpointReader):
     """Loads what reads checkpoints when it is first asked for."""
 
     def load_module(self, kind: Any, *arguments: Any) -> Any:
-        from raylight.loading import load_module
+        from raylight.rebuilding import load_module
 
         return load_module(kind, *arguments)
 
     def load_data_module(self, kind: Any, *arguments: Any) -> Any:
-        from raylight.loading import load_data_module
+        from raylight.rebuilding import load_data_module
 
         return load_data_module(kind, *arguments)
+
+    def read_file(self, path: Any, *arguments: Any) -> Any:
+        from raylight.rebuilding import read_file
+
+        return read_file(path, *arguments)
+
+    def open_write(self, path: Any) -> Any:
+        from raylight.storage.single_file import open_write
+
+        return open_write(path)
+
+    def remove(self, path: Any) -> None:
+        from raylight.storage.single_file import remove
+
+        remove(path)
 
 
 checkpoint_reader.install(_LazyReader())

@@ -7,7 +7,7 @@ import platform
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -33,6 +33,19 @@ def examine(storage_path: str | None = None) -> Iterator[Check]:
     yield _ray_address()
     if storage_path is not None:
         yield from _storage(storage_path)
+
+
+def examine_scripts(paths: Iterable[str]) -> Iterator[Check]:
+    """Yields one check for each line of Lightning scripts that has to change. Raises InvalidArguments for a file that
+    is no script."""
+    from raylight.lightning.script import examine_script
+
+    for path in paths:
+        findings = examine_script(path)
+        for finding in findings:
+            yield finding.state, f"{path}:{finding.line}", finding.text
+        if not findings:
+            yield "ok", path, "uses nothing of Lightning's"
 
 
 def _packages() -> Iterator[Check]:

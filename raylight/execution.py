@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from raylight.contract.config import Config
-from raylight.contract.messages import BatchOutputs, Message, Trained
+from raylight.contract.messages import BatchOutputs, FilesAwaited, Message, Trained
 from raylight.contract.process_settings import read_settings
 from raylight.contract.seeding import isolate_rng, last_seed, rng_state
 from raylight.contract.task import Loaders, Task
@@ -23,11 +23,13 @@ from raylight.driver.logger_feed import Logger
 from raylight.driver.recovery import Recovery
 from raylight.driver.restart import History
 from raylight.driver.result import Result
+from raylight.driver.saved_checkpoints import make_describer
 from raylight.driver.watch import Watch
 from raylight.launch.in_process import InProcessGroup
 from raylight.launch.signals import stop_on_signal
+from raylight.lightning_files import LightningFiles
 from raylight.loading import Resume, find_resume, find_seed
-from raylight.loggers import make_loggers
+from raylight.loggers.opening import describe_loggers, make_loggers
 from raylight.report.console import Console
 from raylight.report.gauges import GAUGES, Gauges
 from raylight.report.output_streams import lasting_streams
@@ -35,6 +37,8 @@ from raylight.storage.checkpoints import Checkpoint, raise_fence, sweep_leftover
 from raylight.storage.fence import claim_attempt
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
+from raylight.user.checkpoint_io import find_checkpoint_io, find_plugged_io
+from raylight.user.logger import DummyLogger
 from raylight.user.module import Module
 from raylight.user.trainer_names import TrainerNames
 from raylight.worker.returned import unpack_objects
@@ -54,7 +58,7 @@ class Claimed:
 def claim(config: Config) -> Claimed:
     """Claims the next version of a run, which the next run of that trainer will use."""
     version = claim_version(Storage(config.storage_path, config.storage_filesystem), config.name)
-    return Claimed(version, make_loggers(config.logger, version.storage, version.path))
+    return Claimed(version, make_loggers(config.logger, version.storage))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +75,11 @@ class Execution:
 
     def __init__(
         self, trainer: TrainerNames, stage: str, module: Module, loaders: Loaders, previous: Result | None = None,
-        claimed: Claimed | None = None, returns_predictions: bool = True,
+        claimed: Claimed | None = None, returns_predictions: bool = True, weights_only: bool | None = None,
     ):  # fmt: skip
         self.trainer, self.stage, self.module, self.loaders = trainer, stage, module, loaders
         self.config, self.callbacks, self.previous = trainer.config, list(trainer.callbacks), previous
-        self.claimed, self.returns_predictions = claimed, returns_predictions
+        self.claimed, self.returns_predictions, self.weights_only = claimed, returns_predictions, weights_only
         self._drew_seed = False
         self.driver: Driver | None = None
         self.facts: dict[str, Any] = {}
@@ -124,6 +128,7 @@ class Execution:
         resume = find_resume(
             ckpt_path, storage, self.config.name, self.previous,
             stage=self.stage, filesystem=self.config.storage_filesystem,
+            plugin=find_plugged_io(self.config.plugins), weights_only=self.weights_only,
         )  # fmt: skip
         choose = cache(lambda: self._choose_version(storage, resume))  # done when it is asked for first
         self.group = self._start_group(lambda: _make_label(self.config, choose()[0]))
@@ -164,8 +169,10 @@ class Execution:
         loggers: Sequence[Logger] = []
         if self.claimed is not None and version is self.claimed.version:
             loggers = self.claimed.loggers
-        elif version is not None:
-            loggers = make_loggers(config.logger, version.storage, version.path)
+        elif config.fast_dev_run:
+            loggers = [DummyLogger()]
+        else:
+            loggers = make_loggers(config.logger, version.storage if version is not None else None)
         console = Console(
             config.enable_progress_bar,
             world_size=group.world_size,
@@ -176,18 +183,31 @@ class Execution:
         protected = resume.checkpoint.path if resume.checkpoint is not None else None
         is_follow_up = self.stage != "fit" and version is not None and bool(version.read_run())
         driver = self.driver = Driver(
-            version, config, group.world_size, [console], loggers, attempt, protected, is_follow_up
+            version,
+            config,
+            group.world_size,
+            [console],
+            loggers,
+            attempt,
+            protected,
+            is_follow_up,
+            LightningFiles(find_checkpoint_io(config.plugins), type(self.module)),
+            make_describer(self.callbacks),
         )
         if self.stage == "fit" and not group.is_local:
             driver.add_sink(_make_gauges(driver))
         seed = resume.seed if resume.seed is not None else self._choose_seed(resume)
         driver.start({"seed": seed, "stage": self.stage, "resumed_from": protected, **facts})
+        self.module.trainer = self.trainer  # a graph is traced through all properties, and loggers may read it
+        driver.loggers.open(self.module)
+        self.module.trainer = None
         if resume.notice:
             driver.tell(resume.notice)
         if attempt:
             driver.redo_from(resume.checkpoint.step if resume.checkpoint is not None else 0)
             if resume.checkpoint is not None:
                 driver.take_over(resume.checkpoint)
+                driver.make_missing_files(resume.checkpoint)
         has_summary = any(type(callback).__name__.endswith("ModelSummary") for callback in self.callbacks)
         if self.stage == "fit" and config.enable_model_summary and not has_summary:
             console.show_model(self.module)
@@ -201,8 +221,10 @@ class Execution:
             version_path=version.path if version is not None else "",
             files=version.storage if version is not None else None,
             seed=seed,
+            loggers=describe_loggers(driver.loggers, group.is_local),
             checkpoint=resume.checkpoint,
-            lightning_file=resume.lightning_file,
+            file=resume.file,
+            runs_code=self.weights_only is False,
             weights_only=self.stage != "fit",
             attempt=attempt,
             trained=self._find_trained(resume),
@@ -230,6 +252,8 @@ class Execution:
             for rank, message in messages:
                 driver.handle(rank, message)
                 watch.see(message)
+                if isinstance(message, FilesAwaited) and driver.make_awaited_files():
+                    group.resume()
                 yield rank, message
             failures = driver.outcome.take_failures()
             if not failures:
@@ -268,8 +292,8 @@ class Execution:
         """Steps and epochs that the evaluated weights were trained for: the place of their metrics in the curves."""
         if resume.checkpoint is not None:
             return resume.checkpoint.step, resume.checkpoint.epoch
-        if resume.lightning_file is not None or self.previous is None:
-            return 0, 0
+        if resume.file is not None or self.previous is None:
+            return resume.trained
         return self.previous.num_steps, self.previous.num_epochs
 
     def _choose_seed(self, resume: Resume) -> int:
@@ -278,7 +302,7 @@ class Execution:
         draws as if this had not been drawn."""
         seed = self.config.seed if self.config.seed is not None else last_seed()
         if seed is None and self.stage == "fit":
-            seed = find_seed(resume.checkpoint)
+            seed = resume.file_seed if resume.file is not None else find_seed(resume.checkpoint)
         if seed is not None:
             return seed
         self._drew_seed = True

@@ -1,17 +1,16 @@
-"""From a checkpoint back to a module or to a run that goes on."""
+"""From what a person names to the checkpoint that a run goes on from."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from raylight.contract.config import Filesystem
 from raylight.contract.errors import CheckpointCorrupt, CheckpointMismatch, InvalidArguments, MissingFile, StorageError
-from raylight.contract.kinds import Value
 from raylight.contract.layout import CHECKPOINTS, MANIFEST_FILE
+from raylight.storage import single_file
 from raylight.storage.checkpoints import (
     Checkpoint,
     check_whole,
@@ -27,14 +26,17 @@ from raylight.storage.json_text import parse_object
 from raylight.storage.retention import rank
 from raylight.storage.summaries import monitor_of, read_run_or_status
 from raylight.storage.versions import Version, list_versions
-from raylight.user.checkpoint_reader import CheckpointPath, MapLocation
+from raylight.user.checkpoint_reader import CheckpointPath
 
 if TYPE_CHECKING:
     from raylight.driver.result import Result
-    from raylight.worker.checkpoint.kept_hyperparameters import Kept
+    from raylight.user.checkpoint_io import CheckpointIO
 
-M = TypeVar("M")
 POINTER_FILE = "raylight.json"
+CHECKPOINT_KINDS = (
+    "give the path or URI of a checkpoint or of a file in Lightning's format, such a file opened for reading bytes, or "
+    "a Checkpoint, raylight's or Ray Tune's"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,12 @@ class Resume:
     takes_new_hyperparameters: bool = False
     """Whether the present options of optimizers and schedulers replace the checkpoint's if they differ; otherwise the
     checkpoint's stay, as in Lightning."""
-    lightning_file: str | None = None
-    """The file with the weights to evaluate, instead of a checkpoint."""
+    file: str | bytes | None = None
+    """A file in Lightning's format instead of a checkpoint, by path or URI, or its bytes."""
+    file_seed: int | None = None
+    """Of the run that made the file."""
+    trained: tuple[int, int] = (0, 0)
+    """The steps and epochs that the file's weights were trained for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +107,14 @@ def find_resume(
     *,
     stage: str = "fit",
     filesystem: Filesystem = None,
+    plugin: CheckpointIO | None = None,
+    weights_only: bool | None = None,
 ) -> Resume:
-    """The point that `resume` or `ckpt_path` means: None, "last", "best", a Checkpoint (Ray Tune's too) or its path.
+    """The point that `resume` or `ckpt_path` means: None, "last", "best", a Checkpoint (Ray Tune's too), a path or URI
+    of a checkpoint or of a file in Lightning's format, or such a file, opened.
 
-    A path, or a URI of the same scheme, is one of `filesystem` if that is given. For a fit the checkpoint holds all
-    that training needs; to evaluate, the weights are enough, and may be a Lightning file's.
+    A path, or a URI of the same scheme, is one of `filesystem` if that is given. For a fit there must be all that
+    training needs; to evaluate, the weights are enough. `plugin` reads files.
     """
     if ckpt_path is None:
         return Resume()
@@ -116,22 +125,55 @@ def find_resume(
     if hasattr(ckpt_path, "as_directory"):
         return Resume(_check_resumable(find_of_tune(ckpt_path), stage))
     if not isinstance(ckpt_path, str | os.PathLike):
-        return Resume(checkpoint=ckpt_path, seed=None)
+        file = ckpt_path.read() if hasattr(ckpt_path, "read") else None
+        if not isinstance(file, bytes):
+            raise InvalidArguments(f"ckpt_path={ckpt_path!r}: {CHECKPOINT_KINDS}")
+        return _resume_from_file(file, stage, plugin, weights_only)
     if ckpt_path == "last":
         return _find_last(storage, name) if stage == "fit" else Resume(_find_newest(storage, name))
     if ckpt_path == "best":
         return Resume(_check_resumable(_find_best(storage, name, previous), stage))
     path = os.fspath(ckpt_path)
-    if not _is_lightning_file(path):
-        is_elsewhere = "://" in path and path.partition("://")[0] != storage.uri.partition("://")[0]
-        checkpoint = find_by_path(path, None if is_elsewhere else filesystem)
-        return Resume(_check_resumable(checkpoint, stage))
-    if stage == "fit":
-        raise InvalidArguments(
-            f"{path} is a file of Lightning: the state of its loop and optimizers cannot be continued here. Begin with "
-            f"its weights: model = Net.load_from_checkpoint({path!r})"
+    if is_single_file(path, plugin):
+        local = (
+            Storage(path).local_path() if plugin is None else os.path.abspath(path) if os.path.exists(path) else None
         )
-    return Resume(lightning_file=os.path.abspath(path))
+        return _resume_from_file(local or path, stage, plugin, weights_only)
+    is_elsewhere = "://" in path and path.partition("://")[0] != storage.uri.partition("://")[0]
+    checkpoint = find_by_path(path, None if is_elsewhere else filesystem)
+    return Resume(_check_resumable(checkpoint, stage))
+
+
+def _resume_from_file(file: str | bytes, stage: str, plugin: CheckpointIO | None, weights_only: bool | None) -> Resume:
+    """Reads the file once before any worker starts: what is wrong with it is said then."""
+    from raylight.user.checkpoint_io import TorchCheckpointIO
+    from raylight.worker.checkpoint.lightning_state import find_facts, load_content, to_state
+
+    where = file if isinstance(file, str) else "the file"
+    content = load_content(file, plugin or TorchCheckpointIO(), weights_only=weights_only is not False)
+    state = to_state(content, where)
+    if stage == "fit" and not state.replicated:
+        raise CheckpointMismatch(
+            f"{where} holds weights alone and cannot be resumed from. Begin a new run with them: "
+            "model = Net.load_from_checkpoint(path)"
+        )
+    seed, step, epoch = find_facts(content)
+    return Resume(file=file, file_seed=seed, trained=(step, epoch))
+
+
+def is_single_file(path: str, plugin: CheckpointIO | None = None) -> bool:
+    """Whether a path or URI is that of a file in Lightning's format, and not of a native checkpoint. With a `plugin` of
+    the user's all else than a folder is the plugin's affair."""
+    if os.path.basename(path.partition("?")[0].rstrip("/")) == MANIFEST_FILE:
+        return False
+    try:
+        if plugin is not None and not os.path.isdir(path):
+            return "://" not in path or not Storage(path).exists(MANIFEST_FILE)
+        return single_file.is_file(path)
+    except InvalidArguments:  # a place that only the plugin knows
+        if plugin is None:
+            raise
+        return True
 
 
 def _check_resumable(checkpoint: Checkpoint, stage: str) -> Checkpoint:
@@ -204,47 +246,6 @@ def _nothing_whole(which: str, storage: Storage, name: str) -> InvalidArguments:
     )
 
 
-def load_module(
-    owner: type[M], path: CheckpointPath, map_location: MapLocation, strict: bool | None, overrides: dict[str, Value]
-) -> M:
-    """`Module.load_from_checkpoint`."""
-    from raylight.worker.checkpoint.kept_hyperparameters import read_hyperparameters
-    from raylight.worker.checkpoint.restore import apply_weights, load_any
-
-    saved = _to_saved(path)
-    state = load_any(saved, map_location)
-    kept = read_hyperparameters(state.module, owner)
-    module: Value = owner(**_accepted(owner, kept, overrides))
-    hparams = {**kept.values, **overrides}
-    progress = {"epoch": saved.epoch, "global_step": saved.step} if isinstance(saved, Checkpoint) else {}
-    checkpoint = {
-        "state_dict": state.model, "hyper_parameters": hparams, **state.module.get("extra", {}), **progress,
-        **state.module.get("progress", {}),
-    }  # fmt: skip
-    module.on_load_checkpoint(checkpoint)
-    apply_weights(module, checkpoint["state_dict"], strict=module.strict_loading if strict is None else strict)
-    return module
-
-
-def load_data_module(owner: type[M], path: CheckpointPath, overrides: dict[str, Value]) -> M:
-    """`DataModule.load_from_checkpoint`."""
-    from raylight.worker.checkpoint.kept_hyperparameters import DATA_MODULE_KEY, read_hyperparameters
-    from raylight.worker.checkpoint.restore import load_any
-
-    kept = read_hyperparameters(load_any(_to_saved(path)).module, owner, DATA_MODULE_KEY)
-    return owner(**_accepted(owner, kept, overrides))
-
-
-def _to_saved(path: CheckpointPath) -> CheckpointPath:
-    """A Lightning file stays a path; all else becomes a Checkpoint."""
-    if hasattr(path, "as_directory"):
-        return find_of_tune(path)
-    if not isinstance(path, str | os.PathLike):
-        return path
-    text = os.fspath(path)
-    return text if _is_lightning_file(text) else find_by_path(text)
-
-
 def find_of_tune(checkpoint: CheckpointPath) -> Checkpoint:
     """The checkpoint that one of Ray Tune points to, or that it was made from."""
     is_local = getattr(checkpoint.filesystem, "type_name", "") == "local"
@@ -260,45 +261,3 @@ def find_by_path(path: str, filesystem: Filesystem = None) -> Checkpoint:
         if not folder.exists(POINTER_FILE):
             raise
         return Pointer(**json.loads(folder.read_bytes(POINTER_FILE))).find(folder)
-
-
-def _is_lightning_file(path: str) -> bool:
-    return path.endswith(".ckpt") and os.path.isfile(path)
-
-
-def _accepted(owner: type, kept: Kept, overrides: dict[str, Value]) -> dict[str, Value]:
-    """The hyperparameters that `__init__` takes. Raises CheckpointMismatch if it needs more."""
-    parameters = inspect.signature(owner).parameters
-    hparams = kept.arguments(overrides, parameters)
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return hparams
-    inner = kept.argument.keys if kept.argument is not None else ()
-    unknown = [name for name in overrides if name not in parameters and name not in inner]
-    missing = [
-        name for name, p in parameters.items()
-        if p.default is p.empty and p.kind is not p.VAR_POSITIONAL and name not in hparams
-    ]  # fmt: skip
-    mistakes = [f"{owner.__name__} takes no argument {name!r}; it takes {list(parameters)}" for name in unknown]
-    mistakes += [
-        f"{owner.__name__} needs {name!r}, which is not in the checkpoint: call save_hyperparameters() in __init__, or "
-        f"load_from_checkpoint(path, {name}=...)"
-        for name in missing
-    ]
-    if mistakes:
-        raise CheckpointMismatch("\n".join(mistakes))
-    return {name: value for name, value in hparams.items() if name in parameters}
-
-
-def copy_checkpoint(checkpoint: Checkpoint, path: str, weights_only: bool) -> None:
-    """Copies a committed checkpoint to another directory, its manifest last; with `weights_only` without what training
-    needs."""
-    target, manifest = Storage(path), checkpoint.manifest
-    if target.exists(MANIFEST_FILE):
-        raise InvalidArguments(f"{path} already holds a checkpoint; name a directory that does not exist")
-    if weights_only:
-        files = tuple(file for file in manifest.files if not file.path.startswith("training-"))
-        manifest = replace(manifest, files=files, weights_only=True)
-    for file in manifest.files:
-        with checkpoint.open_read(file.path) as source:
-            target.write(file.path, iter(lambda: source.read(1 << 24), b""))
-    target.write(MANIFEST_FILE, [manifest.to_bytes()])

@@ -161,7 +161,8 @@ def _checkpoint_before(evidence: Evidence) -> Checkpoint | None:
 def _open(session: Session, facts: dict[str, Any]) -> tuple[Loop, TrainBatch]:
     """The loop at the batch in question, divided as it was among the ranks."""
     worker, data = session.worker, session.worker.data
-    data.open(find_loader(worker.task.loaders, worker.hooks, "train"), facts["rank"], facts["world_size"])
+    loader = find_loader(worker.task.loaders, worker.hooks, "train")
+    data.open(loader, facts["rank"], facts["world_size"], facts["epoch"])
     batches = data.batches
     assert batches is not None
     worker.progress.stand_at(facts["step"], facts["epoch"], facts["index"])

@@ -263,21 +263,30 @@ def checkpoint_at(path: str | os.PathLike[str], which: str = "best", filesystem:
 
 
 def export(checkpoint: Checkpoint | str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
-    """Writes the weights of a checkpoint alone into one file, and returns how many entries it holds.
+    """Writes a checkpoint into one file, and returns how many weights it holds.
 
-    The ending of `out` chooses the format: ".pt" or ".pth" a state dict for `torch.load`, or ".safetensors".
+    The ending of `out` chooses the format: ".pt" or ".pth" the state dict alone, for `torch.load`, or ".safetensors";
+    ".ckpt" all of the checkpoint in Lightning's format, to go on from.
     """
     text = os.fspath(out)
     folder, name = os.path.split(text)
     suffix = os.path.splitext(name)[1]
-    if suffix not in (".pt", ".pth", ".safetensors"):
-        raise InvalidArguments(f"{text!r}: the name must end in .pt, .pth or .safetensors, which chooses the format.")
+    if suffix not in (".pt", ".pth", ".safetensors", ".ckpt"):
+        raise InvalidArguments(
+            f"{text!r}: the name must end in .pt, .pth, .safetensors or .ckpt, which chooses the format."
+        )
     if suffix == ".safetensors":
         _need_safetensors()
+    from raylight.user.checkpoint_io import TorchCheckpointIO
+    from raylight.worker.checkpoint.lightning_file import make_from_saved
     from raylight.worker.checkpoint.restore import load_weights
 
     found = checkpoint if isinstance(checkpoint, Checkpoint) else checkpoint_at(checkpoint)
     try:
+        if suffix == ".ckpt":
+            content = make_from_saved(found)
+            TorchCheckpointIO().save_checkpoint(content, text)
+            return len(content["state_dict"])
         weights = load_weights(found)
     except (CheckpointCorrupt, StorageError):
         check_there(found)

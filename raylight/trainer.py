@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Never, Unpack
 
 import torch
@@ -20,7 +22,6 @@ from raylight.arguments.trainer_arguments import (
     EvaluationArguments,
     NumWorkers,
     Precision,
-    TakesMetrics,
     TrainerArguments,
 )
 from raylight.contract.config import DDP, Checkpointing, Config, FilePath, Filesystem
@@ -30,9 +31,12 @@ from raylight.contract.kinds import Loader, Output, Value
 from raylight.contract.task import Loaders
 from raylight.contract.user_error import beside
 from raylight.user.callback import Callback
+from raylight.user.checkpoint_io import find_checkpoint_io
 from raylight.user.checkpoint_reader import CheckpointPath
 from raylight.user.data_module import DataModule
+from raylight.user.logger import TakesMetrics
 from raylight.user.module import Module
+from raylight.user.profilers import Profiler
 from raylight.user.run_view import Record, WorkersRecord, facts_of
 from raylight.user.states import TrainerStatus
 from raylight.user.trainer_names import TrainerNames
@@ -41,6 +45,13 @@ if TYPE_CHECKING:
     from raylight.driver.result import Result
     from raylight.driver.run import Run
     from raylight.execution import Claimed, Execution, Kept
+
+QUIET: dict[str, Value] = {
+    "fast_dev_run": 1, "checkpoint": None, "enable_progress_bar": False, "enable_model_summary": False,
+    "profiler": None, "max_restarts": 0, "min_steps": None, "min_epochs": None, "max_time_s": None,
+    "log_every_n_steps": 0,
+}  # fmt: skip
+"""Fields of the configuration of a run that leaves nothing."""
 
 
 class Trainer(TrainerNames):
@@ -80,7 +91,7 @@ class Trainer(TrainerNames):
         enable_checkpointing: bool | None = None,
         logger: bool | TakesMetrics | Sequence[TakesMetrics] | None = True, log_every_n_steps: int | None = 50,
         enable_progress_bar: bool | None = True, enable_model_summary: bool | None = True,
-        profiler: str | None = None,
+        barebones: bool = False, profiler: str | Profiler | None = None,
         max_restarts: int = 3, hang_timeout_s: float | None = None, replacement_timeout_s: float = 60.0,
         num_standby: int | None = None,
         callbacks: Callback | Sequence[Callback] | None = None, plugins: Value = None,
@@ -107,13 +118,14 @@ class Trainer(TrainerNames):
         """Trains `model` and returns a Result; afterwards `model` holds the trained weights, on the CPU.
 
         `ckpt_path`: None starts a new version; "last" continues the newest version of this run, or
-        starts one if there is none; "best" or a checkpoint's path continue from there in a new version.
-        `weights_only` changes nothing, here and below: no checkpoint is read in a way that could execute code.
+        starts one if there is none; "best" or a checkpoint continue from there in a new version: its path or URI, a
+        Checkpoint, or a file in Lightning's format. No checkpoint is read in a way that could execute code, here and
+        below, unless `weights_only` is False.
         """
         if isinstance(train_dataloaders, DataModule):
             train_dataloaders, datamodule = None, train_dataloaders
         loaders = Loaders(train=train_dataloaders, validate=val_dataloaders, data_module=datamodule)
-        result: Result = self._execute("fit", model, loaders, ckpt_path)
+        result: Result = self._execute("fit", model, loaders, ckpt_path, weights_only)
         return result
 
     def validate(
@@ -126,7 +138,7 @@ class Trainer(TrainerNames):
         weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """One dict of metrics for each loader, exact for any number of workers."""
-        return self._evaluate("validate", model, dataloaders, datamodule, ckpt_path, verbose)
+        return self._evaluate("validate", model, dataloaders, datamodule, ckpt_path, weights_only, verbose)
 
     def test(
         self,
@@ -138,7 +150,7 @@ class Trainer(TrainerNames):
         weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """As `validate`, with test_step and the test loaders."""
-        return self._evaluate("test", model, dataloaders, datamodule, ckpt_path, verbose)
+        return self._evaluate("test", model, dataloaders, datamodule, ckpt_path, weights_only, verbose)
 
     def predict(
         self,
@@ -152,11 +164,13 @@ class Trainer(TrainerNames):
         """The return values of predict_step, one for each batch, on the CPU, in dataset order; a list of such lists if
         there are several loaders. With `return_predictions=False` the list is empty, and at most one batch is held."""
         returns = return_predictions is not False
-        return self._evaluate("predict", model, dataloaders, datamodule, ckpt_path, returns_predictions=returns)
+        return self._evaluate(
+            "predict", model, dataloaders, datamodule, ckpt_path, weights_only, returns_predictions=returns
+        )
 
     def _evaluate(
         self, stage: str, model: Module | None, dataloaders: Loader | DataModule, datamodule: DataModule | None,
-        ckpt_path: CheckpointPath, verbose: bool = True, returns_predictions: bool = True,
+        ckpt_path: CheckpointPath, weights_only: bool | None, verbose: bool = True, returns_predictions: bool = True,
     ) -> list[Value]:  # fmt: skip
         if isinstance(ckpt_path, DataModule):
             raise InvalidArguments(f"{stage}: ckpt_path is a data module; Lightning's order is dataloaders, ckpt_path, "
@@ -165,25 +179,33 @@ class Trainer(TrainerNames):
             dataloaders, datamodule = None, dataloaders
         loaders = Loaders(data_module=datamodule)
         setattr(loaders, stage, dataloaders)
-        found: list[Value] = self._execute(stage, model, loaders, ckpt_path, verbose, returns_predictions)
+        found: list[Value] = self._execute(stage, model, loaders, ckpt_path, weights_only, verbose, returns_predictions)
         return found
 
     # ---- one run
 
     def _execute(
-        self, stage: str, model: Module | None, loaders: Loaders, ckpt_path: CheckpointPath, verbose: bool = True,
-        returns_predictions: bool = True,
+        self, stage: str, model: Module | None, loaders: Loaders, ckpt_path: CheckpointPath,
+        weights_only: bool | None, verbose: bool = True, returns_predictions: bool = True,
     ) -> Value:  # fmt: skip
         from raylight.execution import Execution
 
         if model is None and ckpt_path is None and self.result is not None and self.result.best_checkpoint:
             ckpt_path = "best"
+        if ckpt_path == "best":
+            ckpt_path = getattr(super().checkpoint_callback, "best_model_path", "") or "best"
         module = model if model is not None else self.lightning_module
         if module is None:
             raise InvalidArguments(f"{stage} needs a model: pass one, or call fit first")
         if mistakes := checks.check_run(stage, module, loaders, self.config, self.callbacks):
             raise InvalidArguments(mistakes)
-        execution = Execution(self, stage, module, loaders, self.result, self._claimed, returns_predictions)
+        if ckpt_path is None:
+            for callback in self.callbacks:
+                if hasattr(callback, "prepare_run"):
+                    callback.prepare_run(self, stage, module, loaders)
+        execution = Execution(
+            self, stage, module, loaders, self.result, self._claimed, returns_predictions, weights_only
+        )
         self._claimed = None
         try:
             returned = execution.run(ckpt_path, verbose)
@@ -194,6 +216,17 @@ class Trainer(TrainerNames):
         self._remember(execution)
         return returned
 
+    def rehearse(
+        self, stage: str, model: Module, loaders: Loaders, callbacks: Sequence[Callback], changes: dict[str, Value]
+    ) -> None:
+        """Runs `stage` for the sake of trying, with these callbacks alone and with fields of the configuration
+        changed. Nothing is written to storage, and this trainer remembers nothing."""
+        trial = copy.copy(self)
+        trial.config = replace(self.config, **(QUIET | changes))
+        trial._view, trial._fn = Record(callbacks=list(callbacks)), None
+        trial.result = trial._claimed = trial._kept = None
+        trial._execute(stage, model, loaders, None, None, verbose=False, returns_predictions=False)
+
     def _remember(self, execution: Execution) -> None:
         """Keeps what a run leaves for the caller to read."""
         if execution.driver is None:
@@ -202,8 +235,6 @@ class Trainer(TrainerNames):
             self.result, self._kept = execution.result or self.result, execution.kept
         facts = self._collect_facts(execution, execution.driver)
         self.follow(Record(**facts) if execution.group.is_local else WorkersRecord(**facts), execution.stage)
-        for callback in self.callbacks:
-            self._fill(callback)
 
     def _collect_facts(self, execution: Execution, driver: Run) -> dict[str, Value]:
         """The end of a run by the names of `Record`: live objects if it was in this process, else what workers sent."""
@@ -219,7 +250,7 @@ class Trainer(TrainerNames):
             "module": execution.module,
             "datamodule": given.data_module,
             "callbacks": execution.callbacks,
-            "loggers": driver.loggers,
+            "loggers": driver.loggers.all,
             "stage": None,
             "status": TrainerStatus.INTERRUPTED if execution.was_interrupted else TrainerStatus.FINISHED,
             "log_dir": driver.version.path if driver.version is not None else view.log_dir,
@@ -228,11 +259,6 @@ class Trainer(TrainerNames):
             "global_step": step,
             "current_epoch": epoch,
         }
-
-    def _fill(self, callback: Value) -> None:
-        """Gives a checkpoint callback the checkpoints that were kept."""
-        if self._kept is not None and hasattr(callback, "take_kept"):
-            callback.take_kept(self._kept.checkpoints, self._kept.best, self._kept.last)
 
     # ---- names that can be read before a run, too
 
@@ -262,27 +288,31 @@ class Trainer(TrainerNames):
 
     @property
     def checkpoint_callback(self) -> Value:
-        """The ModelCheckpoint among the callbacks; one is made if none was passed. Has best_model_path and
-        last_model_path after a fit."""
+        """The first ModelCheckpoint among the callbacks. If none was passed, one with the paths of raylight's own
+        checkpoints."""
         from raylight.callbacks import ModelCheckpoint
 
         found = super().checkpoint_callback
         if found is None and self.config.checkpoint is not None:
             found = ModelCheckpoint()
-            self._fill(found)
+            if self._kept is not None:
+                found.take_kept(self._kept.best, self._kept.last)
         return found
 
-    def save_checkpoint(self, filepath: FilePath, weights_only: bool = False, storage_options: object = None) -> None:
-        """In a hook, writes the present state to one file, as `TrainerNames.save_checkpoint` says. After a fit, copies
-        its last checkpoint to `filepath`, a directory that must not exist."""
-        from raylight.loading import copy_checkpoint
+    def save_checkpoint(self, filepath: FilePath, weights_only: bool = False, storage_options: Value = None) -> None:
+        """Writes one file, at a path or a URI, whole or not at all; `torch.load` opens it, and Lightning goes on from
+        it. In a hook it holds the present state, as `TrainerNames.save_checkpoint` says; after a fit, the state at its
+        end. With `weights_only` optimizers, schedulers and callbacks are left out."""
+        from raylight.worker.checkpoint.lightning_file import make_from_saved
 
         if self.state.status is TrainerStatus.RUNNING:
             super().save_checkpoint(filepath, weights_only, storage_options)
             return
         if self.result is None or self.result.last_checkpoint is None:
             raise InvalidArguments("save_checkpoint: there is no checkpoint yet; call fit first, with checkpoint=True")
-        copy_checkpoint(self.result.last_checkpoint, os.fspath(filepath), weights_only)
+        owner = type(self.lightning_module) if self.lightning_module is not None else object
+        checkpoint = make_from_saved(self.result.last_checkpoint, weights_only, owner)
+        find_checkpoint_io(self.config.plugins).save_checkpoint(checkpoint, filepath, storage_options)
 
 
 # Not written into the class, because editors read the plain docstring there.
@@ -298,7 +328,8 @@ def find_available(arguments: Mapping[str, Value]) -> Available:
 
         found = describe_cluster()
         if found is not None:
-            return Available(num_gpus, True, found.num_gpus, found.num_cpus, found.autoscales)
+            gpus = num_gpus if found.started_here else found.num_gpus  # it is started again where it has fewer
+            return Available(num_gpus, True, gpus, found.num_cpus, found.started_here, found.autoscales)
     return Available(num_gpus, address)
 
 

@@ -22,10 +22,21 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("arguments",),
     ("worker", "storage"),
     ("driver",),
-    ("launch", "report", "callbacks", "loading", "loggers"),
+    (
+        "launch",
+        "report",
+        "callbacks",
+        "tuner",
+        "loading",
+        "rebuilding",
+        "instantiation",
+        "hparams_file",
+        "lightning_files",
+        "loggers",
+    ),
     ("execution", "replay", "runs", "speed"),
     ("trainer",),
-    ("sweep", "tuning", "cli", "doctor", "supervise"),
+    ("sweep", "tuning", "cli", "command", "doctor", "lightning.script", "supervise"),
 )
 
 # Neighbours of one layer that must not know each other.

@@ -177,7 +177,7 @@ def test_the_weights_of_a_lightning_file_are_evaluated_and_not_resumed_from(tmp_
     torch.save({"state_dict": weights, "epoch": 3, "global_step": 70, "pytorch-lightning_version": "2.6.0"}, path)
     (results,) = make_trainer(tmp_path).test(Net(), LOADER, ckpt_path=path)
     assert results["test_loss"] == pytest.approx(36.0)
-    with pytest.raises(InvalidArguments, match=r"is a file of Lightning.*Net\.load_from_checkpoint\('"):
+    with pytest.raises(CheckpointMismatch, match=r"holds weights alone.*Net\.load_from_checkpoint\(path"):
         make_trainer(tmp_path).fit(Net(), LOADER, ckpt_path=path)
 
 
@@ -205,16 +205,15 @@ def test_what_a_module_keeps_in_its_checkpoints_comes_back_from_lightnings_too(t
     assert Speaking.load_from_checkpoint(result.last_checkpoint.path).vocabulary == ["a", "b", 1, 2]
 
 
-def test_a_copy_of_the_weights_alone(tmp_path: Path) -> None:
+def test_the_end_of_a_fit_in_one_file(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
-    trainer.fit(Net(), LOADER)
-    trainer.save_checkpoint(tmp_path / "whole")
-    trainer.save_checkpoint(tmp_path / "weights", weights_only=True)
-    assert {path.name for path in (tmp_path / "weights").iterdir()} == {
-        "manifest.json", "model-00000-of-00001.pt", "module.pt"
-    }  # fmt: skip
-    assert "training-00000-of-00001.pt" in {path.name for path in (tmp_path / "whole").iterdir()}
-    with pytest.raises(CheckpointMismatch, match="weights alone"):
-        make_trainer(tmp_path).fit(Net(), LOADER, ckpt_path=tmp_path / "weights")
-    one, two = (Net.load_from_checkpoint(tmp_path / name) for name in ("whole", "weights"))
+    trained = Net()
+    trainer.fit(trained, LOADER)
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    whole, weights = (torch.load(tmp_path / name) for name in ("whole.ckpt", "weights.ckpt"))
+    assert torch.equal(whole["state_dict"]["net.weight"], trained.net.weight)
+    assert whole["global_step"] == weights["global_step"] == trainer.global_step
+    assert whole.keys() - weights.keys() == {"optimizer_states", "lr_schedulers", "callbacks"}
+    one, two = (Net.load_from_checkpoint(tmp_path / name) for name in ("whole.ckpt", "weights.ckpt"))
     assert torch.equal(one.net.weight, two.net.weight)

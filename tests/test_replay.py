@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import raylight as pl
-from raylight import cli
+from raylight import command as cli
 from raylight.replay import read_evidence
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import claim_version
@@ -81,7 +81,7 @@ def raised(tmp_path_factory):
 def check_that_it_comes_again(folder: Path, told: str) -> None:
     [what] = set(re.findall(r"ValueError: (loss .*)", told))
     [path] = re.findall(r"raylight replay (\S+)", told)[:1]
-    again = run(folder, "-m", "raylight.cli", "replay", path, "--yes")
+    again = run(folder, "-m", "raylight.command", "replay", path, "--yes")
     assert again.returncode == 1
     assert f"ValueError: {what}" in again.stderr  # the same loss in nine digits: weights, samples and dropout
     assert "in training_step" in again.stderr
@@ -103,7 +103,7 @@ def test_an_exception_comes_again_where_the_batch_is_too_large_to_be_kept(tmp_pa
 def test_a_loss_that_is_not_finite_comes_again(tmp_path):
     told = train(tmp_path, "0", "nan", "8").stdout
     [path] = re.findall(r"raylight replay (\S+)", told)
-    again = run(tmp_path, "-m", "raylight.cli", "replay", path, "--yes")
+    again = run(tmp_path, "-m", "raylight.command", "replay", path, "--yes")
     assert again.returncode == 1
     assert "29" in again.stdout.split("samples [")[1].split("]")[0]
     assert "returned nan values" in again.stderr
@@ -151,7 +151,7 @@ def test_a_debugger_is_entered_where_the_step_fails(raised):
         "    while traceback.tb_next: traceback = traceback.tb_next\n"
         "    print('locals:', sorted(traceback.tb_frame.f_locals))\n"
     )
-    again = run(folder, "-m", "raylight.cli", "replay", "runs", "--yes", "--debugger", "watcher")
+    again = run(folder, "-m", "raylight.command", "replay", "runs", "--yes", "--debugger", "watcher")
     assert "locals: ['batch', 'batch_idx', 'loss', 'self']" in again.stdout
 
 

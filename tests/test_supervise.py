@@ -53,7 +53,7 @@ print("steps", result.num_steps)
 
 def run(folder: Path, text: str, *arguments: str, retries: int = 3) -> subprocess.CompletedProcess[str]:
     (folder / "script.py").write_text(text)
-    command = [sys.executable, "-m", "raylight.cli", "run", "--retries", str(retries), "script.py", *arguments]
+    command = [sys.executable, "-m", "raylight.command", "run", "--retries", str(retries), "script.py", *arguments]
     return subprocess.run(
         command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
     )
@@ -81,7 +81,7 @@ def test_a_script_that_ends_by_itself_does_not_start_again(status, tmp_path):
 
 def test_sigterm_ends_both(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "raylight.cli", "run", "script.py", "wait"]
+    command = [sys.executable, "-m", "raylight.command", "run", "script.py", "wait"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -110,7 +110,7 @@ ON_A_TERMINAL = TRAINING.replace("os.path.exists", "True or os.path.exists").rep
 def test_a_terminal_interrupts_a_run_once(event, with_run, status, tmp_path):
     """The terminal sends Ctrl-C to every process in its foreground, and tells of its end the first one alone."""
     (tmp_path / "script.py").write_text(ON_A_TERMINAL)
-    command = ["-m", "raylight.cli", "run", "script.py"] if with_run else ["script.py"]
+    command = ["-m", "raylight.command", "run", "script.py"] if with_run else ["script.py"]
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(tmp_path)

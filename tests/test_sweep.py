@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylight
-from raylight.cli import main
+from raylight.command import main
 from raylight.contract.errors import InvalidArguments, NotEnoughResources
 from raylight.launch import ray_actors
 from raylight.runs import list_summaries

@@ -18,7 +18,9 @@ from raylight.contract.errors import InvalidArguments
 from raylight.contract.kinds import Loader, Output
 from raylight.contract.task import Loaders
 from raylight.user.callback import Callback
+from raylight.user.combined_loader import CombinedLoader, is_collection_of_loaders, say_wrong_mode
 from raylight.user.data_module import DataModule
+from raylight.user.hyperparameters import find_collisions
 from raylight.user.module import Module
 
 # Which methods of Module, DataModule and Callback are hooks, as against what they offer to be called.
@@ -41,18 +43,25 @@ def check_run(stage: str, module: object, loaders: Loaders, config: Config, call
     for callback in callbacks:
         if isinstance(callback, Callback):
             mistakes += find_misspelt_hooks(callback, Callback).values()
-            mistakes += callback.find_mistakes(config) if stage == "fit" else []
+            mistakes += callback._find_mistakes(config) if stage == "fit" else []
     if config.checkpoint is not None:
         check_checkpointing(config.checkpoint, "checkpoint", mistakes)
     if isinstance(module, Module):
         misspelt = find_misspelt_hooks(module, Module)
-        missing = _find_missing_hooks(stage, module, loaders, config)
+        missing = _find_missing_hooks(stage, module)
         mistakes += (missing | misspelt).values()
     else:
         mistakes.append(_say_no_module(module))
     if stage == "fit" and isinstance(module, Module) and not module.automatic_optimization:
         mistakes += _find_manual_mistakes(config)
     mistakes += _find_data_mistakes(stage, module, loaders)
+    if isinstance(module, Module) and isinstance(loaders.data_module, DataModule) and config.logger is not False:
+        mistakes += [
+            f"the hyperparameter {name!r} of {type(module).__qualname__} and that of "
+            f"{type(loaders.data_module).__qualname__} have different values, and loggers get one: rename one, or call "
+            "save_hyperparameters(logger=False) in one of them"
+            for name in find_collisions(module, loaders.data_module)
+        ]
     if not mistakes and config.num_workers != 0:
         others = {"plugins": config.plugins, "storage_filesystem": config.storage_filesystem}
         mistakes = check_picklable(module, loaders, callbacks, others)
@@ -100,7 +109,7 @@ def _find_manual_mistakes(config: Config) -> list[str]:
     return mistakes
 
 
-def _find_missing_hooks(stage: str, module: Module, loaders: Loaders, config: Config) -> dict[str, str]:
+def _find_missing_hooks(stage: str, module: Module) -> dict[str, str]:
     """The missing hooks that `stage` needs, each with the sentence to show."""
 
     def has(hook: str) -> bool:
@@ -118,13 +127,6 @@ def _find_missing_hooks(stage: str, module: Module, loaders: Loaders, config: Co
         missing["configure_optimizers"] = (
             f"{name} has no configure_optimizers(self): fit needs it, to return an optimizer"
             f"{_say_similar(module, 'configure_optimizers')}"
-        )
-    brings_validation = loaders.validate is not None or has("val_dataloader")
-    if stage == "fit" and brings_validation and config.limit_val_batches and not has("validation_step"):
-        source = "val_dataloaders was passed" if loaders.validate is not None else f"{name} has a val_dataloader"
-        missing["validation_step"] = (
-            f"{source}, and {name} has no validation_step(self, batch): add it, or leave the loader out"
-            f"{_say_similar(module, 'validation_step')}"
         )
     return missing
 
@@ -203,8 +205,12 @@ def _find_data_mistakes(stage: str, module: object, loaders: Loaders) -> list[st
         label = {"train": "train_dataloaders", "validate": "val_dataloaders"}[kind] if stage == "fit" else "dataloaders"
         loader = getattr(loaders, kind)
         if loader is not None:
+            if (stage, kind) == ("fit", "validate") and isinstance(loader, (list, tuple, dict)) and not loader:
+                continue  # as if none had been passed
             for path, leaf in _each_loader(label, loader):
                 mistakes += _find_loader_mistakes(path, leaf)
+            if mistake := say_wrong_mode(loader, "fit" if kind == "train" else kind):
+                mistakes.append(f"{label}: {mistake}")
             if data_module is not None:
                 mistakes.append(f"{label} and datamodule both bring the data: pass one of them")
             continue
@@ -229,12 +235,18 @@ def _say_no_data_module(data_module: object) -> str:
 
 
 def _each_loader(path: str, loader: Loader) -> Iterator[tuple[str, Loader]]:
-    if isinstance(loader, (list, tuple, Mapping)) and len(loader):
-        items = loader.items() if isinstance(loader, Mapping) else enumerate(loader)
-        for key, item in items:
+    if isinstance(loader, CombinedLoader):
+        yield from _each_loader(path, loader.iterables)
+    elif is_collection_of_loaders(loader) or _holds_loaders(loader):
+        for key, item in loader.items() if isinstance(loader, Mapping) else enumerate(loader):
             yield from _each_loader(f"{path}[{key!r}]", item)
     else:
         yield path, loader
+
+
+def _holds_loaders(loader: Loader) -> bool:
+    """Whether a sequence has loaders in it, maybe beside what is none."""
+    return isinstance(loader, (list, tuple)) and any(isinstance(item, (DataLoader, Dataset)) for item in loader)
 
 
 def _find_loader_mistakes(path: str, loader: Loader) -> list[str]:

@@ -16,10 +16,19 @@ from raylight.contract.errors import InvalidArguments, NotEnoughResources
 from raylight.contract.kinds import Value
 from raylight.contract.plain_numbers import with_python_numbers
 from raylight.user.callback import Callback
+from raylight.user.checkpoint_io import is_checkpoint_io
+from raylight.user.overriding import overrides
 
 _CONFIG_NAMES = {item.name for item in fields(Config)}
 _SCALE_NAMES = ("num_workers", "use_gpu", "resources_per_worker", "devices", "gpus", "num_nodes", "accelerator")
 _URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
+
+BAREBONES = {
+    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+    "num_sanity_val_steps": 0, "log_every_n_steps": 0, "checkpoint": False, "fast_dev_run": 0, "detect_anomaly": False,
+    "profiler": None,
+}  # fmt: skip
+"""What `barebones` sets, since each costs time beside the steps."""
 
 # Arguments of fit, validate, test and predict that are easily given to the trainer.
 ELSEWHERE = {
@@ -35,10 +44,9 @@ ELSEWHERE = {
 INSTEAD = {
     "amp_backend": "torch's is the only one; leave it out",
     "amp_level": "say precision=... instead",
-    "auto_lr_find": "search with raylight.sweep(...) instead",
-    "auto_scale_batch_size": "search with raylight.sweep(...) instead",
+    "auto_lr_find": "use raylight.tuner.Tuner(trainer).lr_find(model) instead",
+    "auto_scale_batch_size": "use raylight.tuner.Tuner(trainer).scale_batch_size(model) instead",
     "auto_select_gpus": "Ray assigns the GPUs; leave it out",
-    "barebones": "use logger=False, checkpoint=False, enable_progress_bar=False, enable_model_summary=False instead",
     "checkpoint_callback": "use checkpoint=True, False or raylight.Checkpointing(...) instead",
     "distributed_backend": 'use strategy="ddp" instead',
     "enable_autolog_hparams": "hyperparameters go to run.json and TensorBoard; leave it out",
@@ -48,9 +56,9 @@ INSTEAD = {
     "log_gpu_memory": "use callbacks=[raylight.callbacks.DeviceStatsMonitor()] instead",
     "model_registry": "checkpoints go to storage_path; leave it out",
     "move_metrics_to_cpu": "metrics are small; leave it out",
-    "multiple_trainloader_mode": "combine the loaders in one of your own",
+    "multiple_trainloader_mode": "pass raylight.utilities.CombinedLoader(loaders, mode)",
     "num_processes": "use num_workers=N, use_gpu=False instead",
-    "prepare_data_per_node": "prepare_data runs once a node; leave it out",
+    "prepare_data_per_node": "set it on the module or data module: self.prepare_data_per_node = False",
     "process_position": "leave it out",
     "progress_bar_refresh_rate": "use enable_progress_bar=True or False instead",
     "reload_dataloaders_every_epoch": "use reload_dataloaders_every_n_epochs=1 instead",
@@ -77,6 +85,9 @@ def resolve(arguments: dict[str, Value], available: Available) -> Config:
     """
     mistakes: list[str] = []
     given = _check_each(translate(arguments, mistakes), mistakes)
+    if given.get("barebones"):
+        given |= _strip(given, mistakes)
+    indices = _take_indices(given)
     scale = resolve_scale({name: given[name] for name in _SCALE_NAMES if name in given}, available, mistakes)
     values = {name: value for name, value in given.items() if name in _CONFIG_NAMES}
     values |= {
@@ -88,6 +99,7 @@ def resolve(arguments: dict[str, Value], available: Available) -> Config:
         "checkpoint": _check_checkpoint(given, mistakes),
         "seed": given.get("seed"),
         "max_time_s": given.get("max_time"),
+        "gpu_indices": _check_indices(indices, scale, available, mistakes),
         "given": to_plain(arguments),
     }
     config = _fill_lengths(Config(**values))
@@ -112,7 +124,7 @@ def check_checkpointing(given: Checkpointing | Mapping[str, Value], label: str, 
 
 def find_callback_mistakes(callbacks: Iterable[object]) -> list[str]:
     """One sentence for each object that is not a Callback."""
-    mistakes = []
+    mistakes, callbacks = [], list(callbacks)
     for index, callback in enumerate(callbacks):
         if isinstance(callback, Callback):
             continue
@@ -125,7 +137,21 @@ def find_callback_mistakes(callbacks: Iterable[object]) -> list[str]:
             mistakes.append(f"{found}, a callback of Lightning: import it, or its parent, from raylight.callbacks")
         else:
             mistakes.append(f"{found}, and a raylight.Callback is needed: make it a subclass")
-    return mistakes
+    return mistakes + _find_shared_keys(callbacks)
+
+
+def _find_shared_keys(callbacks: Iterable[object]) -> list[str]:
+    """Callbacks of which one would get the other's state from a checkpoint."""
+    places: dict[str, list[str]] = {}
+    for index, callback in enumerate(callbacks):
+        if isinstance(callback, Callback) and overrides(callback, "state_dict"):
+            places.setdefault(callback.state_key, []).append(f"callbacks[{index}]")
+    return [
+        f"{' and '.join(names)} would keep their state under one key, {key!r}: give them different arguments, or "
+        "override state_key"
+        for key, names in places.items()
+        if len(names) > 1
+    ]
 
 
 def _check_each(arguments: dict[str, Value], mistakes: list[str]) -> dict[str, Value]:
@@ -144,6 +170,48 @@ def _check_each(arguments: dict[str, Value], mistakes: list[str]) -> dict[str, V
         else:
             _check_value(name, value, RULES[name], given, mistakes)
     return given
+
+
+def _strip(given: dict[str, Value], mistakes: list[str]) -> dict[str, Value]:
+    """The arguments that `barebones` sets; one that was given another value is added to `mistakes`."""
+    for name, off in BAREBONES.items():
+        if given.get(name, off) != off:
+            mistakes.append(
+                f"barebones=True turns off what costs time beside the steps, and {name}={_show(given[name], name)} "
+                "asks for it: leave one of them out"
+            )
+    return {name: off for name, off in BAREBONES.items() if off is not None}
+
+
+def _take_indices(given: dict[str, Value]) -> tuple[int, ...]:
+    """The GPUs that `devices` or `gpus` names; in `given` their number takes their place."""
+    for name in ("devices", "gpus"):
+        indices = given.get(name)
+        if isinstance(indices, tuple):
+            given[name] = len(indices)
+            return indices
+    return ()
+
+
+def _check_indices(
+    indices: tuple[int, ...], scale: Scale, available: Available, mistakes: list[str]
+) -> tuple[int, ...]:
+    """Empty where they are all that there would be anyway."""
+    count = len(indices)
+    if indices == tuple(range(count)) and (scale.use_gpu is False or available.is_foreign):
+        return ()
+    listed = ",".join(map(str, indices))
+    if indices and scale.use_gpu is False:
+        mistakes.append(f"devices=[{listed}] names GPUs, and this run is on CPUs: devices={count}")
+    elif indices and available.is_foreign:
+        mistakes.append(
+            f"devices=[{listed}]: Ray chooses the GPUs of a cluster; for these alone, start Ray there with "
+            f"CUDA_VISIBLE_DEVICES={listed}, and pass devices={count}"
+        )
+    elif indices and max(indices) >= available.num_gpus_here > 0:
+        there = f"{available.num_gpus_here} GPU{'s' if available.num_gpus_here > 1 else ''}"
+        mistakes.append(f"devices=[{listed}]: this machine has {there}, and the first is 0")
+    return () if indices == tuple(range(available.num_gpus_here)) else indices
 
 
 def _check_value(
@@ -200,23 +268,37 @@ def _check_storage(given: dict[str, Value], mistakes: list[str]) -> str:
 
 
 def _check_checkpoint(given: dict[str, Value], mistakes: list[str]) -> Checkpointing | None:
-    """When checkpoints are made: one of `checkpoint` and ModelCheckpoint says so, `enable_checkpointing` if at all."""
-    settings: dict[str, Checkpointing] = {}
-    if isinstance(given.get("checkpoint"), (Checkpointing, Mapping)):
-        settings["checkpoint"] = check_checkpointing(given["checkpoint"], "checkpoint", mistakes)
+    """When checkpoints are made: `checkpoint` says so, else each ModelCheckpoint, `enable_checkpointing` if at all."""
+    asked: dict[str, Checkpointing] = {}
     for index, callback in enumerate(given.get("callbacks", [])):
         if isinstance(callback, Callback) and hasattr(callback, "checkpointing"):
             label = f"{type(callback).__name__} (callbacks[{index}])"
-            settings[label] = check_checkpointing(callback.checkpointing(), label, mistakes)
-    if len(settings) > 1:
-        mistakes.append(f"{' and '.join(settings)} all say when checkpoints are made: pass one of them")
+            asked[label] = check_checkpointing(callback.checkpointing(), label, mistakes)
+    found = _merge(list(asked.values()))
+    if isinstance(given.get("checkpoint"), (Checkpointing, Mapping)):
+        found = check_checkpointing(given["checkpoint"], "checkpoint", mistakes)
+        asked["checkpoint"] = found
     off = [name for name in ("checkpoint", "enable_checkpointing") if given.get(name) is False]
-    on = [f"{name}=True" for name in ("checkpoint", "enable_checkpointing") if given.get(name) is True] + list(settings)
+    on = [f"{name}=True" for name in ("checkpoint", "enable_checkpointing") if given.get(name) is True] + list(asked)
     if off and on:
         mistakes.append(f"{off[0]}=False and {on[0]} contradict each other: one makes no checkpoints, the other does")
     if off:
         return None
-    return next(iter(settings.values()), Checkpointing())
+    return found
+
+
+def _merge(asked: list[Checkpointing]) -> Checkpointing:
+    """Checkpoints as often as one of them wants; the first that monitors something says which is the best."""
+    if len(asked) < 2:
+        return next(iter(asked), Checkpointing())
+    judge = next((one for one in asked if one.monitor is not None), asked[0])
+    times = [one.every_s for one in asked if isinstance(one.every_s, int | float)]
+    return replace(
+        judge,
+        every_n_steps=min((one.every_n_steps for one in asked if one.every_n_steps), default=None),
+        every_n_epochs=min((one.every_n_epochs for one in asked if one.every_n_epochs), default=None),
+        every_s=min(times, default=None),
+    )
 
 
 def _fill_lengths(config: Config) -> Config:
@@ -237,7 +319,7 @@ def _find_conflicts(given: dict[str, Value], config: Config, scale: Scale) -> li
             mistakes.append(f"{least}={low} is more than {most}={high}")
     if config.precision == "16-mixed" and on_cpu:
         mistakes.append('precision="16-mixed" needs a GPU, and this run is on CPUs: use precision="bf16-mixed"')
-    if config.plugins and "precision" in given:
+    if "precision" in given and not all(map(is_checkpoint_io, config.plugins)):
         mistakes.append(f"precision={config.precision!r} and the precision among plugins contradict: pass one of them")
     if config.strategy.backend == "nccl" and on_cpu:
         mistakes.append('strategy: backend="nccl" needs GPUs, and this run is on CPUs: use backend="gloo"')
@@ -258,7 +340,7 @@ def _find_conflicts(given: dict[str, Value], config: Config, scale: Scale) -> li
 
 
 def _find_validation_conflicts(given: dict[str, Value], config: Config) -> list[str]:
-    if config.fast_dev_run:
+    if config.fast_dev_run or not config.limit_val_batches:
         return []
     if config.check_val_every_n_epoch is None and isinstance(config.val_check_interval, float):
         return [

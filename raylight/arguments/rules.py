@@ -27,6 +27,8 @@ from raylight.contract.durations import FORMS, read_duration
 from raylight.contract.kinds import Value
 from raylight.contract.seeding import MAX_SEED
 from raylight.lightning.refused import say_why_not
+from raylight.user.checkpoint_io import is_checkpoint_io
+from raylight.user.profilers import KINDS, is_profiler
 
 
 def as_list(value: object) -> list[Value]:
@@ -55,6 +57,17 @@ def _limit(value: object) -> int | float:
     raise Refused
 
 
+def _profiler(value: object) -> Value:
+    if isinstance(value, str) and value in KINDS:
+        return KINDS[value]()
+    if isinstance(value, str):
+        near = difflib.get_close_matches(value, list(KINDS), n=1)
+        raise Refused(f"did you mean {near[0]!r}?" if near else "")
+    if isinstance(value, type) or not is_profiler(value):
+        raise Refused
+    return value
+
+
 def _validation_interval(value: object) -> int | float | timedelta:
     if not isinstance(value, Real):
         return _duration(value)
@@ -77,22 +90,27 @@ def _num_workers(value: object) -> int | tuple[int, int] | str:
     return whole(0).parse(value)
 
 
-def _devices(value: object, name: str, least: int) -> int | str:
-    """Lightning's ways to say how many: a number, all of them, or single ones by index."""
+def _devices(value: object, least: int) -> int | str | tuple[int, ...]:
+    """Lightning's ways to say how many: a number, all of them, or single GPUs by index."""
     if isinstance(value, str) and "," in value:
-        value = [int(part) for part in value.split(",") if part.strip().isdigit()]
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        value = [int(part) if part.isdigit() else part for part in parts]
     if is_collection(value):
-        if list(value) != list(range(len(value))) or not value:
-            indices = ",".join(str(item) for item in value)
-            raise Refused(
-                f"Ray chooses the GPUs; for these alone, set CUDA_VISIBLE_DEVICES={indices} and {name}={len(value)}"
-            )
-        return len(value)
+        indices = tuple(whole(0).parse(item) for item in value)
+        if not indices or len(set(indices)) < len(indices):
+            raise Refused("each GPU once, at least one" if indices else "")
+        return indices
     if isinstance(value, str) and value.lstrip("-").isdigit():
         value = int(value)
     if value in ("auto", -1):
         return "auto"
     return whole(least).parse(value)
+
+
+def _accelerator(value: object) -> Value:
+    if isinstance(value, str) and value.lower() == "mps":
+        raise Refused('GPUs are those that CUDA or ROCm reach; on a Mac accelerator="cpu"')
+    return _ACCELERATORS.parse(value)
 
 
 def _resources(value: object) -> dict[str, float]:
@@ -188,6 +206,7 @@ def _accumulate_grad_batches(value: object) -> int:
 
 def _plugins(value: object) -> tuple[Value, ...]:
     plugins = tuple(as_list(value))
+    num_files = 0
     for plugin in plugins:
         if hasattr(plugin, "unscale") and hasattr(plugin, "forward_context"):
             continue
@@ -196,11 +215,16 @@ def _plugins(value: object) -> tuple[Value, ...]:
             raise Refused("set Lightning's precision by precision=...")
         if "ClusterEnvironment" in kinds:
             raise Refused("Ray knows the nodes: leave it out")
-        if "CheckpointIO" in kinds:
-            raise Refused("set the place of checkpoints by storage_path=... and storage_filesystem=...")
+        if "CheckpointIO" in kinds or is_checkpoint_io(plugin):
+            if not is_checkpoint_io(plugin):
+                raise Refused("a CheckpointIO has save_checkpoint, load_checkpoint and remove_checkpoint")
+            num_files += 1
+            continue
         raise Refused
-    if len(plugins) > 1:
+    if len(plugins) - num_files > 1:
         raise Refused("one precision is enough")
+    if num_files > 1:
+        raise Refused("one CheckpointIO is enough")
     return plugins
 
 
@@ -214,7 +238,8 @@ def _is_read_once(value: object) -> bool:
     return isinstance(value, (Iterator, ValuesView))
 
 
-_DEVICES = 'a whole number of at least {least}, -1 or "auto" for all there are'
+_ACCELERATORS = choice({"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"})
+_DEVICES = 'a whole number of at least {least}, -1 or "auto" for all there are, or indices of GPUs such as [0, 2]'
 _LIMIT = Rule("a whole number of batches of at least 0, or a share from 0.0 to 1.0", _limit)
 _PRECISIONS: dict[str | int, str] = {
     "32-true": "32-true", "16-mixed": "16-mixed", "bf16-mixed": "bf16-mixed", "16-true": "16-true",
@@ -237,10 +262,10 @@ RULES: dict[str, Rule] = {
     "use_gpu": FLAG,
     "resources_per_worker": Rule('a dict such as {"CPU": 2, "GPU": 1} with numbers of at least 0', _resources),
     "strategy": Rule('"auto", "ddp", "ddp_find_unused_parameters_true", or a raylight.DDP(...)', _strategy),
-    "devices": Rule(_DEVICES.format(least=1), lambda value: _devices(value, "devices", 1)),
-    "gpus": Rule(_DEVICES.format(least=0), lambda value: _devices(value, "gpus", 0)),
+    "devices": Rule(_DEVICES.format(least=1), lambda value: _devices(value, 1)),
+    "gpus": Rule(_DEVICES.format(least=0), lambda value: _devices(value, 0)),
     "num_nodes": whole(1),
-    "accelerator": choice({"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}),
+    "accelerator": Rule(_ACCELERATORS.allowed, _accelerator),
     # length
     "max_epochs": whole(-1, " (-1: no limit)"),
     "min_epochs": whole(0),
@@ -285,7 +310,8 @@ RULES: dict[str, Rule] = {
     "log_every_n_steps": whole(0, " (0: no step values)"),
     "enable_progress_bar": FLAG,
     "enable_model_summary": FLAG,
-    "profiler": choice({"simple": "simple", "torch": "torch", "pytorch": "torch"}),
+    "barebones": FLAG,
+    "profiler": Rule(f"{', '.join(map(repr, KINDS))}, or an object of raylight.profilers", _profiler),
     # failure
     "max_restarts": whole(0),
     "hang_timeout_s": number(f"{_SECONDS} (inf: never)", _is_positive),
@@ -293,7 +319,7 @@ RULES: dict[str, Rule] = {
     "num_standby": whole(0),
     # extension
     "callbacks": Rule("a raylight.Callback or a sequence of them", _callbacks),
-    "plugins": Rule("a list with a raylight Precision", _plugins),
+    "plugins": Rule("a list with a raylight Precision, a CheckpointIO or both", _plugins),
 }
 
 CHECKPOINTING_RULES: dict[str, Rule] = {

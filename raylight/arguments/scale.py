@@ -23,8 +23,15 @@ class Available:
     """GPUs of that cluster; None: not known, because nobody has connected yet."""
     cluster_cpus: float | None = None
     """CPUs of that cluster; None: not known."""
+    started_here: bool = False
+    """raylight started that Ray, on this machine."""
     autoscales: bool = False
     """Whether the cluster adds nodes on demand: asking for more than there is now is then no mistake."""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether workers run on a Ray that others started, and gave its GPUs."""
+        return bool(self.ray_address) and not self.started_here
 
     @property
     def gpus(self) -> float | None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Protocol, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict
 
 from raylight.contract.config import DDP, Checkpointing, FilePath, Filesystem
 from raylight.contract.durations import Duration
 from raylight.contract.kinds import Value
 from raylight.user.callback import Callback
-
-
-class TakesMetrics(Protocol):
-    """One of raylight.loggers, Lightning's or your own: it has log_metrics(metrics, step)."""
-
-    @property
-    def log_metrics(self) -> Callable[..., object]: ...
-
+from raylight.user.logger import TakesMetrics
+from raylight.user.profilers import Profiler
 
 NumWorkers = int | tuple[int, int] | Literal["auto"]
 Precision = Literal[
@@ -34,7 +28,8 @@ class EvaluationArguments(TypedDict, total=False):
     resources_per_worker: Mapping[str, float] | None
     strategy: str | DDP
     devices: int | str | Sequence[int]
-    """Lightning's `num_workers`: workers of each node, -1 or "auto" for all GPUs; 1 is this process."""
+    """Lightning's `num_workers`: workers of each node, -1 or "auto" for all GPUs; 1 is this process. Indices, as in
+    [0, 2] or "2,", choose GPUs of this machine."""
     gpus: int | str | Sequence[int] | None
     """As `devices`, of workers that have a GPU each; 0: none has one."""
     num_nodes: int
@@ -84,7 +79,8 @@ class EvaluationArguments(TypedDict, total=False):
     log_every_n_steps: int | None
     enable_progress_bar: bool | None
     enable_model_summary: bool | None
-    profiler: str | None
+    barebones: bool
+    profiler: str | Profiler | None
     # failure
     max_restarts: int
     hang_timeout_s: float | None

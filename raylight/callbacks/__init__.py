@@ -7,12 +7,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from raylight.callbacks.batch_size_finder import BatchSizeFinder
     from raylight.callbacks.checkpoint import Checkpoint
     from raylight.callbacks.device_stats_monitor import DeviceStatsMonitor
     from raylight.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
     from raylight.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
     from raylight.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
     from raylight.callbacks.lambda_callback import LambdaCallback
+    from raylight.callbacks.learning_rate_finder import LearningRateFinder
     from raylight.callbacks.learning_rate_monitor import LearningRateMonitor
     from raylight.callbacks.model_checkpoint import ModelCheckpoint
     from raylight.callbacks.model_pruning import ModelPruning
@@ -31,6 +33,7 @@ _FILES = {
     "BackboneFinetuning": "finetuning",
     "BaseFinetuning": "finetuning",
     "BasePredictionWriter": "prediction_writer",
+    "BatchSizeFinder": "batch_size_finder",
     "Checkpoint": "checkpoint",
     "DeviceStatsMonitor": "device_stats_monitor",
     "EMAWeightAveraging": "weight_averaging",
@@ -38,6 +41,7 @@ _FILES = {
     "EarlyStoppingReason": "early_stopping",
     "GradientAccumulationScheduler": "gradient_accumulation_scheduler",
     "LambdaCallback": "lambda_callback",
+    "LearningRateFinder": "learning_rate_finder",
     "LearningRateMonitor": "learning_rate_monitor",
     "ModelCheckpoint": "model_checkpoint",
     "ModelPruning": "model_pruning",
@@ -58,6 +62,7 @@ __all__ = [
     "BackboneFinetuning",
     "BaseFinetuning",
     "BasePredictionWriter",
+    "BatchSizeFinder",
     "Callback",
     "Checkpoint",
     "DeviceStatsMonitor",
@@ -66,6 +71,7 @@ __all__ = [
     "EarlyStoppingReason",
     "GradientAccumulationScheduler",
     "LambdaCallback",
+    "LearningRateFinder",
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelPruning",

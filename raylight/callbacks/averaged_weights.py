@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -105,6 +106,32 @@ class AveragedWeights:
             assert self.avg_fn is not None
             for averaged, tensor in zip(averages, tensors, strict=True):
                 averaged.copy_(self.avg_fn(averaged, tensor, count))
+
+
+class AverageView:
+    """The average under the names of `torch.optim.swa_utils.AveragedModel`, for subclasses that read it."""
+
+    def __init__(self, average: AveragedWeights, module: nn.Module):
+        self._average, self._module = average, module
+
+    @property
+    def n_averaged(self) -> Tensor:
+        """Number of updates so far."""
+        return torch.tensor(self._average.num_averaged)
+
+    @property
+    def module(self) -> nn.Module:
+        """A copy of the module with the averaged weights, made at each call."""
+        found = copy.deepcopy(self._module)
+        if self._average.num_averaged and not self._average.is_swapped:
+            with torch.no_grad():
+                for name, tensor in unique_state(found):
+                    tensor.copy_(self._average.kept[name])
+        return found
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take the module's present state into the average."""
+        self._average.update(model)
 
 
 def unique_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -32,7 +32,7 @@ class DeviceStatsMonitor(Callback):
         self._processor_time: tuple[int, int] | None = None
         self._logged: dict[str, int] = {}  # by hook: with accumulation several batches belong to one step
 
-    def find_mistakes(self, config: Config) -> list[str]:
+    def _find_mistakes(self, config: Config) -> list[str]:
         if config.logger is not False or config.fast_dev_run:
             return []
         return ["DeviceStatsMonitor has nowhere to log to with logger=False; remove one of them."]
@@ -93,7 +93,8 @@ class DeviceStatsMonitor(Callback):
         if values:
             step = count if trainer.training else trainer.global_step
             prefix = f"{type(self).__qualname__}.{hook}"
-            trainer.logger.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, step=step)
+            for logger in trainer.loggers:
+                logger.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, step=step)
 
     def _read_cpu_stats(self) -> dict[str, float]:
         before, self._processor_time = self._processor_time, _read_processor_time()

@@ -41,7 +41,7 @@ class EarlyStopping(Callback):
     `wait_count` say what happened. Arguments and defaults are those of Lightning 2.6.
     """
 
-    judges_values = True
+    _judges_values = True
 
     def __init__(
         self,
@@ -89,13 +89,14 @@ class EarlyStopping(Callback):
 
     @property
     def state_key(self) -> str:
-        return f"{type(self).__qualname__}(monitor={self.monitor!r}, mode={self.mode!r})"
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
 
     def state_dict(self) -> dict[str, Value]:
         return {
             "wait_count": self.wait_count,
             "stopped_epoch": self.stopped_epoch,
             "best_score": self.best_score,
+            "patience": self.patience,
             "stopping_reason": self.stopping_reason.value,
             "stopping_reason_message": self.stopping_reason_message,
         }
@@ -104,8 +105,8 @@ class EarlyStopping(Callback):
         self.wait_count = state_dict["wait_count"]
         self.stopped_epoch = state_dict["stopped_epoch"]
         self.best_score = torch.as_tensor(state_dict["best_score"]).cpu()
-        self.stopping_reason = EarlyStoppingReason(state_dict["stopping_reason"])
-        self.stopping_reason_message = state_dict["stopping_reason_message"]
+        self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", EarlyStoppingReason.NOT_STOPPED))
+        self.stopping_reason_message = state_dict.get("stopping_reason_message")
 
     def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
         if stage == "fit":

@@ -39,7 +39,7 @@ class GradientAccumulationScheduler(Callback):
     def going_to_accumulate_grad_batches(self) -> bool:
         return any(factor > 1 for factor in self.scheduling.values())
 
-    def find_mistakes(self, config: Config) -> list[str]:
+    def _find_mistakes(self, config: Config) -> list[str]:
         defaults = {"accumulate_grad_batches": 1, "global_batch_size": None}
         return [
             f"{name}={getattr(config, name)} and GradientAccumulationScheduler both set the accumulation; "

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
+
 from raylight.callbacks.log_step import find_log_step
 from raylight.callbacks.mistake_list import Mistakes
 from raylight.contract.errors import InvalidArguments
@@ -24,27 +26,36 @@ class LearningRateMonitor(Callback):
     """Logs the learning rate of each parameter group, with momentum (or the first beta) and weight decay on request.
 
     `logging_interval` is "step" (every `log_every_n_steps`), "epoch" (at its start) or None: as each scheduler steps;
-    an optimizer without a scheduler is logged with `logging_interval` set alone, as its rate never changes. A value
-    logged for a step is the one that the step is made with. Names are those of Lightning 2.6: "lr-Adam", "lr-Adam-1"
+    an optimizer without a scheduler at both. A value
+    logged for a step is the one that the step is made with. All of them are in `trainer.callback_metrics` too, so that
+    EarlyStopping can watch one. Names are those of Lightning 2.6: "lr-Adam", "lr-Adam-1"
     for a second Adam, "lr-Adam/pg1" for a group, or the `name` that the scheduler or the group was given. `lrs` keeps
-    what was logged, by name.
+    what was logged, by name; `log_key_prefix` stands in front of the names in the log alone.
     """
 
-    def __init__(self, logging_interval: str | None = None, log_momentum: bool = False, log_weight_decay: bool = False):
+    def __init__(
+        self,
+        logging_interval: str | None = None,
+        log_momentum: bool = False,
+        log_weight_decay: bool = False,
+        log_key_prefix: str = "",
+    ):
         mistakes = Mistakes("LearningRateMonitor")
+        mistakes.require(isinstance(log_key_prefix, str), f"log_key_prefix={log_key_prefix!r} must be a string.")
         mistakes.require_choice("logging_interval", logging_interval, (None, "step", "epoch"))
         mistakes.raise_any()
         self.logging_interval = logging_interval
         self.log_momentum = log_momentum
         self.log_weight_decay = log_weight_decay
+        self.log_key_prefix = log_key_prefix
         self.lrs: dict[str, list[float]] = {}
-        self.last_momentum_values: dict[str, float] = {}
-        self.last_weight_decay_values: dict[str, float] = {}
+        self.last_momentum_values: dict[str, float | None] = {}
+        self.last_weight_decay_values: dict[str, float | None] = {}
         self._logged_step = 0
         self._last_step: int | None = None  # done before the batch before
         self._steps_a_batch = 1
 
-    def find_mistakes(self, config: Config) -> list[str]:
+    def _find_mistakes(self, config: Config) -> list[str]:
         if config.logger is not False or config.fast_dev_run:
             return []
         return ["LearningRateMonitor has nowhere to log to with logger=False; remove one of them."]
@@ -55,9 +66,15 @@ class LearningRateMonitor(Callback):
             self.lrs, self.last_momentum_values, self.last_weight_decay_values = {}, {}, {}
 
     def on_train_start(self, trainer: TrainerNames, module: Module) -> None:
-        for _, _, names in _name_groups(trainer):
-            for name in names:
-                self.lrs.setdefault(name, [])
+        found = list(_name_groups(trainer))
+        for name in (name for _, _, names in found for name in names):
+            self.lrs.setdefault(name, [])
+            self.last_momentum_values.setdefault(f"{name}-momentum", None)
+            self.last_weight_decay_values.setdefault(f"{name}-weight_decay", None)
+        without = sorted({type(o).__name__ for o, _, _ in found if not {"momentum", "betas"} & o.defaults.keys()})
+        if self.log_momentum and without and trainer.is_global_zero:
+            text = f"LearningRateMonitor(log_momentum=True): {', '.join(without)} has no momentum; 0 is logged."
+            trainer.notice(text, "warning")
 
     def on_train_batch_start(self, trainer: TrainerNames, module: Module, batch: Batch, batch_idx: int) -> None:
         done = trainer.global_step
@@ -77,11 +94,13 @@ class LearningRateMonitor(Callback):
     def _log(self, trainer: TrainerNames, interval: str, step: int) -> None:
         values: dict[str, float] = {}
         for optimizer, own_interval, names in _name_groups(trainer):
-            if self.logging_interval is not None or own_interval == interval:
+            if self.logging_interval is not None or own_interval in (interval, None):
                 for group, name in zip(optimizer.param_groups, names, strict=True):
                     values |= self._read(optimizer, group, name)
-        if values and trainer.logger:
-            trainer.logger.log_metrics(values, step=step)
+        values = {f"{self.log_key_prefix}{name}": value for name, value in values.items()}
+        trainer.callback_metrics.update({each: torch.tensor(value) for each, value in values.items()})
+        for logger in trainer.loggers if values else ():
+            logger.log_metrics(values, step=step)
 
     def _read(self, optimizer: Optimizer, group: dict[str, Value], name: str) -> dict[str, float]:
         values = {name: float(group["lr"])}

@@ -55,6 +55,11 @@ class Mistakes:
             self.add(f"{name}={value!r} {error}.")
             return None
 
+    def refuse_overrides(self, callback: object, names: Iterable[str], advice: str) -> None:
+        """Methods of Lightning's that a subclass overrides in vain, as raylight does not call them."""
+        found = [name for name in names if hasattr(type(callback), name)]
+        self.require(not found, f"{', '.join(found)}: raylight calls no such method; {advice}.")
+
     def raise_any(self) -> None:
         if self.found:
             raise InvalidArguments(self.found)

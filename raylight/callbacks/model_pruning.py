@@ -174,7 +174,7 @@ class ModelPruning(Callback):
 
     # ---- hooks
 
-    def find_mistakes(self, config: Config) -> list[str]:
+    def _find_mistakes(self, config: Config) -> list[str]:
         if self._make_pruning_permanent or config.num_workers == 0:
             return []
         return ["ModelPruning(make_pruning_permanent=False) needs num_workers=0: your own module has no masks to load."]

@@ -28,7 +28,7 @@ class OnExceptionCheckpoint(Checkpoint):
         self.dirpath = dirpath
         self.filename = filename
 
-    def find_mistakes(self, config: Config) -> list[str]:
+    def _find_mistakes(self, config: Config) -> list[str]:
         if config.checkpoint is None and not config.fast_dev_run:
             return ["OnExceptionCheckpoint and checkpoint=False contradict each other; keep one of them."]
         if config.checkpoint is not None and not config.checkpoint.on_exception:

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from raylight.user.trainer_names import TrainerNames
 
 
+UNCALLED = (
+    "init_sanity_tqdm", "init_train_tqdm", "init_validation_tqdm", "init_test_tqdm", "init_predict_tqdm",
+    "configure_columns", "refresh",
+)  # fmt: skip
+"""Methods by which Lightning's bars are drawn."""
+
+
 class ProgressBar(Callback):
     """The base class of a progress bar of your own; its hooks run on every worker like those of any callback.
 
@@ -25,9 +32,39 @@ class ProgressBar(Callback):
     def __init__(self, refresh_rate: int = 1):
         mistakes = Mistakes(type(self).__name__)
         mistakes.require_count("refresh_rate", refresh_rate, 0)
+        mistakes.refuse_overrides(
+            self, UNCALLED, "the bar is drawn in the driver; subclass ProgressBar to draw your own"
+        )
         mistakes.raise_any()
         self.refresh_rate = to_python(refresh_rate)
         self._enabled = True
+        self._trainer: TrainerNames | None = None
+
+    def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
+        self._trainer = trainer
+
+    def teardown(self, trainer: TrainerNames, module: Module, stage: str) -> None:
+        self._trainer = None
+
+    @property
+    def trainer(self) -> TrainerNames:
+        """The trainer of the run that is on; raises RuntimeError outside of one."""
+        if self._trainer is None:
+            raise RuntimeError(f"{type(self).__name__}.trainer is there in a run alone")
+        return self._trainer
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches of an epoch of training."""
+        return self.trainer.num_training_batches
+
+    @property
+    def total_val_batches(self) -> int | float:
+        """Batches of all validation loaders together; 0 in an epoch without validation."""
+        every = self.trainer.check_val_every_n_epoch
+        if self.trainer.fitting and every is not None and (self.trainer.current_epoch + 1) % every:
+            return 0
+        return sum(self.trainer.num_val_batches)
 
     @property
     def is_enabled(self) -> bool:

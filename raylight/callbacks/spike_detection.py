@@ -72,7 +72,7 @@ class SpikeDetection(Callback):
         self.last_val = 0.0
         self.recent: deque[float] = deque(maxlen=window)
 
-    def find_mistakes(self, config: Config) -> list[str]:
+    def _find_mistakes(self, config: Config) -> list[str]:
         path = str(self.exclude_batches_path if self.exclude_batches_path is not None else config.storage_path)
         if "://" not in path:
             return []

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import SWALR
 
-from raylight.callbacks.averaged_weights import AveragedWeights, AverageOne
+from raylight.callbacks.averaged_weights import AveragedWeights, AverageOne, AverageView
 from raylight.callbacks.mistake_list import Mistakes, is_int, is_number
 from raylight.contract.kinds import Value
 from raylight.contract.plain_numbers import to_python
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from raylight.user.trainer_names import TrainerNames
 
 
+UNCALLED = ("update_parameters", "reset_batch_norm_and_save_state", "reset_momenta")
+"""Methods of Lightning's callback."""
 ANNEALING = ("anneal_epochs", "anneal_func", "_anneal_func", "_anneal_strategy")
 """Entries of SWALR's state that are arguments of the callback."""
 
@@ -66,13 +68,16 @@ class StochasticWeightAveraging(Callback):
         mistakes.require_count("annealing_epochs", annealing_epochs, 0)
         mistakes.require_choice("annealing_strategy", annealing_strategy, ("cos", "linear"))
         mistakes.require(avg_fn is None or callable(avg_fn), f"avg_fn={avg_fn!r} must be a function.")
+        mistakes.refuse_overrides(self, UNCALLED, "say avg_fn=, or override on_train_epoch_start or on_train_end")
         mistakes.raise_any()
+        own_avg_fn = type(self).avg_fn if type(self).avg_fn is not StochasticWeightAveraging.avg_fn else None
         self.swa_lrs = swa_lrs
         self.swa_epoch_start = to_python(swa_epoch_start)
         self.annealing_epochs = to_python(annealing_epochs)
         self.annealing_strategy = annealing_strategy
-        self.average = AveragedWeights(device, use_buffers=False, avg_fn=avg_fn)
+        self.average = AveragedWeights(device, use_buffers=False, avg_fn=avg_fn or own_avg_fn)
         self._module: Module | None = None
+        self._max_epochs: float = math.inf
         self._begin()
 
     def _begin(self) -> None:
@@ -86,7 +91,7 @@ class StochasticWeightAveraging(Callback):
         start = self.swa_epoch_start
         return max((start if isinstance(start, int) else int(max_epochs * start)) - 1, 0)
 
-    def find_mistakes(self, config: Config) -> list[str]:
+    def _find_mistakes(self, config: Config) -> list[str]:
         start, limit = self.swa_epoch_start, config.max_epochs
         if limit is None or config.fast_dev_run:
             return []
@@ -106,14 +111,47 @@ class StochasticWeightAveraging(Callback):
             self._module = module
             self._begin()
 
+    @staticmethod
+    def avg_fn(averaged_model_parameter: Tensor, model_parameter: Tensor, num_averaged: Tensor | int) -> Tensor:
+        """The mean of equal weights; a subclass that overrides it averages by its own."""
+        return averaged_model_parameter + (model_parameter - averaged_model_parameter) / (num_averaged + 1)
+
+    @property
+    def swa_start(self) -> int:
+        """`first_epoch` of the run that is on."""
+        return self.first_epoch(self._max_epochs)
+
+    @property
+    def swa_end(self) -> float:
+        """The last epoch of the run that is on, counted from 0; inf without a limit."""
+        return self._max_epochs - 1
+
+    @property
+    def _average_model(self) -> AverageView | None:
+        return None if self._module is None else AverageView(self.average, self._module)
+
+    @staticmethod
+    def pl_module_contains_batch_norm(pl_module: nn.Module) -> bool:
+        """Whether a layer keeps running statistics."""
+        return bool(find_batch_norms(pl_module))
+
+    @staticmethod
+    @torch.no_grad()
+    def transfer_weights(src_pl_module: nn.Module, dst_pl_module: nn.Module) -> None:
+        """Copy the parameters of one module into another's."""
+        for source, target in zip(src_pl_module.parameters(), dst_pl_module.parameters(), strict=True):
+            target.copy_(source)
+
     def on_fit_start(self, trainer: TrainerNames, module: Module) -> None:
+        limit = trainer.max_epochs
+        self._max_epochs = math.inf if limit is None or limit == -1 else limit
         mistakes = Mistakes("StochasticWeightAveraging")
         count = len(trainer.optimizers)
         mistakes.require(count == 1, f"works with one optimizer; configure_optimizers returned {count}.")
         num_groups = len(trainer.optimizers[0].param_groups) if trainer.optimizers else 0
         if isinstance(self.swa_lrs, (list, tuple)) and len(self.swa_lrs) != num_groups:
             mistakes.add(f"swa_lrs has {len(self.swa_lrs)} rates, and the optimizer has {num_groups} parameter groups.")
-        mistakes.take(self.find_mistakes(trainer.config))
+        mistakes.take(self._find_mistakes(trainer.config))
         if not module.automatic_optimization and find_batch_norms(module):
             mistakes.add(
                 "measures batch norm by calling training_step without gradients, which a module that optimizes "
@@ -137,9 +175,8 @@ class StochasticWeightAveraging(Callback):
             group["lr"] = rate  # a scheduler that is made sets the rate of its first epoch
 
     def on_train_epoch_start(self, trainer: TrainerNames, module: Module) -> None:
-        epoch, limit = trainer.current_epoch, trainer.max_epochs
-        first = self.first_epoch(math.inf if limit is None or limit == -1 else limit)
-        if epoch < first or epoch <= self._latest_update_epoch:
+        epoch = trainer.current_epoch
+        if epoch < self.swa_start or epoch <= self._latest_update_epoch:
             return
         if self._scheduler is None:
             self._take_over_schedule(trainer)

@@ -102,7 +102,7 @@ class ThroughputMonitor(Callback):
         self._logged_step = 0
         self._validation_began = 0.0
 
-    def find_mistakes(self, config: Config) -> list[str]:
+    def _find_mistakes(self, config: Config) -> list[str]:
         if config.logger is not False or config.fast_dev_run:
             return []
         return ["ThroughputMonitor has nowhere to log to with logger=False; remove one of them."]
@@ -200,9 +200,9 @@ class ThroughputMonitor(Callback):
         counts = self._counts[stage]
         now = counts.take_reading(self.window_size)
         values = self._compute(counts.readings[0], now, trainer.world_size)
-        trainer.logger.log_metrics(
-            {f"{stage}{self.separator}{name}": value for name, value in values.items()}, step=trainer.global_step
-        )
+        named = {f"{stage}{self.separator}{name}": value for name, value in values.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(named, step=trainer.global_step)
 
     def _compute(self, then: Reading, now: Reading, world_size: int) -> dict[str, float]:
         values: dict[str, float] = {"time": now.seconds, "batches": now.batches, "samples": now.samples}

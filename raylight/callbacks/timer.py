@@ -79,7 +79,7 @@ class Timer(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Value]) -> None:
         self._offset_s = state_dict["time_elapsed"]["train"]
-        self._agreed_s = state_dict["agreed_s"]
+        self._agreed_s = state_dict.get("agreed_s", self._offset_s)  # Lightning has none
         if "train" in self._started:
             self._started["train"] = time.monotonic()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from raylight.callbacks.averaged_weights import AveragedWeights, AverageMany, AverageOne, unique_state
+from raylight.callbacks.averaged_weights import AveragedWeights, AverageMany, AverageOne, AverageView, unique_state
 from raylight.callbacks.mistake_list import Mistakes, is_number
 from raylight.contract.kinds import Batch, Output, Value
 from raylight.contract.plain_numbers import to_python
@@ -55,6 +55,20 @@ class WeightAveraging(Callback):
         """Whether to update after this step or epoch, each counted from 0; the other one is None. Override it."""
         return step_idx is not None
 
+    # ---- names of Lightning's that subclasses use
+
+    @property
+    def _average_model(self) -> AverageView | None:
+        return None if self._module is None else AverageView(self.average, self._module)
+
+    def _swap_models(self, pl_module: Module) -> None:
+        """Exchange the module's weights and the average."""
+        self.average.swap(pl_module)
+
+    def _copy_average_to_current(self, pl_module: Module) -> None:
+        """Give the module the average at the end."""
+        self.average.swap(pl_module)
+
     # ---- updates
 
     def setup(self, trainer: TrainerNames, module: Module, stage: str) -> None:
@@ -97,14 +111,14 @@ class WeightAveraging(Callback):
         buffers = {name for name, _ in module.named_buffers()}
         broadcast_tensors([t for name, t in self.average.kept.items() if name in buffers], trainer.world_size)
         trainer.finish_copying()
-        self.average.swap(module)
+        self._swap_models(module)
 
     def on_validation_epoch_end(self, trainer: TrainerNames, module: Module) -> None:
         if trainer.fitting:
-            self.average.swap(module)
+            self._swap_models(module)
 
     def on_train_end(self, trainer: TrainerNames, module: Module) -> None:
-        self.average.swap(module)
+        self._copy_average_to_current(module)
 
     def teardown(self, trainer: TrainerNames, module: Module, stage: str) -> None:
         self._module = None

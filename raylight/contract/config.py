@@ -166,8 +166,11 @@ class Config:
     """Show how far the run is."""
     enable_model_summary: bool = True
     """Show the module's layers and their sizes before training."""
-    profiler: str | None = None
-    """"simple": seconds by what they went to; "torch": torch's profiler, written beside the logs."""
+    barebones: bool = False
+    """Measure the bare loop: no checkpoints, loggers, progress bar, summary or sanity check; `log` does nothing."""
+    profiler: Value = None
+    """"simple": seconds by what they went to; "advanced": by function; "pytorch": by operator, with a trace beside the
+    logs; or an object of raylight.profilers."""
     # failure
     max_restarts: int = 3
     """Failures from which a run goes on; a lost node does not count."""
@@ -180,8 +183,10 @@ class Config:
     """Workers on each node that wait, with torch imported, to replace one that is lost; 0: none. None: one a node."""
     # extension
     plugins: tuple[Value, ...] = ()
-    """A precision of your own."""
+    """A precision of your own, and a CheckpointIO, through which all single checkpoint files go."""
     # no argument
+    gpu_indices: tuple[int, ...] = ()
+    """The GPUs of this machine that `devices` names; empty: any."""
     given: dict[str, Value] = field(default_factory=dict)
     """The arguments as the user wrote them, as plain values without secrets, for run.json."""
 

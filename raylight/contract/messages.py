@@ -91,6 +91,24 @@ class EpochMetrics:
     shown: frozenset[str]  # names that go to the progress bar
     of_last_step: frozenset[str] = frozenset()
     """Names whose value is that of the epoch's last step: loggers had them at every `log_every_n_steps`."""
+    logger: int | None = None
+    """The one logger of the run that they are for; None: all."""
+
+
+class Item(NamedTuple):
+    """In the path of a `LoggerCall`: what stands in brackets."""
+
+    key: Value
+
+
+@dataclass(frozen=True, slots=True)
+class LoggerCall:
+    """What a hook on a worker has called on one of the run's loggers: `path` are the names from the logger to the
+    method, `arguments` the pickled positional and named ones."""
+
+    logger: int
+    path: tuple[str | Item, ...]
+    arguments: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +150,44 @@ class SaveFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class FileWanted:
+    """A ModelCheckpoint wants one file with the state of a checkpoint; it has decided in this epoch."""
+
+    path: str
+    weights_only: bool
+    epoch: int
+    state: tuple[str, dict[str, Value]] | None = None
+    """Key and state of that callback, which knows of this file; None: as the checkpoint has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkWanted:
+    """A link at `path` to a file that was wanted before."""
+
+    path: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileDropped:
+    """A file that better or newer ones have taken the place of."""
+
+    path: str
+
+
+FileOrder = FileWanted | LinkWanted | FileDropped
+
+
+@dataclass(frozen=True, slots=True)
+class FileOrders:
+    """What the ModelCheckpoints of a run want, in this order, once the checkpoint in `directory` is committed."""
+
+    directory: str
+    step: int
+    orders: tuple[FileOrder, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """Text that the rank printed."""
 
@@ -148,9 +204,11 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """The values that `save_hyperparameters` collected, for run.json and TensorBoard; sent by rank 0."""
+    """The values that `save_hyperparameters` collected, for run.json and loggers; sent by rank 0."""
 
     values: dict[str, Value]
+    logged: dict[str, Value] | None = None
+    """Those that loggers get; None: all."""
 
 
 RECOVERY = "recovery"
@@ -210,6 +268,13 @@ class Paused:
 
 
 @dataclass(frozen=True, slots=True)
+class FilesAwaited:
+    """All steps are made and saved; before its last hooks the rank waits for the files that were wanted."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Trained:
     """The new state of the caller's own objects after a fit on workers, as far as it can be sent."""
 
@@ -244,6 +309,7 @@ class Finished:
 
 
 Message = (
-    Started | StageStarted | StageFinished | Progress | StepMetrics | EpochMetrics | Saved | SaveFailed | Output
-    | Notice | Hyperparameters | Failure | PeerLost | Died | Paused | Finished
+    Started | StageStarted | StageFinished | Progress | StepMetrics | EpochMetrics | LoggerCall | Saved | SaveFailed
+    | FileOrders | Output | Notice | Hyperparameters | Failure | PeerLost | Died | Paused | FilesAwaited
+    | Finished
 )  # fmt: skip

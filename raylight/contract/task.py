@@ -96,6 +96,23 @@ class Rescue:
     """Before a run is given up: the surviving ranks save their last whole step, without a group."""
 
 
+@dataclass(frozen=True, slots=True)
+class LoggerView:
+    """One of the run's loggers, as hooks see it."""
+
+    logger: UserObject = None
+    """Itself, where hooks run in its process; else None, and what follows says what can be read of it."""
+    is_open: bool = True
+    """Its `experiment` could be opened."""
+    kind: bytes = b""
+    """Its class, pickled."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Its attributes that are plain values."""
+    experiment_names: frozenset[str] | None = None
+    """What its experiment has; None: anything."""
+    experiment_facts: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class Task:
     """One `fit`, `validate`, `test` or `predict` of one attempt; the same object for every rank."""
@@ -112,11 +129,14 @@ class Task:
     files: Files | None
     """Storage rooted at the version directory; None if nothing is written."""
     seed: int
+    loggers: tuple[LoggerView, ...] = ()
     mode: Begin | Rejoin | Rescue = Begin()
     checkpoint: SavedState | None = None
     """Where state comes from."""
-    lightning_file: str | None = None
-    """Where weights come from instead: a file that Lightning has written."""
+    file: str | bytes | None = None
+    """Where state comes from instead: a file in Lightning's format, by path or URI, or its bytes."""
+    runs_code: bool = False
+    """Objects that only running code from the checkpoint rebuilds are wanted, too."""
     weights_only: bool = False
     """Take the weights alone from `checkpoint`."""
     attempt: int = 0

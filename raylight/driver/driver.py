@@ -7,15 +7,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, Protocol
 
 from raylight.contract import messages as m
-from raylight.contract.config import Checkpointing, Config
+from raylight.contract.config import Checkpointing, Config, to_plain
 from raylight.contract.errors import StorageError, Superseded
+from raylight.contract.kinds import Value
+from raylight.contract.layout import CHECKPOINTS
+from raylight.driver.checkpoint_files import CheckpointFiles, FileMaker
 from raylight.driver.departed_values import DepartedValues
 from raylight.driver.goodput import GoodputClock
 from raylight.driver.logger_feed import Logger
+from raylight.driver.loggers import Loggers
 from raylight.driver.metric_store import MetricStore
 from raylight.driver.outcome import Outcome
 from raylight.driver.run_record import JsonObject, RunRecord, describe_error
+from raylight.driver.saved_checkpoints import describe_file, describe_saving
 from raylight.driver.shelf import Shares, Shelf
+from raylight.storage import single_file
 from raylight.storage.checkpoints import Checkpoint
 from raylight.storage.summaries import is_number
 from raylight.storage.versions import Version
@@ -36,18 +42,25 @@ class Driver:
     def __init__(
         self, version: Version | None, config: Config, world_size: int, sinks: Iterable[Sink],
         loggers: Sequence[Logger], attempt: int = 0, protected: str | None = None, is_follow_up: bool = False,
+        file_maker: FileMaker | None = None, describe: Callable[[m.FileWanted], Value] | None = None,
     ):  # fmt: skip
-        """`protected`: the path of the checkpoint that the run was resumed from."""
+        """`protected`: the path of the checkpoint that the run was resumed from. `describe`: the ModelCheckpoint
+        that wanted a file, for loggers that upload it; None if there is none, and they get raylight's checkpoints."""
         self.version, self.config, self.attempt = version, config, attempt
-        self.loggers = list(loggers)
+        self.loggers = Loggers(loggers, self.warn)
         files = version.storage if version is not None else None
         self.record = RunRecord(version, config, attempt, self.warn, is_follow_up)
         self.shelf = Shelf(files, config.checkpoint or Checkpointing(), attempt, self.warn, protected)
+        self._saved = describe_saving(config.checkpoint or Checkpointing())
+        self.files = CheckpointFiles(file_maker, self.warn, lambda: self._later(self._retain), self._tell_written)
+        self._describe_file = describe
         self.metrics = MetricStore(files, world_size, self.loggers, self.warn)
         self.goodput_clock = GoodputClock()
         self.outcome = Outcome()
         self.departed_values = DepartedValues()
         self._sinks, self._world_size, self._is_follow_up = list(sinks), world_size, is_follow_up
+        self._awaiting: set[int] = set()  # ranks that wait for files
+        self._logged_hyperparameters: dict[str, Value] = {}
         self._step = self._epoch = 0
         self._is_ending = False
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="raylight storage")
@@ -90,8 +103,9 @@ class Driver:
     # ---- messages
 
     def handle(self, rank: int, message: m.Message) -> None:
-        """Raises Superseded once another driver has taken over the version, and what a logger has raised."""
-        self._check_cut_short(message)
+        """Raises Superseded once another driver has taken over the version."""
+        if self.record.superseded is not None:
+            raise self.record.superseded
         self.goodput_clock.follow(rank, message)
         if isinstance(message, m.StepMetrics):
             self.metrics.add_steps(rank, message)
@@ -106,19 +120,19 @@ class Driver:
                 self._later(self._commit, shares)
         elif isinstance(message, m.SaveFailed):
             self.shelf.drop_failed(rank, message, self._is_ending)
+            self._later(self.files.note_lost, message.directory)
+        elif isinstance(message, m.LoggerCall):
+            self.loggers.call(message)
+        elif isinstance(message, m.FileOrders):
+            self._later(self._take_orders, message)
+        elif isinstance(message, m.FilesAwaited):
+            self._awaiting.add(rank)
         elif isinstance(message, m.Hyperparameters):
             self._note_hyperparameters(message)
         elif isinstance(message, m.Started | m.Finished | m.Failure | m.Died | m.PeerLost):
             self.outcome.note(rank, message)
         for sink in self._sinks:
             sink.handle(rank, message)
-
-    def _check_cut_short(self, message: m.Message) -> None:
-        if self.record.superseded is not None:
-            raise self.record.superseded
-        error = self.metrics.logger_error
-        if error is not None and not isinstance(message, m.Failure | m.Died | m.PeerLost | m.Notice):
-            raise error
 
     def _note_progress(self, rank: int, message: m.Progress) -> None:
         if message.stage == "train":
@@ -127,14 +141,11 @@ class Driver:
                 self.departed_values.note(rank, message.epoch, message.share)
 
     def _note_hyperparameters(self, message: m.Hyperparameters) -> None:
-        all_of_them = self.record.add_hyperparameters(message.values)
-        for logger in self.loggers:
-            if hasattr(logger, "log_hyperparams"):
-                try:
-                    logger.log_hyperparams(all_of_them)
-                except (OSError, StorageError) as error:
-                    self.warn(f"{type(logger).__name__} could not log the hyperparameters: {error}")
+        self.record.add_hyperparameters(message.values)
         self._later(self.write_record)
+        self._logged_hyperparameters |= message.values if message.logged is None else message.logged
+        if self._logged_hyperparameters:
+            self.loggers.log_hyperparameters(to_plain(self._logged_hyperparameters))
 
     def add_sink(self, sink: Sink) -> None:
         self._sinks.append(sink)
@@ -159,18 +170,49 @@ class Driver:
         for write in writes:
             write.result()
 
+    def make_awaited_files(self) -> bool:
+        """Once all ranks wait for the files of the run: returns when they are there, and says True."""
+        if len(self._awaiting) < self._world_size:
+            return False
+        self._awaiting.clear()
+        self.wait_for_storage()
+        self.files.wait()
+        return True
+
     def _commit(self, shares: Shares) -> None:
         self.metrics.flush()
         try:
             self._look_for_deletion()
-            self.shelf.commit(shares, self.record.seed)
+            wanted = self.files.wanted_of(shares[min(shares)].directory)
+            committed = self.shelf.commit(shares, self.record.seed, wanted)
             self.goodput_clock.note_commit()
-            self.shelf.retain()
+            self._saved.read(self.shelf)
+            if self._describe_file is None:  # a logger may read it: only then others are deleted
+                self.loggers.after_save_checkpoint(self._saved)
+            self.files.note_commit(committed)
+            self._retain()
         except Superseded as error:
             self.record.leave(error)
         except Exception as error:
+            self.files.note_lost(shares[min(shares)].directory)
             self.warn(f"the checkpoint of step {shares[min(shares)].step} is lost: {describe_error(error)}")
         self.write_record()
+
+    def _take_orders(self, orders: m.FileOrders) -> None:
+        self.files.add(orders, self.shelf.find(orders.directory))
+
+    def _tell_written(self, wanted: m.FileWanted) -> None:
+        self.loggers.after_save_checkpoint((self._describe_file or describe_file)(wanted))
+
+    def _retain(self) -> None:
+        self.shelf.retain(self.files.needed)
+
+    def make_missing_files(self, checkpoint: Checkpoint) -> None:
+        """The run goes on from a checkpoint of its own, of which files were to be made when it was killed."""
+        missing = tuple(file for file in checkpoint.manifest.wanted if not single_file.is_file(file.path))
+        if missing:
+            directory = f"{CHECKPOINTS}/{checkpoint.name}"
+            self._later(self.files.add, m.FileOrders(directory, checkpoint.step, missing), checkpoint)
 
     def _look_for_deletion(self) -> None:
         if self.record.is_deleted():
@@ -192,6 +234,7 @@ class Driver:
         """The steps after this one are made again: what was logged and saved beyond it counts for nothing."""
         self.metrics.redo_from(step, self._world_size)
         self.shelf.redo_from(step)
+        self.files.redo_from(step)
 
     def take_over(self, checkpoint: Checkpoint) -> None:
         """Takes the metrics of this version as of a checkpoint of its own, until the run measures others."""
@@ -210,9 +253,11 @@ class Driver:
         """A new group of as many ranks begins. `gone`: those that died or left; the others go on after step
         `last_step`. `is_ending`: the run is given up, and only its last state is saved."""
         self._world_size, self._is_ending = world_size, is_ending
+        self._awaiting.clear()
         self.metrics.begin_generation()
         self.wait_for_storage()
         self.shelf.begin_generation()
+        self.files.note_lost()
         self.outcome.begin_generation()
         if last_step is not None:
             self.metrics.regroup(world_size, gone, last_step)
@@ -226,6 +271,8 @@ class Driver:
 
     def close(self, status: str) -> None:
         """Brings everything to storage. Called once, whatever happened."""
+        self.wait_for_storage()
+        self.files.close()
         self.wait_for_storage()
         self._check_owner()
         self.record.end(status, self.goodput)

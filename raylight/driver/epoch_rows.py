@@ -13,7 +13,9 @@ class EpochRows:
 
     def __init__(self) -> None:
         self._generation = 0
-        self._written: dict[tuple[str, int, int], int] = {}  # by name, step and epoch: the generation, newest last
+        self._written: dict[
+            tuple[str, int, int, int | None], int
+        ] = {}  # by name, step, epoch, logger: the generation, newest last
 
     def take(self, message: EpochMetrics) -> dict[str, float]:
         """The values of a message that go to loggers, without those that they have from a generation before.
@@ -22,7 +24,7 @@ class EpochRows:
         """
         logged = {}
         for name in message.values:
-            key = (name, message.step, message.epoch)
+            key = (name, message.step, message.epoch, message.logger)
             if name in message.logged and self._written.get(key, self._generation) == self._generation:
                 self._written[key], logged[name] = self._generation, message.values[name]
         while len(self._written) > KEEP:

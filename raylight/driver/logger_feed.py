@@ -41,7 +41,7 @@ class LoggerFeed:
             self._last, self._names, self._redoes = step, set(), False
         if step == self._last:
             self._names |= values.keys()
-        row = {**values, "epoch": float(epoch)}
+        row = {**values, "epoch": epoch}
         if self._takes_time:
             self._log(row, step, seconds=moment)
         else:

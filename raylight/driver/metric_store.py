@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from raylight.contract.errors import StorageError
 from raylight.contract.messages import EpochMetrics, StepMetrics
 from raylight.driver.aggregate import Row, StepAggregator, say_incomplete
 from raylight.driver.epoch_rows import EpochRows
 from raylight.driver.journal import Journal
-from raylight.driver.logger_feed import Logger, LoggerFeed
+from raylight.driver.loggers import Loggers
 from raylight.driver.run_record import describe_error
 from raylight.storage.filesystem import Storage
 
@@ -20,19 +19,14 @@ class MetricStore:
     `files` is None if nothing is written.
     """
 
-    def __init__(
-        self, files: Storage | None, world_size: int, loggers: Collection[Logger], warn: Callable[[str], None]
-    ):
-        self._warn = warn
-        self._loggers = list(loggers)
-        self._feeds = [LoggerFeed(logger) for logger in loggers]
+    def __init__(self, files: Storage | None, world_size: int, loggers: Loggers, warn: Callable[[str], None]):
+        self._warn, self._loggers = warn, loggers
         self._journal = Journal(files) if files is not None else None
         self._aggregator = StepAggregator(world_size)
         self._epoch_rows = EpochRows()
         self._callback_metrics: dict[str, float] = {}
         self._logged_metrics: dict[str, float] = {}
         self._steps: dict[str, int] = {}  # by name: the step of the value in `callback_metrics`
-        self._logger_error: Exception | None = None
 
     # ---- reading
 
@@ -46,22 +40,17 @@ class MetricStore:
         """The newest value of each name that went to loggers, as a copy."""
         return dict(self._logged_metrics)
 
-    @property
-    def logger_error(self) -> Exception | None:
-        """The first exception of a logger that nobody has taken yet."""
-        return self._logger_error
-
-    def take_logger_error(self) -> Exception | None:
-        """The exception of a logger, given once. It must not take the place of a failure that came before it."""
-        taken, self._logger_error = self._logger_error, None
-        return taken
-
     # ---- values as they come
 
     def add_steps(self, rank: int, message: StepMetrics) -> None:
         self._write(self._aggregator.add(rank, message))
 
     def add_epoch(self, message: EpochMetrics) -> None:
+        if message.logger:  # a hook has given it to one of several, as to each: the first stands for the record
+            self._loggers.give(
+                self._epoch_rows.take(message), message.step, message.epoch, message.time, message.logger
+            )
+            return
         # A row of that step is of all ranks, and the end of an epoch may lack one that died since.
         rows_of_it = {name for name in message.of_last_step if self._steps.get(name, -1) == message.step}
         values = {name: value for name, value in message.values.items() if name not in rows_of_it}
@@ -70,13 +59,13 @@ class MetricStore:
         self._steps |= dict.fromkeys(values, message.step)
         logged = self._epoch_rows.take(message)
         if logged:
-            self._write([(message.step, message.epoch, message.time, logged)])
+            self._write([(message.step, message.epoch, message.time, logged)], message.logger)
 
     def take_over(self, values: Mapping[str, float]) -> None:
         """Values that an earlier attempt has measured, until this one measures others."""
         self._callback_metrics |= values
 
-    def _write(self, rows: Iterable[Row]) -> None:
+    def _write(self, rows: Iterable[Row], only: int | None = None) -> None:
         for step, epoch, moment, values in rows:
             # A row comes when the slowest rank has sent it, which may be after the end of its epoch.
             newest = {name: value for name, value in values.items() if step >= self._steps.get(name, step)}
@@ -85,11 +74,7 @@ class MetricStore:
             self._steps |= dict.fromkeys(newest, step)
             if self._journal is not None:
                 self._journal.add(step, epoch, values, moment)
-            for feed in self._feeds:
-                try:
-                    feed.give(values, step, epoch, moment)
-                except Exception as error:  # the message that follows says whether a failure is being handled
-                    self._logger_error = self._logger_error or error
+            self._loggers.give(values, step, epoch, moment, only)
 
     # ---- after a failure
 
@@ -108,8 +93,7 @@ class MetricStore:
         self._write(self._aggregator.redo(world_size, step))
         if self._journal is not None:
             self._journal.drop_after(step)
-        for feed in self._feeds:
-            feed.redo_from(step)
+        self._loggers.redo_from(step)
         self._epoch_rows.redo_from(step)
         self._steps.clear()
 
@@ -126,32 +110,10 @@ class MetricStore:
 
     def close(self, status: str, merge: bool) -> None:
         """Brings everything to storage. `merge`: the table of the version is this driver's to write."""
-        closers = [(type(logger).__name__, _closer(logger, status)) for logger in self._loggers]
-        for name, close in [
-            ("a logger", self._write_incomplete),
-            ("the journal", lambda: self._close_journal(merge)),
-            *closers,
-        ]:
-            try:
-                close()
-            except (OSError, StorageError) as error:
-                self._warn(f"what was logged is not all on storage: {error}")
-            except Exception as error:  # of a logger of the user's: the run is over, and its record has to say so
-                self._warn(f"what was logged is not all stored: {name} raised {describe_error(error)}")
-
-    def _write_incomplete(self) -> None:
-        """Rows that some ranks never sent."""
-        self._write(self._aggregator.flush())
-        if (error := self.take_logger_error()) is not None:
-            raise error
-
-    def _close_journal(self, merge: bool) -> None:
-        if self._journal is not None:
-            self._journal.close(merge=merge)
-
-
-def _closer(logger: Logger, status: str) -> Callable[[], object]:
-    if hasattr(logger, "finalize"):
-        finalize = logger.finalize
-        return lambda: finalize("success" if status != "failed" else "failed")
-    return getattr(logger, "close", lambda: None)
+        self._write(self._aggregator.flush())  # rows that some ranks never sent
+        try:
+            if self._journal is not None:
+                self._journal.close(merge=merge)
+        except Exception as error:
+            self._warn(f"what was logged is not all on storage: {describe_error(error)}")
+        self._loggers.close(status)

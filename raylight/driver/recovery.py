@@ -61,22 +61,14 @@ class Recovery:
 
     @contextmanager
     def _ending_on_errors(self, failures: dict[int, Failed]) -> Iterator[None]:
-        """Ends the run with the error of its failure if going on raises, as a user's logger may that hears of it."""
-        metrics = self.driver.metrics
-        another = metrics.take_logger_error()
+        """Ends the run with the error of its failure if going on raises."""
         try:
-            if another is not None:
-                raise another
             yield
-            another = metrics.take_logger_error()
-            if another is not None:
-                raise another
+        except RaylightError:
+            raise
         except Exception as raised:
-            if isinstance(raised, RaylightError) and raised is not another:
-                _note(raised, metrics.take_logger_error())
-                raise
             error = self._end(failures, Decision(Action.GIVE_UP, "it could not be handled"))
-            _note(error, raised)
+            error.add_note(describe_beside("going on", raised))
             raise error from None
 
     def _end(self, failures: dict[int, Failed], decision: Decision) -> BaseException:
@@ -133,7 +125,10 @@ class Recovery:
             driver.redo_from(checkpoint.step if checkpoint is not None else 0)
             if checkpoint is not None:
                 driver.shelf.start_from(checkpoint)
-            task = replace(task, checkpoint=checkpoint or task.checkpoint, weights_only=False)
+            is_own = checkpoint is not None  # made by this very run, which may run what it has pickled
+            task = replace(
+                task, checkpoint=checkpoint or task.checkpoint, weights_only=False, runs_code=is_own or task.runs_code
+            )
         self.watch.begin()
         if from_checkpoint:
             driver.departed_values.clear()
@@ -168,11 +163,6 @@ class Recovery:
             return error
         is_own = type(cause).__module__ == RaylightError.__module__  # and says all by itself
         return cause if is_own and not isinstance(cause, WorkerFailed) else with_users_class(error, cause)
-
-
-def _note(error: BaseException, another: Exception | None) -> None:
-    if another is not None:
-        error.add_note(describe_beside("going on", another))
 
 
 def _find_dead(failures: dict[int, Failed]) -> list[int]:

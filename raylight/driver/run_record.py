@@ -101,10 +101,8 @@ class RunRecord:
             **given,
         }  # fmt: skip
 
-    def add_hyperparameters(self, values: Mapping[str, object]) -> JsonObject:
-        """Returns all of them, as JSON values."""
+    def add_hyperparameters(self, values: Mapping[str, object]) -> None:
         self._hyperparameters |= values
-        return dict(to_plain(self._hyperparameters))
 
     def add_restart(self, step: int, world_size: int, reason: str) -> None:
         if self._content:

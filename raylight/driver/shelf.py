@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from raylight.contract.config import Checkpointing
-from raylight.contract.messages import Saved, SaveFailed
+from raylight.contract.messages import FileWanted, Saved, SaveFailed
 from raylight.driver.run_record import describe_error
 from raylight.storage import checkpoints as store
 from raylight.storage.checkpoints import Checkpoint, Manifest
@@ -93,7 +93,7 @@ class Shelf:
 
     # ---- storage
 
-    def commit(self, shares: Shares, seed: int | None) -> None:
+    def commit(self, shares: Shares, seed: int | None, wanted: tuple[FileWanted, ...] = ()) -> Checkpoint:
         """Writes the manifest, which makes it a checkpoint. Raises Superseded, or what storage raises."""
         assert self._files is not None
         first = shares[min(shares)]
@@ -107,14 +107,22 @@ class Shelf:
             weights_only=first.weights_only,
             seed=seed,
             carried=first.carried,
+            wanted=wanted,
         )
         committed = store.commit(self._files, first.directory, manifest)
         self._checkpoints = [c for c in self._checkpoints if c.path != committed.path] + [committed]
+        return committed
 
-    def retain(self) -> None:
-        """Deletes the checkpoints that are not kept. One that cannot be deleted costs a warning."""
+    def find(self, directory: str) -> Checkpoint | None:
+        """The checkpoint in `directory` of the version, if it is committed and kept."""
+        name = directory.rpartition("/")[2]
+        return next((checkpoint for checkpoint in self._checkpoints if checkpoint.name == name), None)
+
+    def retain(self, needed: Collection[str] = ()) -> None:
+        """Deletes the checkpoints that are not kept, save for those whose name is `needed`. One that cannot be deleted
+        costs a warning."""
         options = self._options
-        protected = {*self._pinned, *([self._source] if self._source is not None else [])}
+        protected = {*self._pinned, *needed, *([self._source] if self._source is not None else [])}
         extra = retain(
             self._checkpoints, options.keep_best, options.keep_last, options.monitor, options.mode, protected
         )

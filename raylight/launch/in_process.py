@@ -22,6 +22,8 @@ class InProcessGroup(Group):
 
     def __init__(self, config: Config):
         uses_gpu = config.use_gpu if config.use_gpu is not None else torch.cuda.is_available()
+        if uses_gpu and config.gpu_indices:
+            torch.cuda.set_device(config.gpu_indices[0])
         device = f"cuda:{torch.cuda.current_device()}" if uses_gpu else "cpu"
         self.places = [Place(node=os.uname().nodename, device=device)]
         self.control = Control()
@@ -62,7 +64,8 @@ class InProcessGroup(Group):
         self.control.request(Request.PAUSE_IN_PROCESS)
 
     def resume(self) -> None:
-        """Nothing is trained while nobody asks for the next message, so there is nothing to let go."""
+        """Nothing is trained while nobody asks for the next message; and at the end a rank waits for its files."""
+        self.control.go_on()
 
     def halt(self) -> None:
         """Ends the run at once."""

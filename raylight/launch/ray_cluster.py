@@ -59,7 +59,7 @@ def connect(config: Config | None = None) -> Cluster:
                 "script on the cluster (`ray job submit -- python script.py`), or give the address of its head node."
             )
         if address == "local":
-            _local.start(num_cpus)
+            _local.start(num_cpus, config.gpu_indices if config is not None else ())
         else:
             _join(address)
     elif ray.util.client.ray.is_connected():
@@ -146,9 +146,9 @@ def describe_cluster() -> Cluster | None:
 
 
 def is_outgrown(config: Config) -> bool:
-    """Whether a Ray that raylight started has fewer logical CPUs than `config` asks for. That is only a setting,
-    and another Ray can be started with more."""
-    return ray.is_initialized() and _local.is_too_small(_cpus_wanted(config))
+    """Whether a Ray that raylight started has fewer logical CPUs than `config` asks for, or other GPUs. That is only a
+    setting, and another Ray can be started."""
+    return ray.is_initialized() and not _local.fits(_cpus_wanted(config), config.gpu_indices)
 
 
 def node_resources() -> list[dict[str, float]]:

@@ -22,6 +22,7 @@ class LocalRay:
 
     def __init__(self) -> None:
         self._num_cpus = 0
+        self._gpus: tuple[int, ...] = ()
         self._session: str | None = None
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
@@ -30,10 +31,12 @@ class LocalRay:
     def is_running(self) -> bool:
         return self._session is not None and ray.is_initialized() and session_name() == self._session
 
-    def is_too_small(self, num_cpus: int) -> bool:
-        return self.is_running and num_cpus > self._num_cpus
+    def fits(self, num_cpus: int, gpus: tuple[int, ...]) -> bool:
+        """Whether it has as many logical CPUs, and these GPUs of the machine; none named: all."""
+        return not self.is_running or (num_cpus <= self._num_cpus and gpus == self._gpus)
 
-    def start(self, num_cpus: int) -> None:
+    def start(self, num_cpus: int, gpus: tuple[int, ...] = ()) -> None:
+        self._gpus = gpus
         self._num_cpus = max(num_cpus, os.cpu_count() or 1)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray gives its workers a niceness of 15: less of a busy machine than torchrun's get, and than Ray's own agents.
@@ -66,13 +69,14 @@ class LocalRay:
             self._thread = None
 
     def _init(self) -> None:
-        ray.init(
-            address="local",
-            num_cpus=self._num_cpus,
-            include_dashboard=False,  # costs 2 s of start-up
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _showing(self._gpus):
+            ray.init(
+                address="local",
+                num_cpus=self._num_cpus,
+                include_dashboard=False,  # costs 2 s of start-up
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
 
     def _init_in_a_thread_that_stays(self) -> None:
         """Ray's daemons end with the thread that started them."""
@@ -96,6 +100,24 @@ class LocalRay:
         if errors:
             self._thread = None
             raise errors[0]
+
+
+@contextlib.contextmanager
+def _showing(gpus: tuple[int, ...]) -> Iterator[None]:
+    """Ray takes the GPUs that it sees when it starts. Indices count those that this process sees."""
+    name, before = "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not gpus:
+        yield
+        return
+    seen = before.split(",") if before else [str(index) for index in range(max(gpus) + 1)]
+    os.environ[name] = ",".join(seen[index] for index in gpus)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _put_helpers_behind(session: str) -> None:

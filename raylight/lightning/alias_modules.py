@@ -15,8 +15,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 from raylight.contract.kinds import Value
-from raylight.lightning.names import HERE, NOT_YET, read
-from raylight.lightning.refused import REFUSED, stand_in
+from raylight.lightning.names import HERE, read
+from raylight.lightning.refused import REFUSED, StandIn, stand_in
 
 ROOT = "raylight"
 
@@ -73,13 +73,18 @@ def find(module: str, name: str) -> Value:
     place, what = entry
     if not place:
         return stand_in(name, f"{ROOT}.{module}", what)
+    return getattr(importlib.import_module(f"{ROOT}.{place}"), what)
+
+
+def say_what_is_wrong(module: str, name: str) -> str | None:
+    """Why a name of Lightning's cannot be used here, or that it is unknown; None if it can be."""
+    if (sentence := refusal_of(f"{module}.{name}")) is not None:
+        return f"{name} is not in raylight: {sentence}"
     try:
-        if place != module:  # else the module itself was asked already
-            return getattr(importlib.import_module(f"{ROOT}.{place}"), what)
-    except (ModuleNotFoundError, AttributeError):
-        if f"{place}:{what}" not in NOT_YET:
-            raise
-    return stand_in(name, f"{ROOT}.{module}", f"{NOT_YET[f'{place}:{what}']}, until it is there")
+        value = getattr(importlib.import_module(f"{ROOT}.{module}" if module else ROOT), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        return str(error)
+    return value.say() if isinstance(value, StandIn) else None
 
 
 def _say_unknown(module: str, name: str) -> str:

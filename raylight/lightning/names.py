@@ -77,13 +77,13 @@ HERE: tuple[Here, ...] = (
     _here("user.precision_plugins", "DoublePrecision", "plugins", "plugins.precision", "plugins.precision.double"),
     _here("user.precision_plugins", "LayerSync TorchSyncBatchNorm", "plugins", "plugins.layer_sync"),
     # what is written and shown
-    _here("loggers", "Logger DummyLogger rank_zero_experiment merge_dicts", "loggers.logger"),
-    _here("loggers", "TensorBoardLogger", "loggers.tensorboard"),
-    _here("loggers", "CSVLogger", "loggers.csv_logs"),
-    _here("loggers", "WandbLogger", "loggers", "loggers.wandb"),
-    _here("loggers", "MLFlowLogger", "loggers", "loggers.mlflow"),
-    _here("loggers", "CometLogger", "loggers", "loggers.comet"),
-    _here("loggers", "NeptuneLogger", "loggers", "loggers.neptune"),
+    _here("loggers.logger", "Logger DummyLogger rank_zero_experiment merge_dicts", "loggers.logger"),
+    _here("loggers.tensorboard", "TensorBoardLogger", "loggers.tensorboard"),
+    _here("loggers.csv_logs", "CSVLogger ExperimentWriter", "loggers.csv_logs"),
+    _here("loggers.wandb", "WandbLogger", "loggers", "loggers.wandb"),
+    _here("loggers.mlflow", "MLFlowLogger", "loggers", "loggers.mlflow"),
+    _here("loggers.comet", "CometLogger", "loggers", "loggers.comet"),
+    _here("loggers.neptune", "NeptuneLogger", "loggers", "loggers.neptune"),
     _here("user.profilers", "Profiler", "profilers", "profilers.profiler"),
     _here("user.profilers", "PassThroughProfiler", "profilers", "profilers.base"),
     _here("user.profilers", "SimpleProfiler", "profilers", "profilers.simple"),
@@ -91,9 +91,10 @@ HERE: tuple[Here, ...] = (
     _here("user.profilers", "PyTorchProfiler", "profilers", "profilers.pytorch"),
     # the command line
     _here("cli", "LightningCLI LightningArgumentParser SaveConfigCallback ArgsType OptimizerCallable "
-          "LRSchedulerCallable ReduceLROnPlateau instantiate_class instantiate_module", "cli"),
+          "LRSchedulerCallable ReduceLROnPlateau instantiate_class instantiate_module LRSchedulerTypeTuple "
+          "LRSchedulerTypeUnion LRSchedulerType", "cli"),
     # what Lightning keeps in `utilities`
-    _here("user.module", "AttributeDict", "utilities", "utilities.parsing"),
+    _here("user.hyperparameters", "AttributeDict", "utilities", "utilities.parsing"),
     _here("user.combined_loader", "CombinedLoader", "utilities", "utilities.combined_loader"),
     _here("lightning.enums", "LightningEnum", "utilities", "utilities.enums"),
     _here("lightning.enums", "GradClipAlgorithmType", "utilities", "utilities.enums"),
@@ -126,39 +127,6 @@ HERE: tuple[Here, ...] = (
     _here("callbacks.layer_table", "ModelSummary get_formatted_model_size get_human_readable_count summarize",
           "utilities.model_summary", "utilities.model_summary.model_summary"),
 )  # fmt: skip
-
-
-NOT_YET = {
-    "user.profilers:Profiler": 'use profiler="simple" or "torch"',
-    "user.profilers:PassThroughProfiler": "leave profiler out",
-    "user.profilers:SimpleProfiler": 'use profiler="simple"',
-    "user.profilers:AdvancedProfiler": 'use profiler="torch"',
-    "user.profilers:PyTorchProfiler": 'use profiler="torch"',
-    "callbacks.batch_size_finder:BatchSizeFinder": "search with raylight.sweep(...)",
-    "callbacks.learning_rate_finder:LearningRateFinder": "search with raylight.sweep(...)",
-    "tuner.tuner:Tuner": "search with raylight.sweep(...)",
-    "loggers:WandbLogger": "pass any object with log_metrics(metrics, step)",
-    "loggers:MLFlowLogger": "pass any object with log_metrics(metrics, step)",
-    "loggers:CometLogger": "pass any object with log_metrics(metrics, step)",
-    "loggers:NeptuneLogger": "pass any object with log_metrics(metrics, step)",
-    "loggers:DummyLogger": "pass logger=False",
-    "loggers:rank_zero_experiment": "loggers run in the driver, once: leave it out",
-    "loggers:merge_dicts": "merge them by hand",
-    "user.hyperparameters:HyperparametersMixin": "Module and DataModule have save_hyperparameters",
-    "user.combined_loader:CombinedLoader": "pass a dict or list of loaders",
-    "user.checkpoint_io:CheckpointIO": "checkpoints go to storage_path",
-    "user.checkpoint_io:TorchCheckpointIO": "checkpoints go to storage_path",
-    "cli:LightningCLI": "read the arguments in your script",
-    "cli:LightningArgumentParser": "read the arguments in your script",
-    "cli:SaveConfigCallback": "the arguments of each run are in its run.json",
-    "cli:ArgsType": "read the arguments in your script",
-    "cli:OptimizerCallable": "read the arguments in your script",
-    "cli:LRSchedulerCallable": "read the arguments in your script",
-    "cli:ReduceLROnPlateau": "use torch.optim.lr_scheduler.ReduceLROnPlateau",
-    "cli:instantiate_class": "read the arguments in your script",
-    "cli:instantiate_module": "read the arguments in your script",
-}
-"""Names of the table that may be missing, as `place:name`, and what to use until they are there."""
 
 
 def read(row: Here) -> dict[str, str]:

@@ -82,7 +82,6 @@ REFUSED: tuple[Refused, ...] = (
          "plugins.io", "plugins.io.async_plugin"),
     _not("it logs to a service of Lightning AI: use raylight.loggers.TensorBoardLogger or CSVLogger", "LitLogger",
          "loggers", "loggers.litlogger"),
-    _not("use raylight.loggers.CSVLogger, which writes the file", "ExperimentWriter", "loggers.csv_logs"),
     _not("a constant of the inside of a logger: leave it out", "FRAMEWORK_NAME comet_experiment", "loggers.comet"),
     _not("a constant of the inside of a logger: leave it out", "LOCAL_FILE_URI_PREFIX", "loggers.mlflow"),
     _not("checkpoints go to storage_path, and load_from_checkpoint reads them: there is no registry", "*",
@@ -115,14 +114,13 @@ REFUSED: tuple[Refused, ...] = (
     _not("the loaders are divided over the workers by raylight; ask trainer.num_training_batches",
          "has_len_all_ranks BType", "utilities.data"),
     _not("compile inside the module: self.net = torch.compile(self.net)", "*", "utilities.compile"),
-    _not("functions below it are in raylight.utilities.rank_zero", "rank_zero_module", "utilities.rank_zero"),
+    _not("it holds a logger of Lightning's: use logging.getLogger(...)", "rank_zero_module", "utilities.rank_zero"),
     _not("it lists the arguments of a function: use inspect.signature", "parse_class_init_keys get_init_args "
          "collect_init_args", "utilities.parsing"),
     _not("it is a call of torchvision: use torchvision.models.get_model", "get_torchvision_model",
          "utilities.model_helpers"),
     _not("a type variable of Lightning's inside: use typing.TypeVar", "TBroadcast TReduce", "strategies.strategy"),
-    _not("a type variable of Lightning's inside: use typing.TypeVar", "ModuleType LRSchedulerTypeTuple "
-         "LRSchedulerTypeUnion LRSchedulerType", "cli"),
+    _not("a type variable of Lightning's inside: use typing.TypeVar", "ModuleType", "cli"),
     _not(MAKE_CACHE, "warning_cache", "callbacks.model_checkpoint", "core.module", "plugins.precision.deepspeed",
          "profilers.pytorch", "strategies.deepspeed", "utilities.data", "utilities.model_summary.model_summary"),
     _not(INSIDE, "*", "utilities.testing", "utilities.argparse", "utilities.imports", "loggers.utilities",
@@ -161,18 +159,19 @@ class StandIn(type):
     def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, object]) -> StandIn:
         for base in bases:
             if isinstance(base, StandIn):
-                raise InvalidArguments(base._say())
+                raise InvalidArguments(base.say())
         return super().__new__(cls, name, bases, namespace)
 
     def __call__(cls, *args: object, **kwargs: object) -> Never:
-        raise InvalidArguments(cls._say())
+        raise InvalidArguments(cls.say())
 
     def __getattr__(cls, name: str) -> Never:
         if name.startswith("__"):  # asked by Python itself
             raise AttributeError(name)
-        raise UnsupportedAttribute(cls._say())
+        raise UnsupportedAttribute(cls.say())
 
-    def _say(cls) -> str:
+    def say(cls) -> str:
+        """The reason, with the name."""
         return f"{cls.__name__} is not in raylight: {cls.sentence}"
 
 

@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 
 class CsvFile:
-    """Appends rows; a new name has the file written again with one column more."""
+    """Appends rows, with columns in the order of their names; a new name has the file written again."""
 
     def __init__(self, path: str):
         self.path = path
@@ -36,7 +36,7 @@ class CsvFile:
             kept: list[Row] = self._read()
             for row in rows:
                 kept = [old for old in kept if int(old["step"]) <= row] if isinstance(row, int) else [*kept, row]
-            self._rewrite([*self._columns, *new], kept)
+            self._rewrite(sorted([*self._columns, *new]), kept)
         else:
             self._extend(added)
 

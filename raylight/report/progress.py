@@ -87,7 +87,7 @@ class RunProgress:
         elif isinstance(message, StageFinished):
             if rank == 0 and message.stage != "train":  # the next epoch takes the place of this one
                 self.stages.pop(message.stage, None)
-        elif isinstance(message, EpochMetrics):
+        elif isinstance(message, EpochMetrics) and not message.logger:
             shown = message.shown or sorted(message.logged)[:MAX_UNMARKED_VALUES]
             self.values |= {name: message.values[name] for name in sorted(shown) if name in message.values}
 

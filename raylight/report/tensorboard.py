@@ -54,6 +54,10 @@ class TensorBoard:
         """Hide values logged so far beyond `step` in TensorBoard: an attempt begins that makes those steps again."""
         self._writer.add(partial(encode_restart, step + 1, time.time()))
 
+    def keep_copying(self) -> None:
+        """Brings what others write to `path` to storage, too."""
+        self._writer.start()
+
     def flush(self) -> None:
         self._writer.flush()
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from raylight import __version__
 from raylight.contract.errors import CheckpointCorrupt
-from raylight.contract.messages import SavedFile
+from raylight.contract.messages import FileWanted, SavedFile
 from raylight.storage.digests import ALGORITHM, digest_of
 from raylight.storage.json_text import parse_object, plain
 from raylight.storage.record_kinds import LATEST_S
 
 FORMAT = 1
 _FIELDS = {"digest", "format", "raylight", "step", "epoch", "attempt", "world_size", "weights_only", "time", "metrics"}
-_FIELDS |= {"files", "carried", "seed"}
+_FIELDS |= {"files", "carried", "seed", "wanted"}
 _FILE_FIELDS = {"path", "size", "digest"}
 _warned: set[str] = set()  # fields that this process has warned of
 logger = logging.getLogger("raylight.storage")
@@ -41,6 +41,8 @@ class Manifest:
     """Metrics that were measured with the weights of an earlier step, and that step."""
     time: float = field(default_factory=time.time)
     """Seconds since 1970."""
+    wanted: tuple[FileWanted, ...] = ()
+    """Single files that were to be made of it; a run that goes on from it makes those that are missing."""
     seed: int | None = None
     """The run's seed: a run that has lost its record goes on with the same order of samples."""
     raylight: str = __version__
@@ -72,6 +74,7 @@ class Manifest:
             **({} if self.seed is None else {"seed": self.seed}),
             "metrics": plain(self.metrics),
             "carried": dict(self.carried),
+            **({"wanted": [_describe(file) for file in self.wanted]} if self.wanted else {}),
             "files": [{"path": file.path, "size": file.size, "digest": file.digest} for file in self.files],
         }
         blank = (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
@@ -98,6 +101,10 @@ class Manifest:
                 weights_only=bool(content["weights_only"]),
                 carried={name: int(step) for name, step in content.get("carried", {}).items()},
                 time=float(content["time"]),
+                wanted=tuple(
+                    FileWanted(str(it["path"]), bool(it["weights_only"]), int(it["epoch"]))
+                    for it in content.get("wanted", [])
+                ),
                 seed=None if content.get("seed") is None else int(content["seed"]),
                 raylight=str(content["raylight"]),
             )._checked()
@@ -114,6 +121,10 @@ class Manifest:
             if number > 1:
                 raise CheckpointCorrupt(f"the file {path!r} is listed {number} times")
         return self
+
+
+def _describe(file: FileWanted) -> dict[str, str | bool | int]:
+    return {"path": file.path, "weights_only": file.weights_only, "epoch": file.epoch}
 
 
 def check_inside(path: str) -> None:

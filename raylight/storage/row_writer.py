@@ -33,8 +33,13 @@ class RowWriter(Generic[Row]):
 
     def add(self, row: Row) -> None:
         self._rows.append(row)
+        self.start()
+
+    def start(self) -> None:
+        """Writes and stores from now on; the first row does so too."""
         if self._thread is None:
-            self._start()
+            self._thread = threading.Thread(target=self._run, name=f"raylight-{self.name}", daemon=True)
+            self._thread.start()
 
     def flush(self) -> None:
         """Write now, in the calling thread; return once it is done."""
@@ -54,10 +59,6 @@ class RowWriter(Generic[Row]):
         if self._thread is not None:
             self._thread.join()
         self.flush()
-
-    def _start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name=f"raylight-{self.name}", daemon=True)
-        self._thread.start()
 
     def _run(self) -> None:
         while not self._closing.wait(self.interval_s):

@@ -22,15 +22,22 @@ class Callback:
     runs before the module's hook of the same name. An exception in a hook ends the run.
     """
 
-    judges_values = False
+    _judges_values = False
     """Run `on_train_epoch_end` after the module's own, which may log the values that are judged there."""
+
+    _comes_last = False
+    """Run every hook after those of the other callbacks, whose state it saves."""
 
     @property
     def state_key(self) -> str:
         """The key of this callback's state in a checkpoint; override it if a run has several of one class."""
         return type(self).__qualname__
 
-    def find_mistakes(self, config: Config) -> list[str]:
+    def _generate_state_key(self, **distinguishing: Value) -> str:
+        """A `state_key` of the class and what tells several of it apart, as Lightning writes it."""
+        return f"{type(self).__qualname__}{distinguishing!r}"
+
+    def _find_mistakes(self, config: Config) -> list[str]:
         """Conflicts with the trainer's arguments, one sentence each; called before any worker starts."""
         return []
 

@@ -11,8 +11,14 @@ from raylight.user.transfer import move_to_device
 class DataHooks:
     """Each may be overridden. If both do, a data module's loaders and batch hooks take the place of the module's."""
 
+    prepare_data_per_node: bool = True
+    """Call `prepare_data` on one worker of each node; False: on rank 0 alone, for storage that all nodes share."""
+    allow_zero_length_dataloader_with_multiple_devices: bool = False
+    """Lightning's; a worker without a batch takes part with nothing here, whatever it says."""
+
     def prepare_data(self) -> None:
-        """Download or write data, on one worker of each node while the others wait; keep nothing on `self`."""
+        """Download or write data, on one worker of each node while the others wait (see `prepare_data_per_node`); keep
+        nothing on `self`."""
 
     def setup(self, stage: str) -> None:
         """Build what depends on the data, on every worker; `stage` is "fit", "validate", "test" or "predict"."""

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Self
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from raylight.contract.config import FilePath
 from raylight.contract.kinds import Loader, Value
-from raylight.user.checkpoint_reader import CheckpointPath, checkpoint_reader
+from raylight.user.checkpoint_reader import CheckpointPath, MapLocation, checkpoint_reader
 from raylight.user.data_hooks import DataHooks
-from raylight.user.module import AttributeDict, Module
+from raylight.user.hyperparameters import HyperparametersMixin
 from raylight.user.trainer_names import TrainerNames
 
 Datasets = Dataset | Iterable[Dataset] | Mapping[str, Dataset]
 
 
-class DataModule(DataHooks):
+class DataModule(HyperparametersMixin, DataHooks):
     """Subclass it and override what you need; hooks carry Lightning's names and meanings.
 
     `prepare_data` runs on one worker of each node while the others wait: download there, and keep nothing on `self`.
@@ -28,13 +29,11 @@ class DataModule(DataHooks):
 
     trainer: TrainerNames | None
     """The trainer that runs this object; None outside a run."""
-    _hparams: AttributeDict
 
     def __new__(cls, *args: Value, **kwargs: Value) -> Self:
         # Not in __init__, which subclasses often forget to call.
         made = super().__new__(cls)
         made.trainer = None
-        made._hparams = AttributeDict()
         return made
 
     def __init__(self, *args: Value, **kwargs: Value) -> None: ...
@@ -42,8 +41,12 @@ class DataModule(DataHooks):
     def __getstate__(self) -> dict[str, Value]:
         return {**self.__dict__, "trainer": None}
 
-    hparams = Module.hparams
-    save_hyperparameters = Module.save_hyperparameters
+    def __str__(self) -> str:
+        """The sizes of its loaders' data, stage by stage, for which the loaders are made; None where there is none,
+        or none before `setup`."""
+        stages = {"Train": "train", "Validation": "val", "Test": "test", "Predict": "predict"}
+        sizes = {label: _describe(getattr(self, f"{stage}_dataloader")) for label, stage in stages.items()}
+        return "\n".join(f"{{{label} dataloader: {size}}}" for label, size in sizes.items())
 
     def state_dict(self) -> dict[str, Value]:
         """State for every checkpoint: plain values and tensors only."""
@@ -53,13 +56,22 @@ class DataModule(DataHooks):
         """Restore what `state_dict` returned; called after `setup` if the run continues from a checkpoint."""
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: CheckpointPath, **overrides: Value) -> Self:
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: CheckpointPath,
+        map_location: MapLocation = None,
+        hparams_file: FilePath | None = None,
+        weights_only: bool | None = None,
+        **overrides: Value,
+    ) -> Self:
         """Rebuild the data module of a run with the hyperparameters that it saved, `overrides` on top.
 
-        `checkpoint_path` is as for `Module.load_from_checkpoint`. Raises CheckpointCorrupt if it is damaged and
+        The arguments are as for `Module.load_from_checkpoint`. Raises CheckpointCorrupt if it is damaged and
         CheckpointMismatch if `__init__` needs what is not in it.
         """
-        return checkpoint_reader().load_data_module(cls, checkpoint_path, overrides)
+        return checkpoint_reader().load_data_module(
+            cls, checkpoint_path, map_location, hparams_file, weights_only, overrides
+        )
 
     @classmethod
     def from_datasets(
@@ -105,3 +117,24 @@ class _LoaderHook:
     def _load(self, dataset: Dataset) -> DataLoader:
         shuffle = self.shuffle and not isinstance(dataset, IterableDataset)
         return DataLoader(dataset, shuffle=shuffle, pin_memory=torch.cuda.is_available(), **self.sizes)  # type: ignore[arg-type]
+
+
+def _describe(hook: Callable[[], Loader] | None) -> str:
+    try:
+        return _say_size(hook() if hook is not None else None)
+    except Exception:  # user code that is not ready yet may raise anything, and a text must not
+        return "None"
+
+
+def _say_size(loader: Loader) -> str:
+    if loader is None:
+        return "None"
+    if isinstance(loader, Mapping):
+        return " ; ".join(f"{name}. {_say_size(part)}" for name, part in loader.items())
+    if isinstance(loader, (list, tuple)) and not all(isinstance(part, (int, float, str)) for part in loader):
+        return " ; ".join(f"{number}. {_say_size(part)}" for number, part in enumerate(loader, start=1))
+    data: Loader = getattr(loader, "dataset", loader)
+    try:
+        return f"size={len(data)}"
+    except (TypeError, NotImplementedError):
+        return "size=NA"

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from raylight.contract.config import FilePath
+from raylight.contract.errors import InvalidArguments
 from raylight.contract.kinds import Batch, Value
 from raylight.user.checkpoint_reader import CheckpointPath, MapLocation, checkpoint_reader
-from raylight.user.init_arguments import choose_hyperparameters, collect_arguments
+from raylight.user.export import OnnxTarget, to_onnx, to_torchscript
+from raylight.user.hyperparameters import AttributeDict, HyperparametersMixin
 from raylight.user.module_hooks import ModuleHooks, Stepping
 from raylight.user.trainer_names import TrainerNames
 
-
-class AttributeDict(dict[str, Value]):
-    """A dict whose keys are attributes too: `hparams.lr` is `hparams["lr"]`."""
-
-    def __getattr__(self, name: str) -> Value:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"no hyperparameter {name!r}; there are {sorted(self)}") from None
-
-    def __setattr__(self, name: str, value: Value) -> None:
-        self[name] = value
+_READERS = ("torch.jit._recursive", "torch._jit_internal")
+"""Where torch.jit reads every attribute of a module, those that work in a run alone among them."""
 
 
-class Module(ModuleHooks):
+class Module(HyperparametersMixin, ModuleHooks):
     """A torch module that knows how to train itself.
 
     `training_step` and `configure_optimizers` are required to `fit`; every other hook is optional, and one that is
@@ -45,8 +37,13 @@ class Module(ModuleHooks):
     """Whether a checkpoint must hold exactly the keys of this module's state."""
     example_input_array: Batch = None
     """Input of `forward`, from which ModelSummary finds shapes: a tensor, a tuple of arguments or a dict of them."""
+    device_mesh: None = None
+    """Lightning's mesh of devices, for models that are divided over several; here each worker has the whole one."""
+    fabric: None = None
+    """Lightning's Fabric, which raylight does not have."""
     _trainer: TrainerNames | None
-    _hparams: AttributeDict
+    __jit_unused_properties__: ClassVar[list[str]]
+    __jit_ignored_attributes__: ClassVar[list[str]]
 
     def __init__(self, *args: Value, **kwargs: Value) -> None:
         super().__init__(*args, **kwargs)
@@ -60,6 +57,8 @@ class Module(ModuleHooks):
         """The trainer that runs this module: in this process the caller's own, on a worker one of the same class."""
         trainer = self.__dict__.get("_trainer")
         if trainer is None:
+            if sys._getframe(1).f_globals.get("__name__") in _READERS:
+                return None  # type: ignore[return-value]
             raise RuntimeError(
                 f"{type(self).__name__} is not attached to a run: `trainer` exists inside the hooks only."
             )
@@ -73,6 +72,11 @@ class Module(ModuleHooks):
     def device(self) -> torch.device:
         """The device of the first parameter or buffer; the CPU if there is none."""
         return next((tensor.device for tensor in _tensors(self)), torch.device("cpu"))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the module is on a GPU."""
+        return self.device.type == "cuda"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,7 +111,7 @@ class Module(ModuleHooks):
 
     @property
     def loggers(self) -> list[Value]:
-        """The run's loggers; on a worker one object that sends values to those of the driver."""
+        """The run's loggers."""
         return self._trainer.loggers if self._trainer else []
 
     def __getstate__(self) -> dict[str, Value]:
@@ -201,28 +205,7 @@ class Module(ModuleHooks):
         """
         return self.trainer.all_gather(data, group, sync_grads) if self._trainer else data
 
-    # ---- hyperparameters, freezing, loading
-
-    def save_hyperparameters(
-        self, *names: object, ignore: str | list[str] | None = None, frame: FrameType | None = None, logger: bool = True
-    ) -> None:
-        """Keep the arguments of `__init__` in `hparams`, and in checkpoints: all, those named, or the items of one
-        dict, Namespace, dataclass or DictConfig, which `load_from_checkpoint` puts together again. Works before
-        `super().__init__()` too."""
-        arguments = collect_arguments(self, frame or inspect.currentframe().f_back)  # type: ignore[union-attr]
-        found, argument = choose_hyperparameters(names, arguments)
-        ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
-        self.hparams.update({name: value for name, value in found.items() if name not in ignored})
-        for name in ignored:
-            self.hparams.pop(name, None)
-        self.__dict__["_hparams_logged"] = logger
-        if argument is not None:
-            self.__dict__["_hparams_argument"] = argument
-
-    @property
-    def hparams(self) -> AttributeDict:
-        """The hyperparameters that `save_hyperparameters` kept; keys are attributes too."""
-        return self.__dict__.setdefault("_hparams", AttributeDict())
+    # ---- freezing, loading
 
     def freeze(self) -> Self:
         """Let no parameter require a gradient, and switch to evaluation mode."""
@@ -234,20 +217,57 @@ class Module(ModuleHooks):
         self.requires_grad_(True)
         return self.train()
 
+    def to_torchscript(
+        self,
+        file_path: FilePath | None = None,
+        method: str = "script",
+        example_inputs: Batch = None,
+        **kwargs: Value,
+    ) -> torch.jit.ScriptModule:
+        """Return the module as TorchScript in evaluation mode, and write it to `file_path` if there is one.
+
+        `method` is "script", or "trace", which follows one call with `example_inputs` or `example_input_array`. The
+        other arguments go to `torch.jit.script` or `torch.jit.trace`. Override it to script a part alone.
+        """
+        return to_torchscript(self, file_path, method, example_inputs, kwargs)
+
+    def to_onnx(self, file_path: OnnxTarget | None = None, input_sample: Batch = None, **kwargs: Value) -> Value:
+        """Write the module in the ONNX format, by one call with `input_sample` or `example_input_array`.
+
+        The other arguments go to `torch.onnx.export`, whose result is returned. Needs the extra `raylight[onnx]`.
+        """
+        return to_onnx(self, file_path, input_sample, kwargs)
+
+    def to_tensorrt(self, *args: Value, **kwargs: Value) -> None:
+        """Raise InvalidArguments: TensorRT reads what `to_onnx` writes."""
+        raise InvalidArguments("to_tensorrt is not in raylight: write the file that TensorRT reads by to_onnx(...)")
+
     @classmethod
     def load_from_checkpoint(
         cls,
         checkpoint_path: CheckpointPath,
-        map_location: MapLocation = "cpu",
+        map_location: MapLocation = None,
+        hparams_file: FilePath | None = None,
         strict: bool | None = None,
+        weights_only: bool | None = None,
         **overrides: Value,
     ) -> Self:
         """Rebuild the module from a checkpoint: its saved hyperparameters, `overrides` on top, then its weights.
 
-        `checkpoint_path` is a checkpoint directory (path or URI), a `raylight` Checkpoint, or a Lightning `.ckpt` file.
-        Raises CheckpointCorrupt if it is damaged and CheckpointMismatch if keys or shapes do not fit.
+        `checkpoint_path` is a checkpoint directory or a file in Lightning's format, by path or URI; such a file, opened
+        for reading bytes; or a Checkpoint, raylight's or Ray Tune's. `hparams_file`, a .yaml or .csv, takes the place
+        of the saved hyperparameters. No code from the checkpoint is run unless `weights_only` is False. Raises
+        CheckpointCorrupt if it is damaged and CheckpointMismatch if keys or shapes do not fit.
         """
-        return checkpoint_reader().load_module(cls, checkpoint_path, map_location, strict, overrides)
+        return checkpoint_reader().load_module(
+            cls, checkpoint_path, map_location, hparams_file, strict, weights_only, overrides
+        )
+
+
+# torch.jit.script would compile these too.
+_OWN = [name for name in dir(Module) if isinstance(getattr(Module, name), property)]
+Module.__jit_unused_properties__ = _OWN
+Module.__jit_ignored_attributes__ = [*_OWN, *Module.__annotations__, *HyperparametersMixin.__annotations__]
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
+from raylight.contract.config import FilePath
 from raylight.contract.kinds import Index, Loader, ProcessGroup, Scheduler, Value
 from raylight.user.states import RunningStage, TrainerStatus
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from torch.optim import Optimizer
+
+    from raylight.contract.messages import FileOrder
+    from raylight.contract.task import Files
 
 
 Count = int | float | None
@@ -92,11 +95,15 @@ class RunView(Protocol):
 
     @property
     def loggers(self) -> list[Any]:
-        """On a worker one object, which sends values to the loggers of the driver."""
+        """In a hook, an object for each logger of the run, which acts for it."""
 
     @property
     def log_dir(self) -> str | None:
         """The version directory, as path or URI."""
+
+    @property
+    def files(self) -> Files | None:
+        """The version directory as storage; None if nothing is written."""
 
     @property
     def ckpt_path(self) -> str | None:
@@ -193,7 +200,7 @@ class RunView(Protocol):
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
         """The newest value of everything logged. Epoch values are equal on all ranks; a step value is this rank's own
-        until the epoch ends. Reading it waits for the device."""
+        until the epoch ends. Reading it waits for the device. A hook may set values of its own in it."""
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
@@ -218,8 +225,15 @@ class RunView(Protocol):
     def request_checkpoint(self) -> None:
         """Saves at the end of this step. Call it on every rank at the same step."""
 
-    def save_checkpoint(self, path: str | os.PathLike[str], weights_only: bool) -> None:
+    def save_checkpoint(self, path: FilePath, weights_only: bool, storage_options: Value) -> None:
         """Writes one file with the present state to `path`. Call it on every rank at the same step."""
+
+    def order_file(self, order: FileOrder) -> None:
+        """Asks for a file with the present state, a link or a deletion; done in this order, behind the loop. Call it on
+        every rank at the same step."""
+
+    def is_file_wanted(self, path: str) -> bool | None:
+        """Whether a file that was asked for will be at this path; None if nobody asked for one there."""
 
     def manual_backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:
         """Backward under the run's precision, with gradients averaged over the ranks."""
@@ -293,6 +307,7 @@ class Record:
     module: nn.Module | None = None
     datamodule: Any | None = None
     log_dir: str | None = None
+    files: Files | None = None
     ckpt_path: str | None = None
     current_epoch: int = 0
     global_step: int = 0
@@ -339,8 +354,14 @@ class Record:
     def request_checkpoint(self) -> None:
         raise RuntimeError(NO_RUN)
 
-    def save_checkpoint(self, path: str | os.PathLike[str], weights_only: bool) -> None:
+    def save_checkpoint(self, path: FilePath, weights_only: bool, storage_options: Value) -> None:
         raise RuntimeError(NO_RUN)
+
+    def order_file(self, order: FileOrder) -> None:
+        raise RuntimeError(NO_RUN)
+
+    def is_file_wanted(self, path: str) -> bool | None:
+        return None
 
     def manual_backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:
         raise RuntimeError(NO_RUN)

@@ -13,6 +13,7 @@ from raylight.user.strategy_facade import StrategyFacade
 if TYPE_CHECKING:
     from raylight.contract.kinds import Value
     from raylight.user.accelerators import Accelerator
+    from raylight.user.checkpoint_io import CheckpointIO
     from raylight.user.run_view import RunView
 
 INSTEAD = {
@@ -105,11 +106,11 @@ class SingleDeviceStrategy(LightningStrategy):
             )
 
 
-def strategy_of(view: RunView) -> LightningStrategy:
+def strategy_of(view: RunView, checkpoint_io: CheckpointIO) -> LightningStrategy:
     """The strategy of a run, of the class that Lightning's would have."""
     kind: type[LightningStrategy] = DDPStrategy if view.world_size > 1 else SingleDeviceStrategy
     found = kind.__new__(kind)
-    StrategyFacade.__init__(found, view)
+    StrategyFacade.__init__(found, view, checkpoint_io)
     return found
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+from raylight.user.checkpoint_io import TorchCheckpointIO
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,38 +15,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from raylight.contract.config import FilePath
     from raylight.contract.kinds import Value
-    from raylight.user.checkpoint_reader import MapLocation
+    from raylight.user.checkpoint_io import CheckpointIO
     from raylight.user.run_view import RunView, SchedulerEntry
-
-
-class FileIO:
-    """`strategy.checkpoint_io`: single files, written by torch and read without running code from them."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Value], path: FilePath, storage_options: object = None) -> None:
-        """Writes to a temporary name first, so that `path` is whole or not there."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.part")
-        torch.save(checkpoint, aside)
-        aside.replace(target)
-
-    def load_checkpoint(
-        self, path: FilePath, map_location: MapLocation = None, weights_only: bool | None = True
-    ) -> dict[str, Value]:
-        return dict(torch.load(path, map_location=map_location, weights_only=weights_only is not False))
-
-    def remove_checkpoint(self, path: FilePath) -> None:
-        Path(path).unlink(missing_ok=True)
 
 
 class StrategyFacade:
     """Reads and collectives only; what raylight does with the ranks is set by `Trainer(strategy=)`."""
 
-    def __init__(self, view: RunView):
+    def __init__(self, view: RunView, checkpoint_io: CheckpointIO | None = None):
         self._view = view
-        self.checkpoint_io = FileIO()
+        self.checkpoint_io = checkpoint_io or TorchCheckpointIO()
 
     @property
     def model(self) -> nn.Module | None:

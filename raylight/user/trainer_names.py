@@ -7,6 +7,7 @@ are missing here, with what to use.
 from __future__ import annotations
 
 import difflib
+import os
 import pickle
 from dataclasses import replace
 from datetime import timedelta
@@ -17,10 +18,12 @@ import torch
 
 from raylight.contract.kinds import Value
 from raylight.user.accelerators import Accelerator, accelerator_of
+from raylight.user.checkpoint_io import find_checkpoint_io
 from raylight.user.forwarding import Fact, Setting
 from raylight.user.loop_facades import EvaluationLoopFacade, FitLoopFacade
 from raylight.user.overriding import overrides
 from raylight.user.precision_plugins import Precision, plugin_of
+from raylight.user.profilers import PassThroughProfiler, Profiler
 from raylight.user.run_view import Record, RunView
 from raylight.user.states import RunningStage, TrainerFn, TrainerState
 from raylight.user.strategies import LightningStrategy, strategy_of
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from raylight.contract.config import Config, FilePath
+    from raylight.contract.messages import FileOrder
+    from raylight.contract.task import Files
     from raylight.user.run_view import Loader, SchedulerEntry
 
 INSTEAD = {
@@ -84,6 +89,7 @@ class TrainerNames:
     callbacks: Fact[list[Value]] = Fact()
     loggers: Fact[list[Value]] = Fact()
     log_dir: Fact[str | None] = Fact()
+    files: Fact[Files | None] = Fact()
     ckpt_path: Fact[str | None] = Fact()
     current_epoch: Fact[int] = Fact()
     global_step: Fact[int] = Fact()
@@ -130,10 +136,7 @@ class TrainerNames:
     gradient_clip_algorithm: Setting[str] = Setting()
     log_every_n_steps: Setting[int] = Setting()
     default_root_dir: Setting[str] = Setting("storage_path")
-    profiler: Setting[str | None] = Setting()
-
-    barebones = False
-    """Lightning's switch for measuring its own overhead; there is nothing to switch off here."""
+    barebones: Setting[bool] = Setting()
 
     # ---- what follows from these
 
@@ -197,6 +200,12 @@ class TrainerNames:
         return [count if limit == -1 else min(count, limit) for count in self.num_val_batches]
 
     @property
+    def profiler(self) -> Profiler:
+        """Measures sections of your own: `with trainer.profiler.profile("name"): ...`. On a worker, that worker's."""
+        found: Profiler = self.config.profiler or PassThroughProfiler()
+        return found
+
+    @property
     def logger(self) -> Value:
         """The first of the loggers; None if there is none."""
         return next(iter(self.loggers), None)
@@ -224,7 +233,7 @@ class TrainerNames:
     @property
     def strategy(self) -> LightningStrategy:
         """How the ranks act together."""
-        return strategy_of(self._view)
+        return strategy_of(self._view, find_checkpoint_io(self.config.plugins))
 
     @property
     def precision_plugin(self) -> Precision:
@@ -295,12 +304,24 @@ class TrainerNames:
         self._view.request_checkpoint()
 
     def save_checkpoint(self, filepath: FilePath, weights_only: bool = False, storage_options: object = None) -> None:
-        """Writes the present state to one file that `torch.load(path)["state_dict"]` opens.
+        """Writes the present state to one file, at a path or a URI, whole or not at all. `torch.load` opens it, and
+        Lightning goes on from it.
 
         Call it on every rank at the same step; rank 0 writes. With `weights_only` optimizers, schedulers and callbacks
-        are left out. `storage_options` changes nothing.
+        are left out. `storage_options` is for a CheckpointIO among the plugins.
         """
-        self._view.save_checkpoint(filepath, weights_only)
+        self._view.save_checkpoint(filepath, weights_only, storage_options)
+
+    def order_file(self, order: FileOrder) -> None:
+        """Asks for a file with the present state, a link or a deletion; done in this order, behind the loop.
+
+        Call it on every rank at the same step.
+        """
+        self._view.order_file(order)
+
+    def is_file_wanted(self, path: FilePath) -> bool | None:
+        """Whether a file that was asked for will be at this path; None if nobody asked for one there."""
+        return self._view.is_file_wanted(os.fspath(path))
 
     def find_samples(self, dataloader_idx: int, batch_idx: int) -> list[Value] | None:
         """The samples of a batch of the evaluation that is on, as indices into the loader's dataset; None if the

@@ -20,6 +20,7 @@ from raylight.contract.kinds import Hook, Output
 from raylight.contract.messages import Message, Progress, StageFinished, StageStarted
 from raylight.user.transfer import batch_size_of, move_to_device
 from raylight.worker.data.evaluation_batches import EvaluationBatches
+from raylight.worker.diagnosis.sections import Sections
 from raylight.worker.group.collectives import broadcast_tensors, gather_objects
 from raylight.worker.hooks import bind_step, takes_outputs
 from raylight.worker.step.lazy_layers import shaped
@@ -51,8 +52,6 @@ def evaluate(
     prefix, module, hooks, progress = PREFIXES[stage], worker.module, worker.hooks, worker.progress
     data = worker.evaluation_data["validate" if stage == "sanity" else stage]
     worker.metrics.enter("validate" if stage == "sanity" else stage)
-    if worker.is_fitting and stage == "validate":
-        hooks.call("on_validation_model_zero_grad") if hooks.of("on_validation_model_zero_grad") else module.zero_grad()
     module._remember_modes()
     getattr(module, f"on_{prefix}_model_eval")()
     # DDP lets running statistics drift apart between its broadcasts; all ranks must measure the same module
@@ -87,6 +86,10 @@ def _run_loader(
     prefix, module, progress = PREFIXES[stage], worker.module, worker.progress
     several = len(loaders) > 1
     step = bind_step(getattr(module, f"{prefix}_step"), several)
+    batches = loaders[loader_index].iterate()
+    if worker.config.profiler is not None:
+        sections = Sections(worker.profiler)
+        step, batches = sections.around(f"{prefix}_step", step), sections.around_items(f"{prefix} data", batches, False)
     on_start, on_end = worker.hooks.of(f"on_{prefix}_batch_start"), worker.hooks.of(f"on_{prefix}_batch_end")
     returns = stage == "predict" and worker.task.returns_predictions
     keeps = returns or _epoch_end_hook(worker, stage) is not None
@@ -94,7 +97,7 @@ def _run_loader(
     metrics, precision = worker.metrics, worker.precision
     metrics.enter_loader(loader_index if several else None)
     num_samples, finished, next_report = 0, 0, monotonic() + REPORT_EVERY_S
-    for index, batch, size in loaders[loader_index].iterate():
+    for index, batch, size in batches:
         if index >= max_batches:
             break
         worker.control.show_life(stage if finished else f"first batch of {stage}", progress.global_step)
@@ -105,6 +108,8 @@ def _run_loader(
             hook(batch, index, *arguments)
         with precision.forward_context():
             output = step(batch, index, loader_index)
+        if returns and output is None and not finished:
+            worker.warn_once("predict_step returned None, and so the predictions hold None")
         for hook in on_end:
             hook(output, batch, index, *arguments)
         if keeps:

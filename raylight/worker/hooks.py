@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from raylight.contract.errors import DataError
+from raylight.contract.errors import DataError, InvalidArguments
 from raylight.contract.kinds import Batch, Hook, Output
 from raylight.user.callback import Callback
 from raylight.user.data_module import DataModule
@@ -22,7 +22,7 @@ class Hooks:
         self, trainer: TrainerNames, module: Module, data_module: DataModule | None, callbacks: Iterable[Callback]
     ):
         self.trainer, self.module, self.data_module = trainer, module, data_module
-        self.callbacks = list(callbacks)
+        self.callbacks = in_order(callbacks)
         self._found: dict[str, tuple[Hook, ...]] = {}
 
     def attach(self) -> None:
@@ -43,7 +43,7 @@ class Hooks:
         """A callback of `configure_callbacks` replaces one of the same type."""
         added = list(callbacks)
         kinds = {type(callback) for callback in added}
-        self.callbacks = [c for c in self.callbacks if type(c) not in kinds] + added
+        self.callbacks = in_order([c for c in self.callbacks if type(c) not in kinds] + added)
         self._found.clear()
 
     def of(self, name: str) -> tuple[Hook, ...]:
@@ -63,7 +63,7 @@ class Hooks:
     def at_epoch_end(self) -> list[tuple[Hook, ...]]:
         """`on_train_epoch_end` in two turns: callbacks that judge values come after everything that logs one."""
         name = "on_train_epoch_end"
-        last = [callback for callback in self.callbacks if callback.judges_values]
+        last = [callback for callback in self.callbacks if callback._judges_values]
         first = [callback for callback in self.callbacks if callback not in last]
         turns = ((*self.of_callbacks(name, first), *self.of_module(name)), self.of_callbacks(name, last))
         return [turn for turn in turns if turn]
@@ -87,10 +87,20 @@ class Hooks:
         return lambda *arguments: hook(self.trainer, self.module, *arguments)
 
 
+def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
+    """As they were given, and those that save the state of others at the end."""
+    return sorted(callbacks, key=lambda callback: callback._comes_last)
+
+
 def bind_step(function: Hook, several: bool = False) -> Callable[[Batch, int, int], Output]:
     """A step that takes (batch), (batch, batch_idx) or all three, as a function of all three. `*args` get the third
     only if there are `several` loaders."""
     parameters = inspect.signature(function).parameters.values()
+    if several and not takes_loader_index(function):
+        raise InvalidArguments(
+            f"{function.__qualname__} has no argument dataloader_idx, and there are several loaders: write (self, "
+            "batch, batch_idx, dataloader_idx=0)"
+        )
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return function if several else lambda batch, batch_idx, dataloader_idx: function(batch, batch_idx)
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -103,6 +113,13 @@ def bind_step(function: Hook, several: bool = False) -> Callable[[Batch, int, in
             return lambda batch, batch_idx, dataloader_idx: function(batch, dataloader_idx)
         return lambda batch, batch_idx, dataloader_idx: function(batch, batch_idx)
     return function
+
+
+def takes_loader_index(function: Hook) -> bool:
+    """Whether a step can be told which of several loaders its batch comes from."""
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    return takes_all or "dataloader_idx" in parameters or len(parameters) >= 3
 
 
 def takes_outputs(hook: Hook) -> bool:

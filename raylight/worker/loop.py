@@ -15,14 +15,14 @@ from torch import Tensor
 
 from raylight.contract import messages
 from raylight.contract.kinds import Batch, Hook, Output
-from raylight.contract.messages import EpochMetrics, Message, Paused, StageFinished, StageStarted
+from raylight.contract.messages import EpochMetrics, FilesAwaited, Message, Paused, StageFinished, StageStarted
 from raylight.contract.requests import Request
 from raylight.contract.seeding import isolate_rng, set_rng_state
+from raylight.user.profilers import Profiler
 from raylight.worker.checkpoint import contents
 from raylight.worker.checkpoint.spare import keep_locally
 from raylight.worker.data.batches import TrainBatch
 from raylight.worker.diagnosis.evidence import keep_evidence
-from raylight.worker.diagnosis.profiler import Profiler
 from raylight.worker.diagnosis.sections import Sections
 from raylight.worker.evaluation import evaluate, gather_outputs
 from raylight.worker.group.collectives import agree
@@ -87,7 +87,7 @@ class Loop:
         """`restored_rng` are the random numbers of the checkpoint: put in place just before the first step, because
         what was drawn up to here, the run that is continued had drawn before its own first step."""
         worker = self.worker
-        if worker.profiler is not None:
+        if worker.config.profiler is not None:
             self._profile(worker.profiler)
         worker.begin_training()
         worker.metrics.enter("train")
@@ -98,12 +98,10 @@ class Loop:
             yield from self.train_epoch()
         worker.metrics.enter("")
         yield from self.save_last()
+        yield from self.await_files()
         worker.end_training()
         worker.hooks.call("on_train_end")
-        if worker.profiler is not None:
-            worker.profiler.stop()
-            worker.outbox.notice(worker.profiler.summary())
-            yield from worker.outbox.take()
+        self._send_orders()
 
     def train_epoch(self) -> Iterator[Message]:
         worker, schedule, step = self.worker, self.schedule, self.step
@@ -135,7 +133,7 @@ class Loop:
                 self.obey(action)
             if self.pause is not None and not saving.is_requested:
                 yield from self.stand_still()
-            if schedule.validates_after_batch(batch.last):
+            if schedule.validates_after_batch(batch.last) or schedule.validates_before_stop(step.window):
                 yield from self.validate()
             if not batch.last and schedule.saves_after_step(step.window):
                 yield from self.save()
@@ -185,7 +183,6 @@ class Loop:
             self.transfer = sections.around("transfer", self.transfer)
         self.on_batch_start = tuple(sections.around("on_train_batch_start", hook) for hook in self.on_batch_start)
         self.on_batch_end = tuple(sections.around("on_train_batch_end", hook) for hook in self.on_batch_end)
-        profiler.start()
 
     def forward_epoch(self, skip_uneven: bool) -> None:
         """Calls training_step on each of this rank's batches; what it logs is dropped. With `skip_uneven` a batch that
@@ -203,9 +200,8 @@ class Loop:
 
     def _begin_epoch(self) -> Iterator[Message]:
         worker, progress = self.worker, self.worker.progress
-        if self.schedule.reloads() and worker.progress.batch_idx == 0:
+        if worker.progress.batch_idx == 0 and self.schedule.reloads(worker.data.opened_in):
             worker.open_training_data()
-        worker.metrics.enter("train", in_step=False)
         if worker.progress.batch_idx == 0:
             worker.hooks.call("on_train_epoch_start")
             self.step.follow()
@@ -214,7 +210,7 @@ class Loop:
         self.step.begin_epoch(worker.data.batches.knows_sizes)
         yield StageStarted("train", worker.progress.current_epoch, worker.progress.global_step, worker.data.num_batches)
         worker.metrics.enter("train", in_step=True)
-        ended = progress.batch_idx > 0 and progress.batch_idx == worker.data.num_batches
+        ended = progress.batch_idx == worker.data.num_batches
         if progress.batch_idx and self.schedule.validates_after_batch(ended) and not progress.is_validated:
             yield from self.validate()  # it was due, and then the run was cut short
 
@@ -242,11 +238,16 @@ class Loop:
         worker = self.worker
         began = perf_counter()
         yield from self.report(worker.progress.batch_idx - 1)  # one that dies in the validation has said all
-        if "validate" not in worker.evaluation_data or self.schedule.reloads():
+        opened = worker.evaluation_data.get("validate")
+        if opened is None or self.schedule.reloads(opened.opened_in):
             worker.open_evaluation_data("validate")
         worker.enter("validate")
         worker.request_validation(False)
-        yield from evaluate(worker, "validate")
+        if not self.step.window:  # what is accumulated is not thrown away
+            hooks = worker.hooks.of("on_validation_model_zero_grad")
+            hooks[0]() if hooks else worker.module.zero_grad()
+        with worker.profiler.profile("validation"):
+            yield from evaluate(worker, "validate")
         worker.enter("train")
         worker.metrics.enter("train", in_step=True)
         worker.seconds["validation"] += perf_counter() - began
@@ -294,7 +295,7 @@ class Loop:
             metrics.carry(share)  # of a checkpoint that has to be made once more
         yield StageFinished("train", worker.progress.current_epoch, worker.progress.global_step)
         yield from worker.outbox.take()
-        if whole and self.schedule.saves_after_epoch():
+        if (whole and self.schedule.saves_after_epoch()) or worker.saving.orders:
             yield from self.save(must=True)
 
     def save(self, must: bool = False) -> Iterator[Message]:
@@ -307,17 +308,26 @@ class Loop:
         worker, saving, step = self.worker, self.worker.saving, self.worker.progress.global_step
         if saving.snapshots is None or saving.saved_at == worker.progress.num_batches_seen:
             saving.drop_request()
+            self._send_orders()
             return
         self.monitor.look()
         yield from self._poll()
         free = agree(not saving.snapshots.busy, worker.world_size)
         if free or must or self.schedule.must_save():
             worker.control.show_life("save", step)
+            self._send_orders()
             contents.take_snapshot(worker, wait=not free)
             saving.note_saved(worker.progress.num_batches_seen)
             worker.control.show_life(self.beat_stage, step)
         elif not saving.is_requested and worker.is_first:
             saving.say_left_out(step, worker.outbox)
+
+    def _send_orders(self) -> None:
+        """All ranks have the same."""
+        if self.worker.is_first:
+            contents.send_orders(self.worker)
+        else:
+            self.worker.saving.take_orders()
 
     def _poll(self) -> Iterator[Message]:
         """What has become of snapshots. Values come before the checkpoint that they led to: it would be committed, and
@@ -344,6 +354,14 @@ class Loop:
                     yield from keep_locally(worker)
             worker.control.show_life("end", worker.progress.global_step)
         yield from worker.outbox.take()
+
+    def await_files(self) -> Iterator[Message]:
+        """Hooks at the end of a run may read what a ModelCheckpoint has had written."""
+        worker = self.worker
+        if worker.saving.snapshots is not None and worker.hooks.trainer.checkpoint_callbacks:
+            worker.control.pause()
+            yield FilesAwaited(worker.progress.global_step)
+            worker.control.stand_still()
 
     def obey(self, action: Action) -> None:
         """Does what the driver asked all ranks for at this boundary."""
@@ -406,7 +424,9 @@ class Loop:
 
 
 def _detach(outputs: Output) -> Output:
-    """What hooks see of a step: a dict with the loss, free of the graph."""
+    """What hooks see of a step: a dict with the loss, free of the graph; empty for a batch that was skipped."""
+    if outputs is None:
+        return {}
     if isinstance(outputs, Tensor):
         return {"loss": outputs.detach()}
     if isinstance(outputs, dict):

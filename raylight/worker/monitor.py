@@ -13,7 +13,10 @@ class MonitorWatch:
     def __init__(self, worker: Worker, validates: bool):
         options = worker.config.checkpoint
         self.worker, self.validates = worker, validates
-        self.monitor = options.monitor if options is not None and options.keep_best != 0 else None
+        # a ModelCheckpoint looks for its own when a file is due
+        is_watched = any(hasattr(callback, "checkpointing") for callback in worker.hooks.callbacks)
+        has_one = options is not None and options.keep_best != 0 and not is_watched
+        self.monitor = options.monitor if options is not None and has_one else None
         self._epoch, self._validated_at = worker.progress.current_epoch, worker.progress.validated_at
 
     def look(self, is_final: bool = False) -> None:
@@ -27,14 +30,9 @@ class MonitorWatch:
             self.monitor = None
             return
         is_whole = progress.current_epoch > self._epoch
-        text = say_unknown_metric(self.monitor, known, _find_owner(worker))
+        text = say_unknown_metric(self.monitor, known)
         if is_whole and self.validates and progress.validated_at != self._validated_at:
             raise InvalidArguments(text)
         if is_final or (is_whole and not self.validates):
             worker.warn_once(text)
             self.monitor = None
-
-
-def _find_owner(worker: Worker) -> str:
-    callbacks = worker.hooks.trainer.checkpoint_callbacks
-    return type(callbacks[0]).__name__ if callbacks else "checkpoint"

@@ -23,7 +23,8 @@ MAX_BYTES = 256 << 20
 """Of one attribute of a data module; what its `setup` has made of larger ones is made again faster than sent."""
 
 _DATA = (Dataset, DataLoader, Tensor, numpy.ndarray)
-_MODULE_INTERNALS = {*vars(torch.nn.Module()), "_trainer", "_modes", "_toggled"}
+_MODULE_INTERNALS = {*vars(torch.nn.Module()), "_trainer", "_modes", "_toggled", "configure_optimizers"}
+"""The last is an object's own, which refers to it: a command line's."""
 
 
 def pack_objects(
@@ -51,7 +52,7 @@ def pack_objects(
         "trainer": _sendable(trainer, trainer._stays),
     }
     file = io.BytesIO()
-    _Packer(file).dump(content)
+    Packer(file).dump(content)
     return file.getvalue()
 
 
@@ -85,7 +86,7 @@ def _sendable(owner: Value, skip: Collection[str] = ()) -> dict[str, Value]:
     }  # fmt: skip
 
 
-class _Packer(pickle.Pickler):
+class Packer(pickle.Pickler):
     """Classes and functions go by name, those of a script too: the caller has them, and they must stay the same."""
 
     def reducer_override(self, obj: Value) -> Value:
@@ -98,7 +99,7 @@ class _Packer(pickle.Pickler):
         return NotImplemented
 
 
-class _Counter(_Packer):
+class _Counter(Packer):
     def __init__(self) -> None:
         super().__init__(self, protocol=5)
         self.size = 0

@@ -67,12 +67,13 @@ class Schedule:
 
     def must_save(self) -> bool:
         """Whether this step's checkpoint is one that no other can stand for: of weights that were just validated, which
-        may be the best, or of those that are kept all."""
+        may be the best, of those that are kept all, or of which a ModelCheckpoint wants a file."""
         checkpoint = self.config.checkpoint
         if checkpoint is None:
             return False
         keeps_all = -1 in (checkpoint.keep_best, checkpoint.keep_last)
-        return self.worker.progress.is_validated or (keeps_all and self._is_step_due())
+        is_ordered = bool(self.worker.saving.orders)
+        return is_ordered or self.worker.progress.is_validated or (keeps_all and self._is_step_due())
 
     def saves_after_validation(self) -> bool:
         """With no interval set, a validation in the middle of an epoch makes a checkpoint as one at its end does."""
@@ -111,12 +112,21 @@ class Schedule:
         count = worker.progress.num_batches_seen if across_epochs else worker.progress.batch_idx
         return count % self.val_every == 0 and self._is_validation_epoch()
 
+    def validates_before_stop(self, window: int) -> bool:
+        """Whether a hook stops the run after this batch: then its weights are validated, as in Lightning. `window`:
+        batches accumulated since the last optimizer step."""
+        worker = self.worker
+        if window or self.val_every in (NEVER, AT_EPOCH_END) or worker.status != "finished":
+            return False
+        return self._may_stop() and self._is_validation_epoch() and not worker.progress.is_validated
+
     def validates_after_epoch(self) -> bool:
         return self.val_every == AT_EPOCH_END and self._is_validation_epoch()
 
-    def reloads(self) -> bool:
-        every, epoch = self.config.reload_dataloaders_every_n_epochs, self.worker.progress.current_epoch
-        return bool(every) and epoch > 0 and epoch % every == 0
+    def reloads(self, opened_in: int) -> bool:
+        """Whether loaders that were made in that epoch are made again in this one."""
+        every = self.config.reload_dataloaders_every_n_epochs
+        return bool(every) and self.worker.progress.current_epoch - opened_in >= every
 
     def _is_validation_epoch(self) -> bool:
         every = self.config.check_val_every_n_epoch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,20 +10,23 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from raylight.contract.config import FilePath
 from raylight.contract.errors import InvalidArguments
 from raylight.contract.kinds import Index, Loader, ProcessGroup, StateDict, Value
-from raylight.contract.messages import Hyperparameters
+from raylight.contract.messages import FileOrder, FileWanted, Hyperparameters
 from raylight.contract.seeding import RNGState
-from raylight.contract.task import Place, Task
+from raylight.contract.task import Files, Place, Task
 from raylight.user.callback import Callback
+from raylight.user.checkpoint_io import find_checkpoint_io
 from raylight.user.data_module import DataModule
 from raylight.user.module import Module
 from raylight.user.run_view import NO_RUN
 from raylight.user.states import RunningStage, TrainerStatus
-from raylight.worker.checkpoint.lightning_file import write_lightning_file
+from raylight.worker.checkpoint.lightning_file import save_run
 from raylight.worker.group.collectives import all_gather, broadcast_object, reduce_tensor
 from raylight.worker.group.control import Control
 from raylight.worker.loop import Loop
+from raylight.worker.metrics.callback_metrics import CallbackMetrics
 from raylight.worker.metrics.logger_proxy import LoggerProxy
 from raylight.worker.step.optimizers import SchedulerConfig, SteppingOptimizer
 from raylight.worker.step.step import Step
@@ -55,10 +57,15 @@ class Session:
         """Why its state is not that of a whole step; empty if it is."""
         self.num_undone = 0
         """Batches of the step that was taken back."""
-        self._is_on = True
-        self._logger = LoggerProxy(self.worker) if task.config.logger is not False else None
-        self.log = self.worker.metrics.log
+        self._is_on, self._said_dropped = True, False
+        self._loggers = [LoggerProxy(self.worker, index, view) for index, view in enumerate(task.loggers)]
+        self.log = self._drop_logged if task.config.barebones else self.worker.metrics.log
         self.begin()
+
+    def _drop_logged(self, *_: Value) -> None:
+        if not self._said_dropped:
+            self._said_dropped = True
+            self.worker.warn_once("barebones=True: what is logged is dropped")
 
     # ---- its life
 
@@ -111,10 +118,6 @@ class Session:
     def take_random_numbers(self) -> RNGState | None:
         taken, self.restored_rng = self.restored_rng, None
         return taken
-
-    def close_logger(self) -> None:
-        if self._logger is not None:
-            self._logger.close()
 
     def end(self) -> None:
         """The run is over; what it has left can still be read."""
@@ -190,16 +193,21 @@ class Session:
 
     @property
     def loggers(self) -> list[LoggerProxy]:
-        return [self._logger] if self._logger is not None else []
+        return self._loggers
 
     @property
     def log_dir(self) -> str:
         return self.worker.task.version_path
 
     @property
+    def files(self) -> Files | None:
+        return self.worker.task.files
+
+    @property
     def ckpt_path(self) -> str | None:
         checkpoint = self.worker.task.checkpoint
-        return checkpoint.path if checkpoint is not None else self.worker.task.lightning_file
+        file = self.worker.task.file
+        return checkpoint.path if checkpoint is not None else file if isinstance(file, str) else None
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -253,7 +261,8 @@ class Session:
 
     @property
     def is_resuming(self) -> bool:
-        return self.worker.task.checkpoint is not None and not self.worker.has_trained
+        task = self.worker.task
+        return (task.checkpoint is not None or task.file is not None) and not self.worker.has_trained
 
     @property
     def accumulate_grad_batches(self) -> int:
@@ -319,7 +328,7 @@ class Session:
 
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
-        return {name: torch.tensor(value) for name, value in self.worker.metrics.newest().items()}
+        return CallbackMetrics(self.worker.metrics.newest(), self.worker.metrics.keep)
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
@@ -351,8 +360,20 @@ class Session:
     def request_checkpoint(self) -> None:
         self.worker.saving.request()
 
-    def save_checkpoint(self, path: str | os.PathLike[str], weights_only: bool) -> None:
-        write_lightning_file(self.worker, path, weights_only)
+    def save_checkpoint(self, path: FilePath, weights_only: bool, storage_options: Value) -> None:
+        step = self.step
+        batch = step.batch.index if step is not None and step.batch is not None and step.is_done else None
+        io = find_checkpoint_io(self.worker.config.plugins)
+        save_run(self.worker, io, path, weights_only, batch, step is None or not step.window, storage_options)
+
+    def order_file(self, order: FileOrder) -> None:
+        if isinstance(order, FileWanted) and self.step is not None and self.step.window:
+            self.save_checkpoint(order.path, order.weights_only, None)  # checkpoints lie between two optimizer steps
+        else:
+            self.worker.saving.order(order)
+
+    def is_file_wanted(self, path: str) -> bool | None:
+        return self.worker.saving.is_wanted(path)
 
     def finish_copying(self) -> None:
         self.worker.saving.finish_copying()

@@ -17,13 +17,18 @@ from raylight.contract.messages import ENDING, RECOVERY, Finished, Hyperparamete
 from raylight.contract.rank_zero import set_rank
 from raylight.contract.seeding import seed_process, set_rng_state
 from raylight.contract.task import Begin, Place, Rejoin, Rescue, Task
+from raylight.user.checkpoint_io import find_checkpoint_io
+from raylight.user.given_hyperparameters import INSTANTIATOR
+from raylight.user.hyperparameters import merge_logged
 from raylight.user.run_view import PLAIN
 from raylight.worker.checkpoint import contents, optimizer_options
-from raylight.worker.checkpoint.restore import load_lightning, load_state
+from raylight.worker.checkpoint.lightning_state import load_content, to_state
+from raylight.worker.checkpoint.restore import load_state
 from raylight.worker.checkpoint.state import State
 from raylight.worker.diagnosis.evidence import keep_evidence
 from raylight.worker.diagnosis.failure import Aftermath, describe_failure
 from raylight.worker.diagnosis.out_of_memory import advise
+from raylight.worker.diagnosis.sections import begin_profile, end_profile
 from raylight.worker.evaluation import EvaluationResult, evaluate, split_by_loader
 from raylight.worker.group import process_group, rejoin
 from raylight.worker.group.control import Control, Halted
@@ -31,8 +36,9 @@ from raylight.worker.loop import sanity_check
 from raylight.worker.returned import pack_objects
 from raylight.worker.session import Session
 from raylight.worker.step.dynamo import postpone_dynamo
-from raylight.worker.step.optimizers import check_schedulers, make_optimizers
+from raylight.worker.step.optimizers import NoOptimizer, check_schedulers, make_optimizers
 from raylight.worker.step.reduction import explain
+from raylight.worker.surprises import warn_of_surprises
 from raylight.worker.worker import Worker
 
 
@@ -63,6 +69,7 @@ def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
                 _part_random_numbers(session.worker)
                 control.keep(session)
             result = yield from (_fit(session) if task.stage == "fit" else _evaluate(session.worker))
+            end_profile(session.worker)
             _tear_down(session)
         finished = _finish(session, result)
         yield from session.worker.outbox.take()
@@ -103,10 +110,9 @@ def prepare(session: Session) -> Iterator[Message]:
     added = worker.module.configure_callbacks()
     if added:
         hooks.add_callbacks(as_list(added))
-    if worker.place.local_rank == 0:
-        if data_module is not None:
-            data_module.prepare_data()
-        worker.module.prepare_data()
+    for owner in (data_module, worker.module):
+        if owner is not None and (worker.place.local_rank if owner.prepare_data_per_node else worker.rank) == 0:
+            owner.prepare_data()
     if isinstance(task.mode, Begin):
         worker.barrier()
     if data_module is not None:
@@ -117,8 +123,8 @@ def prepare(session: Session) -> Iterator[Message]:
     worker.module.configure_model()
     if task.checkpoint is not None:
         state = load_state(task.checkpoint, worker.rank, worker.world_size)
-    elif task.lightning_file is not None:
-        state = load_lightning(task.lightning_file)
+    elif task.file is not None:
+        state = _load_file(task, worker)
     if state is not None:
         contents.restore_weights(worker, state)
     if worker.config.sync_batchnorm and worker.world_size > 1:
@@ -126,17 +132,30 @@ def prepare(session: Session) -> Iterator[Message]:
     worker.precision.convert_module(worker.module)
     worker.module.to(worker.device)
     hparams = {**getattr(data_module, "hparams", {}), **worker.module.hparams}
+    hparams.pop(INSTANTIATOR, None)
     if worker.is_first and hparams:
-        yield Hyperparameters(dict(hparams))
+        yield Hyperparameters(dict(hparams), merge_logged(worker.module, data_module))
     yield from worker.outbox.take()
+    begin_profile(worker)
     if worker.is_fitting:
-        session.keep_random_numbers(_prepare_fit(worker, state if task.checkpoint is not None else None))
+        session.keep_random_numbers(_prepare_fit(worker, state))
+
+
+def _load_file(task: Task, worker: Worker) -> State:
+    assert task.file is not None
+    where = task.file if isinstance(task.file, str) else "the file"
+    content = load_content(task.file, find_checkpoint_io(worker.config.plugins), weights_only=not task.runs_code)
+    return to_state(content, where, worker.rank, worker.world_size)
 
 
 def _prepare_fit(worker: Worker, state: State | None) -> contents.RNGState | None:
     """Optimizers, snapshots, and the state of the checkpoint that the run goes on from."""
     task, config, module = worker.task, worker.config, worker.module
-    optimizers, schedulers = make_optimizers(module.configure_optimizers(), module.automatic_optimization)
+    returned = module.configure_optimizers()
+    optimizers, schedulers = make_optimizers(returned, module.automatic_optimization)
+    if returned is None and module.automatic_optimization:
+        optimizers = [NoOptimizer()]
+        worker.warn_once("configure_optimizers returned None: this fit has no optimizer and trains nothing")
     mistakes = check_schedulers(optimizers, schedulers)
     if module.automatic_optimization and len(optimizers) > 1:
         mistakes.append(
@@ -144,7 +163,9 @@ def _prepare_fit(worker: Worker, state: State | None) -> contents.RNGState | Non
             "and step them in training_step, as Lightning asks too"
         )
     if module.automatic_optimization and not optimizers:
-        mistakes.append("configure_optimizers returned no optimizer: nothing would be trained")
+        mistakes.append(
+            "configure_optimizers returned no optimizer: nothing would be trained; to mean that, return None"
+        )
     if mistakes:
         raise InvalidArguments(mistakes)
     worker.optimizers.take(optimizers, schedulers)
@@ -162,6 +183,8 @@ def _fit(session: Session) -> Generator[Message, None, None]:
     if worker.progress.is_at_start:
         yield from sanity_check(worker)
     worker.open_training_data()
+    if worker.progress.is_at_start:
+        warn_of_surprises(worker)
     yield from session.open_loop().fit(session.take_random_numbers())
     worker.hooks.call("on_fit_end")
 
@@ -177,7 +200,6 @@ def _tear_down(session: Session) -> None:
     worker.hooks.call("teardown", worker.task.stage)
     if worker.data_module is not None:
         worker.data_module.teardown(worker.task.stage)
-    session.close_logger()
 
 
 def _finish(session: Session, result: EvaluationResult | None) -> Finished:
@@ -223,7 +245,7 @@ def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
             aftermath.attempt("on_exception", hook, error)
         if worker.data_module is not None:
             aftermath.attempt("on_exception", worker.data_module.on_exception, error)
-        aftermath.attempt("trainer.logger", session.close_logger)
+        aftermath.attempt("the profiler", worker.profiler.teardown, worker.task.stage)
         failure = describe_failure(error, step, stage)
         if stage == "train" and loop is not None:
             evidence = keep_evidence(worker, loop.step, loop.suspect, failure.kind, failure.text)
@@ -234,6 +256,9 @@ def _fail(session: Session | None, error: Exception) -> Iterator[Message]:
     if worker.is_fitting:
         num_notes = len(aftermath.notes)
         aftermath.attempt("taking the broken step back", session.settle)
+        settle_orders = contents.drop_orders if lost_peer else contents.send_orders
+        settle_orders(worker)
+        yield from worker.outbox.take()
         if len(aftermath.notes) > num_notes:
             session.lose(aftermath.notes[-1])
         yield from rejoin.drain_rows(worker)

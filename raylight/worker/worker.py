@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-
 import torch
 import torch.distributed as dist
 
@@ -12,12 +9,12 @@ from raylight.contract.kinds import Output
 from raylight.contract.task import Place, Task
 from raylight.user.data_module import DataModule
 from raylight.user.module import Module
+from raylight.user.profilers import PassThroughProfiler, Profiler
 from raylight.worker.checkpoint.saving import Saving
 from raylight.worker.data.batch_transfer import BatchTransfer
 from raylight.worker.data.training_data import EvaluationData, TrainingData, find_loader
-from raylight.worker.diagnosis.profiler import Profiler, make_profiler
 from raylight.worker.group.control import Control
-from raylight.worker.hooks import Hooks
+from raylight.worker.hooks import Hooks, bind_step
 from raylight.worker.metrics.metrics import Metrics
 from raylight.worker.outbox import Outbox
 from raylight.worker.progress import Progress
@@ -39,7 +36,7 @@ class Worker:
         self.precision = make_precision(self.config.precision, self.device.type, plugins=self.config.plugins)
         self.transfer = BatchTransfer(self.hooks, self.device, self.precision)
         self.metrics = Metrics(task.module, place.world_size, tell=self.warn_once)
-        self.profiler: Profiler | None = make_profiler(self.config.profiler, trace_path=self._trace_path())
+        self.profiler: Profiler = self.config.profiler or PassThroughProfiler()
         self.progress = Progress()
         self.optimizers = Optimizers()
         self.saving = Saving()
@@ -57,10 +54,6 @@ class Worker:
         """Its state is that of the run, and not only of its start."""
         self.seconds: dict[str, float] = {}
         """What its time went to."""
-
-    def _trace_path(self) -> str:
-        local = self.task.files.local_path("") if self.task.files is not None else None
-        return os.path.join(local or tempfile.gettempdir(), f"trace-rank-{self.place.rank}.json")
 
     def warn_once(self, text: str) -> None:
         """For what all ranks find alike: the first of them says it."""
@@ -141,9 +134,11 @@ class Worker:
     def open_training_data(self) -> None:
         """Finds the training loader and divides it; again where loaders are reloaded every n epochs."""
         loader = find_loader(self.task.loaders, self.hooks, "train")
-        index = self.data.open(loader, self.rank, self.world_size)
+        index = self.data.open(loader, self.rank, self.world_size, self.progress.current_epoch)
         if index is not None:
             self.progress.enter_epoch_at(index)
+            if self.data.batches is not None:
+                self.progress.note_position(self.data.batches.position)
 
     def open_evaluation_data(self, stage: str) -> EvaluationData:
         """Finds the loaders of a stage and deals them."""
@@ -156,5 +151,9 @@ class Worker:
         if stage == "validate" and config.overfit_batches and self.is_fitting:
             limit = config.overfit_batches
         given = find_loader(self.task.loaders, self.hooks, stage)
-        data = self.evaluation_data[stage] = EvaluationData(given, self.place, limit, self.task.seed)
+        data = EvaluationData(given, self.place, limit, self.task.seed, self.progress.current_epoch)
+        step = f"{'validation' if stage == 'validate' else stage}_step"
+        if self.hooks.overrides(step):
+            bind_step(getattr(self.module, step), several=len(data.batches) > 1)  # what it cannot take shows here
+        self.evaluation_data[stage] = data
         return data

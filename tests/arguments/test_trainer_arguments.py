@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 SPELLINGS = {
     "devices", "gpus", "num_nodes", "accelerator", "max_time", "default_root_dir", "enable_checkpointing", "callbacks"
 }  # fmt: skip
-NO_ARGUMENTS = {"max_time_s", "given"}
+NO_ARGUMENTS = {"max_time_s", "given", "gpu_indices"}
 
 # What is not given is told from what is: each contradicts another argument. Lightning's default is None too.
 UNSET = {"precision", "checkpoint", "storage_path"}
@@ -160,10 +160,10 @@ def test_help_shows_what_each_argument_means(keywords: dict[str, inspect.Paramet
 )
 def test_misspelt_names_are_told_with_all_other_mistakes(call: Callable[..., Any]) -> None:
     with pytest.raises(InvalidArguments) as caught:
-        call(max_epoch=3, precison=16, min_epochs=-1, barebones=True)
+        call(max_epoch=3, precison=16, min_epochs=-1, tpu_cores=8)
     told = "\n".join(caught.value.mistakes)
     assert len(caught.value.mistakes) == 4
-    for words in ("did you mean max_epochs?", "did you mean precision?", "min_epochs must", "barebones is Lightning's"):
+    for words in ("did you mean max_epochs?", "did you mean precision?", "min_epochs must", "tpu_cores is Lightning's"):
         assert words in told
 
 

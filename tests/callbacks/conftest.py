@@ -41,6 +41,10 @@ class HandmadeTrainer:
         vars(self).update(attributes)
 
     @property
+    def loggers(self) -> list[Any]:
+        return [self.logger] if self.logger else []
+
+    @property
     def training(self) -> bool:
         return self.stage == "train"
 
@@ -94,7 +98,7 @@ class Net(pl.Module):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.log("test_loss", self.loss(batch))
 
-    def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
         return self.head(self.backbone(batch[0]))
 
     def configure_optimizers(self) -> Any:

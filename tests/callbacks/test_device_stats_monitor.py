@@ -75,4 +75,4 @@ def test_other_ranks_other_stages_and_no_cpu_stats(make_rank):
     silent = make_rank({"log_every_n_steps": 1}, global_step=1)
     DeviceStatsMonitor(cpu_stats=False).on_train_batch_end(silent, None, None, None, 0)
     assert silent.logged == []
-    assert "logger=False" in monitor.find_mistakes(Config(logger=False))[0]
+    assert "logger=False" in monitor._find_mistakes(Config(logger=False))[0]

@@ -104,5 +104,5 @@ def test_accumulated_batches_log_their_step_once(make_rank):
 def test_what_cannot_work_is_told():
     with pytest.raises(InvalidArguments, match="Did you mean 'step'"):
         LearningRateMonitor("steps")
-    assert "logger=False" in LearningRateMonitor().find_mistakes(Config(logger=False))[0]
-    assert LearningRateMonitor().find_mistakes(Config(logger=False, fast_dev_run=1)) == []
+    assert "logger=False" in LearningRateMonitor()._find_mistakes(Config(logger=False))[0]
+    assert LearningRateMonitor()._find_mistakes(Config(logger=False, fast_dev_run=1)) == []

@@ -151,5 +151,5 @@ def test_mistakes_are_named():
     with pytest.raises(InvalidArguments, match=r"the module does not have: Linear\.weight"):
         ModelPruning.sanitize_parameters_to_prune(make_net(pl.Module), [(nn.Linear(1, 1), "weight")])
     permanent = ModelPruning("l1_unstructured", make_pruning_permanent=False)
-    assert "num_workers=0" in permanent.find_mistakes(Config(num_workers=2))[0]
-    assert permanent.find_mistakes(Config(num_workers=0)) == []
+    assert "num_workers=0" in permanent._find_mistakes(Config(num_workers=2))[0]
+    assert permanent._find_mistakes(Config(num_workers=0)) == []

@@ -65,8 +65,8 @@ def test_accumulation_follows_the_epoch(make_rank):
     Automatic.automatic_optimization = False
     with pytest.raises(InvalidArguments, match="optimizes manually"):
         scheduler.on_train_start(resumed, Automatic)
-    assert scheduler.find_mistakes(Config()) == []
-    assert "keep one" in scheduler.find_mistakes(Config(accumulate_grad_batches=2))[0]
+    assert scheduler._find_mistakes(Config()) == []
+    assert "keep one" in scheduler._find_mistakes(Config(accumulate_grad_batches=2))[0]
 
 
 @pytest.mark.parametrize("scheduling", [{}, {-1: 2}, {0: 0}, {"a": 2}, {True: 2}, None])
@@ -77,9 +77,9 @@ def test_accumulation_that_cannot_be_is_refused(scheduling):
 
 def test_accumulation_is_not_set_in_two_places():
     scheduler = GradientAccumulationScheduler({2: 4})
-    assert scheduler.find_mistakes(Config()) == []
+    assert scheduler._find_mistakes(Config()) == []
     for given in ({"accumulate_grad_batches": 2}, {"global_batch_size": 64}):
-        (mistake,) = scheduler.find_mistakes(Config(**given))
+        (mistake,) = scheduler._find_mistakes(Config(**given))
         [(name, value)] = given.items()
         assert f"{name}={value} and GradientAccumulationScheduler both set the accumulation" in mistake
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -10,8 +13,10 @@ import raylight as pl
 from raylight.callbacks import (
     BackboneFinetuning,
     BasePredictionWriter,
+    Callback,
     EarlyStopping,
     EMAWeightAveraging,
+    ModelCheckpoint,
     StochasticWeightAveraging,
     Timer,
 )
@@ -22,7 +27,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 def train(net, data, path, num_workers, callback, **arguments):
     options = {"num_workers": num_workers, "use_gpu": False, "storage_path": str(path / str(num_workers)), "seed": 3}
     options |= {"max_epochs": 4, "enable_progress_bar": False, "enable_model_summary": False} | arguments
-    trainer = pl.Trainer(callbacks=[callback], **options)
+    trainer = pl.Trainer(callbacks=callback, **options)
     loader = DataLoader(data, batch_size=8 // max(num_workers, 1))
     trainer.fit(net, loader, DataLoader(data, batch_size=16))
     return trainer
@@ -111,3 +116,63 @@ def test_each_worker_writes_its_predictions(make_net, make_samples, tmp_path):
     predictions, indices = torch.load(tmp_path / "rank-1.pt", weights_only=True)
     assert indices == [[batches[1][2], batches[3][2]]]
     assert torch.equal(predictions[1], batches[3][1])
+
+
+class Reads(ModelCheckpoint):
+    """Looks at its files where training has ended, on every rank."""
+
+    found: list[int]
+
+    def on_train_end(self, trainer, module):
+        super().on_train_end(trainer, module)
+        self.found = [torch.load(path, weights_only=True)["global_step"] for path in self.best_k_models]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"monitor": "val_loss", "save_top_k": 2, "save_last": "link"},
+        {"monitor": "train_loss", "save_top_k": -1, "every_n_train_steps": 4, "filename": "{step}-{train_loss:.3f}"},
+    ],
+)
+def test_files_are_those_of_one_process(make_net, dataset, tmp_path, options):
+    left = []
+    for num_workers in (0, 2):
+        folder = tmp_path / f"files-{num_workers}"
+        callback = Reads(folder, **options)
+        trainer = train(make_net(), dataset, tmp_path, num_workers, callback)
+        assert trainer.checkpoint_callback is callback
+        assert callback.found == [torch.load(path, weights_only=True)["global_step"] for path in callback.best_k_models]
+        state = {name: str(value).replace(str(folder), "") for name, value in callback.state_dict().items()}
+        names = sorted(path.name for path in folder.iterdir())
+        left.append((names, {} if options["monitor"] == "train_loss" else state))
+    if options["monitor"] == "val_loss":
+        assert left[0] == left[1]
+    else:  # a value of a step is rank 0's own
+        assert [name.split("-")[0] for name in left[0][0]] == [name.split("-")[0] for name in left[1][0]]
+
+
+class DiesOnce(Callback):
+    """Kills the process of a rank in front of a step, and only the first time."""
+
+    def __init__(self, mark, rank, step):
+        self.mark, self.rank, self.step = mark, rank, step
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_rank == self.rank and trainer.global_step == self.step and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_lost_worker_changes_no_file(make_net, dataset, tmp_path, rank):
+    folders = []
+    for dies in (False, True):
+        folders.append(tmp_path / f"files-{dies}")
+        callbacks = [ModelCheckpoint(folders[-1], monitor="val_loss", save_top_k=-1, save_last=True)]
+        callbacks += [DiesOnce(tmp_path / "died", rank, 15)] if dies else []
+        train(make_net(), dataset, tmp_path / str(dies), 2, callbacks)
+    whole, broken = (sorted(path.name for path in folder.iterdir()) for folder in folders)
+    assert whole == broken
+    assert len(whole) == 5
+    assert (tmp_path / "died").exists()

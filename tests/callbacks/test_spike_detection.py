@@ -83,7 +83,7 @@ def test_mistakes_are_named():
     with pytest.raises(InvalidArguments) as caught:
         SpikeDetection(mode="mn", window=0, atol="much")  # type: ignore[arg-type]
     assert len(caught.value.mistakes) == 3
-    assert "exclude_batches_path" in SpikeDetection().find_mistakes(Config(storage_path="s3://bucket/runs"))[0]
-    assert SpikeDetection(exclude_batches_path="here").find_mistakes(Config(storage_path="s3://bucket/runs")) == []
+    assert "exclude_batches_path" in SpikeDetection()._find_mistakes(Config(storage_path="s3://bucket/runs"))[0]
+    assert SpikeDetection(exclude_batches_path="here")._find_mistakes(Config(storage_path="s3://bucket/runs")) == []
     with pytest.raises(TypeError, match="training_step returned NoneType"):
         SpikeDetection().on_train_batch_end(None, None, {"loss": None}, None, 0)  # type: ignore[arg-type]

@@ -154,9 +154,9 @@ def test_all_mistakes_are_told_at_once():
 
 def test_epochs_that_never_come_are_told():
     config = Config(max_epochs=4)
-    assert StochasticWeightAveraging(0.1, swa_epoch_start=4).find_mistakes(config) == []
-    assert "never reached" in StochasticWeightAveraging(0.1, swa_epoch_start=5).find_mistakes(config)[0]
-    assert "fraction of max_epochs" in StochasticWeightAveraging(0.1).find_mistakes(Config(max_epochs=-1))[0]
+    assert StochasticWeightAveraging(0.1, swa_epoch_start=4)._find_mistakes(config) == []
+    assert "never reached" in StochasticWeightAveraging(0.1, swa_epoch_start=5)._find_mistakes(config)[0]
+    assert "fraction of max_epochs" in StochasticWeightAveraging(0.1)._find_mistakes(Config(max_epochs=-1))[0]
 
 
 def test_rates_must_fit_the_groups(fit, make_net):

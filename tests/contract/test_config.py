@@ -48,6 +48,11 @@ class KeepBest(Callback):
         return Checkpointing(**self.fields)
 
 
+class Stateful(Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
 class LightningStrategy:
     pass
 
@@ -80,7 +85,11 @@ BAD = [
     (dict(resume="last"), CPU, ["resume", 'raylight.fit(..., resume="last")']),
     (dict(datamodule=1), CPU, ["datamodule", "trainer.fit(model, datamodule=...)"]),
     (dict(terminate_on_nan=True), CPU, ["terminate_on_nan is Lightning's", "detect_anomaly=True"]),
-    (dict(barebones=True), CPU, ["barebones", "logger=False", "checkpoint=False"]),
+    (dict(barebones=True, profiler="simple"), CPU, ["barebones=True turns off", "profiler='simple' asks for it"]),
+    (dict(barebones=True, fast_dev_run=True), CPU, ["barebones=True", "fast_dev_run=1"]),
+    (dict(barebones=True, log_every_n_steps=5), CPU, ["barebones=True", "log_every_n_steps=5"]),
+    (dict(barebones=True, enable_checkpointing=True), CPU, ["barebones=True", "enable_checkpointing=True"]),
+    (dict(accelerator="mps"), CPU, ["accelerator must be", 'on a Mac accelerator="cpu"']),
     (dict(resume_from_checkpoint="x"), CPU, ["resume_from_checkpoint", "resume=path"]),
     # types and ranges
     (dict(max_epochs="ten"), CPU, ["max_epochs must be a whole number of at least -1", "'ten' (str)"]),
@@ -110,7 +119,7 @@ BAD = [
     (dict(benchmark=1), CPU, ["benchmark must be True or False", "1 (int)"]),
     (dict(seed=2**32), CPU, ["seed", "from 0 to 4294967295"]),
     (dict(log_every_n_steps=-1), CPU, ["log_every_n_steps", "at least 0", "-1 (int)"]),
-    (dict(profiler="advanced"), CPU, ["profiler", "'simple'", "'torch'", "'advanced'"]),
+    (dict(profiler="advancd"), CPU, ["profiler", "'simple'", "'torch'", "did you mean 'advanced'?"]),
     (dict(logger="tensorboard"), CPU, ["logger", "log_metrics", "'tensorboard'"]),
     (dict(logger=[Loud(), 3]), CPU, ["logger", "log_metrics"]),
     (dict(max_restarts=-1), CPU, ["max_restarts", "at least 0"]),
@@ -132,7 +141,7 @@ BAD = [
     (dict(plugins=ClusterEnvironment()), CPU, ["plugins", "Ray knows the nodes"]),
     (dict(plugins=[OwnPrecision()], precision="16-mixed"), ONE_GPU, ["precision='16-mixed'", "plugins"]),
     # strategy
-    (dict(strategy="fsdp"), CPU, ['strategy="fsdp" is not yet here', '"ddp"']),
+    (dict(strategy="fsdp"), CPU, ["'fsdp'", "a model that does not fit one device is not supported yet"]),
     (dict(strategy="deepspeed"), CPU, ["strategy", '"ddp"', "raylight.DDP(...)", "'deepspeed'"]),
     (dict(strategy=LightningStrategy()), CPU, ["strategy", "raylight.DDP(...) in place of Lightning's object"]),
     (dict(strategy=DDP(backend="ncl")), CPU, ["strategy: backend", "did you mean 'nccl'?"]),
@@ -149,8 +158,10 @@ BAD = [
     (dict(checkpoint=Checkpointing(keep_best=0, keep_last=0)), CPU, ["keeps no checkpoint", "checkpoint=False"]),
     (dict(checkpoint=False, enable_checkpointing=True), CPU, ["checkpoint=False", "enable_checkpointing=True"]),
     (dict(enable_checkpointing=False, callbacks=KeepBest()), CPU, ["enable_checkpointing=False", "KeepBest"]),
-    (dict(checkpoint=Checkpointing(), callbacks=[KeepBest()]), CPU, ["checkpoint and KeepBest", "pass one of them"]),
-    (dict(callbacks=[KeepBest(), KeepBest()]), CPU, ["callbacks[0]", "callbacks[1]", "pass one of them"]),
+    (
+        dict(callbacks=[Stateful(), Callback(), Stateful()]), CPU,
+        ["callbacks[0] and callbacks[2] would keep their state under one key, 'Stateful'", "override state_key"],
+    ),
     (dict(callbacks=[KeepBest(mode="mean")]), CPU, ["KeepBest (callbacks[0]): mode", "'mean'"]),
     # impossible together
     (dict(min_epochs=5, max_epochs=3), CPU, ["min_epochs=5 is more than max_epochs=3"]),
@@ -169,8 +180,11 @@ BAD = [
     (dict(num_workers=(0, 2)), CPU, ["num_workers", "at least 1 each"]),
     (dict(num_workers="two"), CPU, ["num_workers", "'two'"]),
     (dict(devices=0), CPU, ["devices", "at least 1", "0 (int)"]),
-    (dict(devices=[1, 3]), FOUR_GPUS, ["devices", "CUDA_VISIBLE_DEVICES=1,3", "devices=2"]),
-    (dict(gpus="0,2"), FOUR_GPUS, ["gpus", "CUDA_VISIBLE_DEVICES=0,2"]),
+    (dict(devices=[1, 3]), CLUSTER, ["devices", "CUDA_VISIBLE_DEVICES=1,3", "devices=2"]),
+    (dict(devices="2,"), CPU, ["devices=[2] names GPUs", "on CPUs: devices=1"]),
+    (dict(devices=[0, 4]), FOUR_GPUS, ["devices=[0,4]", "this machine has 4 GPUs"]),
+    (dict(devices=[1, 1]), FOUR_GPUS, ["devices", "indices of GPUs such as [0, 2]", "each GPU once"]),
+    (dict(devices="0,x"), FOUR_GPUS, ["devices", "'0,x'"]),
     (dict(accelerator="tpu"), CPU, ["accelerator", "'cpu'", "'gpu'", "'tpu'"]),
     (dict(resources_per_worker={"cpu": 2}), CPU, ["resources_per_worker", "Ray writes 'CPU'"]),
     (dict(resources_per_worker={"CPU": -1}), CPU, ["resources_per_worker", "negative"]),
@@ -319,10 +333,15 @@ SPELLINGS = [
     (dict(checkpoint=None, enable_checkpointing=True), "checkpoint", Checkpointing()),
     (dict(checkpoint={"every_n_steps": 5, "mode": "MAX"}), "checkpoint", Checkpointing(every_n_steps=5, mode="max")),
     (dict(callbacks=KeepBest(monitor="acc")), "checkpoint", Checkpointing(monitor="acc")),
+    (dict(callbacks=KeepBest(mode="max"), checkpoint={"keep_last": 3}), "checkpoint", Checkpointing(keep_last=3)),
+    (
+        dict(callbacks=[KeepBest(every_s=60, every_n_steps=9), KeepBest(monitor="a", mode="max"), KeepBest(every_s=7)]),
+        "checkpoint",
+        Checkpointing(every_n_steps=9, every_s=7.0, monitor="a", mode="max"),
+    ),
     (dict(logger=False), "logger", False),
     (dict(logger=[]), "logger", False),
     (dict(logger=None), "logger", True),
-    (dict(profiler="pytorch"), "profiler", "torch"),
     (dict(hang_timeout_s=float("inf")), "hang_timeout_s", float("inf")),
     (dict(storage_path="s3://bucket/runs"), "storage_path", "s3://bucket/runs"),
     (dict(storage_path=Path("/tmp/x")), "storage_path", "/tmp/x"),
@@ -517,3 +536,33 @@ def test_a_record_says_what_a_hyperparameter_is() -> None:
             "a": [1, "(MissingMandatoryValue)"], "b": [1, "(MissingMandatoryValue)"], "late": "(MissingMandatoryValue)",
         },
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "available", "num_workers", "indices"),
+    [
+        (dict(devices=[1, 3]), FOUR_GPUS, 2, (1, 3)), (dict(gpus="0,2"), FOUR_GPUS, 2, (0, 2)),
+        (dict(devices="2,"), FOUR_GPUS, 0, (2,)), (dict(devices=[0]), FOUR_GPUS, 0, (0,)),
+        (dict(devices=[0, 1, 2, 3]), FOUR_GPUS, 4, ()), (dict(devices=[0, 1]), CPU, 2, ()),
+        (dict(devices=[0, 1]), CLUSTER, 2, ()),
+        (dict(devices=[1, 3]), Available(4, True, 4, 8, started_here=True), 2, (1, 3)),
+    ],
+)  # fmt: skip
+def test_gpus_are_chosen_by_index(
+    arguments: dict[str, Any], available: Available, num_workers: int, indices: tuple[int, ...]
+) -> None:
+    config = resolve(arguments, available)
+    assert (config.num_workers, config.gpu_indices) == (num_workers, indices)
+
+
+def test_barebones_turns_off_all_that_costs_time() -> None:
+    config = resolve(dict(barebones=True), CPU)
+    assert (config.logger, config.checkpoint, config.log_every_n_steps, config.num_sanity_val_steps) == (
+        False,
+        None,
+        0,
+        0,
+    )
+    assert not config.enable_progress_bar
+    assert not config.enable_model_summary
+    resolve(dict(barebones=True, logger=False, enable_checkpointing=False, num_sanity_val_steps=0), CPU)

@@ -38,7 +38,7 @@ def test_arguments_of_callbacks_and_schedulers(kind):
     stopping = pl.callbacks.EarlyStopping("loss", patience=kind(4), min_delta=kind(0.5))
     assert (type(stopping.patience), stopping.patience, stopping.min_delta) == (int, 4, 0.5)
     saving = pl.callbacks.ModelCheckpoint(every_n_train_steps=kind(3), save_top_k=kind(-1))
-    assert (saving.checkpointing().every_n_steps, saving.checkpointing().keep_best) == (3, -1)
+    assert (saving.checkpointing().every_n_steps, saving.save_top_k) == (3, -1)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     given = {"scheduler": scheduler, "frequency": kind(2)}

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import raylight as pl
-from raylight import cli
+from raylight import command as cli
 from raylight.contract.errors import InvalidArguments
 from raylight.contract.plain_text import has_control, to_utf8, visible
 from raylight.report.summary import format_values
@@ -141,7 +141,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         torch.save(facts, file)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}")
-    return [sys.executable, "-m", "raylight.cli", "replay", version.path]
+    return [sys.executable, "-m", "raylight.command", "replay", version.path]
 
 
 def test_a_command_from_storage_is_not_run_unless_a_person_agrees(planted: list[str], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from raylight.contract.messages import StepMetrics, StepRow, StepValue
 from raylight.driver import aggregate
-from raylight.driver.aggregate import StepAggregator
+from raylight.driver.aggregate import StepAggregator, say_incomplete
 
 
 def message(*rows: tuple[int, dict[str, tuple[float, float, str]]], time: float = 1.0, epoch: int = 0) -> StepMetrics:
@@ -164,3 +164,34 @@ def test_an_unknown_reduction_is_an_error():
     aggregator.add(0, message((1, {"x": (1.0, 1.0, "median")})))
     with pytest.raises(ValueError, match="median"):
         aggregator.add(1, message((1, {"x": (1.0, 1.0, "median")})))
+
+
+@pytest.mark.parametrize("order", [(2.0, 3.0, 5.0), (5.0, 3.0, 2.0), (3.0, 5.0, 2.0)])
+def test_an_extreme_is_found_whichever_rank_has_it(order):
+    aggregator = StepAggregator(3)
+    rows = []
+    for rank, value in enumerate(order):
+        rows += aggregator.add(rank, message((1, {"low": (value, 10.0, "min"), "high": (value, 1.0, "max")})))
+    assert rows[0][3] == {"low": 2.0, "high": 5.0}
+
+
+def test_a_row_that_has_come_out_is_not_made_again_by_the_next_group():
+    aggregator = StepAggregator(2)
+    aggregator.add(0, message((8, mean(1.0))))
+    aggregator.add(1, message((8, mean(3.0))))
+    aggregator.regroup(2, {1}, last_step=8)
+    for rank in range(2):
+        assert aggregator.add(rank, message((8, mean(9.0)))) == []
+    assert aggregator.flush() == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "gone", "parts"),
+    [
+        ([8], {2}, ["in step 8 is", "rank 2 ended before saying its part"]),
+        ([8, 9, 11], {3, 1}, ["in steps 8 to 11 is", "ranks 1, 3 ended before saying their part"]),
+        ([8, 9], {1}, ["in steps 8 to 9 is", "rank 1 ended before saying its part"]),
+    ],
+)
+def test_rows_that_lack_a_share_are_named_with_the_ranks_that_are_gone(steps, gone, parts):
+    assert [part for part in parts if part not in say_incomplete(steps, gone)] == []

@@ -25,7 +25,8 @@ from raylight.contract.messages import (
 from raylight.driver.driver import Driver
 from raylight.driver.journal import read_metrics
 from raylight.driver.logger_feed import Logger
-from raylight.loggers import CSVLogger, make_loggers
+from raylight.loggers import CSVLogger
+from raylight.loggers.opening import make_loggers
 from raylight.storage.checkpoints import Checkpoint, list_checkpoints, raise_fence
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
@@ -112,7 +113,7 @@ def test_what_a_rank_logged_is_kept_while_it_accumulates(version: Version) -> No
 
 def test_a_logger_that_cannot_write_hyperparameters_costs_a_warning(version: Version) -> None:
     Path(version.path, "hparams.yaml").mkdir()
-    run = begin(version, 0, loggers=make_loggers(CSVLogger(), version.storage, version.path))
+    run = begin(version, 0, loggers=make_loggers(CSVLogger(), version.storage))
     run.handle(0, Hyperparameters({"lr": 0.1}))
     run.close("finished")
     assert version.read_run()["hyperparameters"] == {"lr": 0.1}

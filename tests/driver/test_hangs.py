@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from raylight.contract.messages import Progress, StageStarted
-from raylight.driver.hangs import FLOOR_S, HangDetector, waits_for_peers
+from raylight.driver.hangs import FLOOR_S, HangDetector, format_stacks, waits_for_peers
 
 IN_TORCH = '  File "/site-packages/torch/autograd/graph.py", line 1, in backward\n'
 IN_USER = '  File "/home/me/train.py", line 3, in training_step\n'
@@ -139,6 +139,26 @@ def test_without_a_timeout_the_limit_follows_the_longest_silence_of_the_run():
     assert detector.look({0: ("train", 9, 1300.0)})
 
 
+def test_answers_about_one_sign_of_life_are_one_however_often_it_is_asked_for():
+    """Each answer takes its time, and with each the moment moves a little; the silence does not begin again."""
+    detector, clock = make(5.0)
+    detector.look({0: ("train", 9, 0.0)})
+    for _ in range(60):
+        clock.now += 0.1
+        is_hung = detector.look({0: ("train", 9, clock.now - 1000.009)})
+    assert is_hung
+    detector.look({0: ("train", 9, 0.0)})  # the same step, and another sign of life
+    clock.now += 4.0
+    assert not detector.look({0: ("train", 9, 4.0)})
+
+
+def test_a_rank_that_waits_for_storage_alone_is_no_hang():
+    detector, clock = make(5.0)
+    detector.look({0: ("save", 9, 0.0)})
+    clock.now += 3600.0
+    assert not detector.look({0: None})
+
+
 def test_ranks_that_have_not_begun_and_runs_without_ranks_do_not_hang():
     detector, clock = make(0.1)
     clock.now += 100.0
@@ -159,6 +179,23 @@ def test_of_ranks_that_all_wait_the_one_behind_is_to_blame():
     train(detector, clock, 0.1, 10)
     detector.look({0: ("train", 10, 0.0), 1: ("train", 9, 0.0)})
     assert detector.find_stuck({0: LOOP + IN_TORCH, 1: LOOP + IN_TORCH})[0] == 1
+
+
+def test_a_rank_that_has_never_answered_is_to_blame_first():
+    detector, clock = make(5.0)
+    detector.look({1: ("train", 0, 0.0)})
+    clock.now += 6.0
+    stacks = {0: LOOP + IN_TORCH, 1: LOOP + IN_TORCH}
+    assert detector.find_stuck(stacks) == (0, "no sign of life for 0.0 s in start at step 0", 0)
+
+
+def test_only_the_thread_of_the_loop_tells_whether_a_rank_waits():
+    assert not waits_for_peers(LOOP + IN_TORCH + IN_USER)
+    assert not waits_for_peers(LOOP + IN_USER + "\n\nThread B:\n" + IN_TORCH)
+
+
+def test_stacks_are_shown_by_rank():
+    assert format_stacks({1: "b\n\n", 0: "a"}) == "---- rank 0\na\n---- rank 1\nb"
 
 
 def test_a_rank_without_a_python_stack_is_to_blame():

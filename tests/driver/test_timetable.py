@@ -43,7 +43,9 @@ def test_save_every_so_many_seconds():
 
 def test_the_end_comes_once():
     clock, timetable = make(max_time_s=60)
-    clock.now += 61
+    clock.now += 59
+    assert timetable.due() == []
+    clock.now += 1
     assert timetable.due() == ["stop"]
     assert timetable.due() == []
 
@@ -58,6 +60,22 @@ def test_automatic_interval_keeps_the_cost_under_one_percent():
     assert timetable.every_s == AUTO_LEAST_S
     timetable.learn(saved(stall_s=0.0, write_s=40.0))
     assert timetable.every_s >= 80.0  # a checkpoint is through before the next is due
+
+
+def test_the_automatic_interval_follows_what_the_run_reports():
+    clock, timetable = make(Checkpointing(every_s="auto"))
+    timetable.see(saved(stall_s=0.5, write_s=20.0))
+    clock.now += 249
+    assert timetable.due() == []
+    clock.now += 1
+    assert timetable.due() == ["save"]
+
+
+def test_an_interval_that_was_given_stays_whatever_a_checkpoint_costs():
+    clock, timetable = make(Checkpointing(every_s=5))
+    timetable.see(saved(stall_s=0.5, write_s=20.0))
+    clock.now += 5
+    assert timetable.due() == ["save"]
 
 
 EPOCH = StageStarted("train", 0, 0, 6)
@@ -108,3 +126,23 @@ def test_a_validation_that_is_not_due_yet_keeps_its_time_through_a_failure():
     timetable.see(EPOCH)
     clock.now += 4
     assert timetable.due() == ["validate"]
+
+
+def test_a_failure_after_a_validation_does_not_bring_the_next_one_forward():
+    clock, timetable = make(val_check_interval=timedelta(seconds=10))
+    for message in (EPOCH, VALIDATION, END):
+        timetable.see(message)
+    timetable.begin()
+    timetable.see(EPOCH)
+    clock.now += 9
+    assert timetable.due() == []
+    clock.now += 1
+    assert timetable.due() == ["validate"]
+
+
+def test_stages_tell_nothing_to_a_run_that_validates_by_steps():
+    clock, timetable = make()
+    for message in (EPOCH, VALIDATION, END):
+        timetable.see(message)
+    clock.now += 1e9
+    assert timetable.due() == []

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import raylight as pl
-from raylight import cli
+from raylight import command as cli
 from raylight.contract.errors import RaylightError
 from raylight.contract.messages import SavedFile
 from raylight.driver.journal import read_metrics

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import raylight as pl
+from raylight.loggers import CSVLogger
 
 pytestmark = pytest.mark.usefixtures("ray_if_marked")
 
@@ -267,11 +268,21 @@ def test_a_logger_that_fails_takes_nobodys_place(num_workers, method, tmp_path, 
     assert pl.open_run(str(tmp_path)).status == "failed"
 
 
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.ray)])
+def test_a_logger_that_always_fails_is_named_once_and_training_goes_on(num_workers, tmp_path, capsys):
+    (tmp_path / "failed").touch()
+    other = CSVLogger(tmp_path / "csv")
+    _, result = train(tmp_path, num_workers, logger=[FailingLogger(tmp_path / "failed", "log_metrics"), other])
+    assert (result.status, result.num_steps) == ("finished", 8)
+    assert capsys.readouterr().out.count("FailingLogger") == 1
+    assert "loss" in Path(other.log_dir, "metrics.csv").read_text()
+
+
 def test_a_logger_that_fails_at_the_end_leaves_the_result(tmp_path, capsys):
     (tmp_path / "failed").touch()
     _, result = train(tmp_path, 0, logger=FailingLogger(tmp_path / "failed", "finalize"))
     assert (result.status, result.num_steps) == ("finished", 8)
-    assert "FailingLogger raised Second: in finalize" in capsys.readouterr().out
+    assert "FailingLogger could not store all that was logged: Second: in finalize" in capsys.readouterr().out
 
 
 class FailInReplacement(pl.Callback):

@@ -13,7 +13,7 @@ import pytest
 import raylight as pl
 from raylight.contract.errors import InvalidArguments, NotEnoughResources
 from raylight.lightning.alias_modules import NAMES, find_entry
-from raylight.lightning.names import HERE, NOT_YET, read
+from raylight.lightning.names import HERE, read
 from raylight.lightning.refused import REFUSED, STRATEGIES, StandIn, say_why_not
 from tests.lightning.lightnings_names import walk
 
@@ -59,8 +59,6 @@ def test_a_name_stands_once():
     rows = [(module, name) for row in HERE for module in row.modules for name in read(row)]
     rows += [(module, name) for row in REFUSED for module in row.modules for name in row.names.split() if name != "*"]
     assert len(rows) == len(set(rows))
-    assert not [entry for entry in NOT_YET if entry.split(":") not in [
-        [row.place, ours_name] for row in HERE for ours_name in read(row).values()]]  # fmt: skip
 
 
 def test_a_name_is_one_object_wherever_it_is_found():

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import raylight as pl
-from raylight.cli import main
+from raylight.command import main
 from raylight.speed.memory import PeakMemory
 from raylight.speed.result import Latency, Measurement
 

@@ -45,7 +45,7 @@ KNOWN = {
     "driver/journal.py merge_metrics delete",  # metrics-00000.parquet and so on
     "driver/shelf.py Shelf.retain delete",  # a checkpoint that the run has committed or listed
     "tuning/trial_run.py TrialRun.begin delete",  # a checkpoint of the trial's own version
-    "user/strategy_facade.py FileIO.remove_checkpoint unlink",  # a file that user code names
+    "storage/single_file.py remove delete",  # a file that user code names
     "doctor.py _storage delete",  # a probe with a random name
     "report/csv_file.py CsvFile._rewrite unlink",  # a temporary name with a random part
 }

@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from raylight.contract.errors import CheckpointCorrupt
-from raylight.contract.messages import SavedFile
+from raylight.contract.messages import FileWanted, SavedFile
 from raylight.storage import manifest as manifest_module
 from raylight.storage.digests import digest_of
 from raylight.storage.manifest import _BLANK_DIGEST, Manifest
@@ -41,3 +41,10 @@ def test_fields_that_are_not_known_are_named_once_and_passed_over(caplog, monkey
     with caplog.at_level(logging.WARNING, "raylight"):
         assert Manifest.from_bytes(data).step == Manifest.from_bytes(data).step == 1
     assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["files[...].zone, shards"]
+
+
+def test_it_knows_which_files_were_to_be_made():
+    wanted = (FileWanted("s3://bucket/epoch=1.ckpt", False, 1), FileWanted("/runs/é.ckpt", True, 2, ("key", {"a": 1})))
+    read = Manifest.from_bytes(Manifest(step=1, epoch=0, files=(FILE,), wanted=wanted).to_bytes())
+    assert read.wanted == (wanted[0], FileWanted("/runs/é.ckpt", True, 2))  # the checkpoint has the states
+    assert b"wanted" not in Manifest(step=1, epoch=0, files=(FILE,)).to_bytes()

@@ -172,6 +172,6 @@ def test_arguments_cannot_be_changed_through_the_trainer():
 
 
 def test_every_name_is_documented():
-    names = [name for name in dir(TrainerNames) if not name.startswith("_") and name != "barebones"]
+    names = [name for name in dir(TrainerNames) if not name.startswith("_")]
     silent = [name for name in names if not inspect.getdoc(inspect.getattr_static(TrainerNames, name))]
     assert not silent

@@ -31,7 +31,7 @@ class Line(pl.Module):
         self.log("loss", batch[0].mean(), on_step=True, on_epoch=True, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Any) -> None:
+    def validation_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
         self.log("val_loss", batch[0].mean())
 
     def test_step(self, batch: Any) -> None:

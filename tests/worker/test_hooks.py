@@ -32,7 +32,7 @@ class Noting(pl.Callback):
 
 
 class Judging(Noting):
-    judges_values = True
+    _judges_values = True
 
 
 class Silent(pl.Callback):

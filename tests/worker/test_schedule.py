@@ -297,10 +297,11 @@ def test_an_epoch_of_unknown_length_is_validated_at_its_end():
 
 
 @pytest.mark.parametrize(
-    ("every", "epoch", "expected"), [(0, 2, False), (2, 0, False), (2, 1, False), (2, 2, True), (1, 1, True)]
+    ("every", "epoch", "opened_in", "expected"),
+    [(0, 2, 0, False), (2, 0, 0, False), (2, 1, 0, False), (2, 2, 0, True), (1, 1, 0, True), (1, 1, 1, False)],
 )
-def test_loaders_are_reloaded_every_n_epochs(every, epoch, expected):
-    assert stand(make(reload_dataloaders_every_n_epochs=every), current_epoch=epoch).reloads() is expected
+def test_loaders_are_reloaded_every_n_epochs(every, epoch, opened_in, expected):
+    assert stand(make(reload_dataloaders_every_n_epochs=every), current_epoch=epoch).reloads(opened_in) is expected
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import torch
 import raylight as pl
 from raylight.contract.errors import InvalidArguments
 from raylight.contract.messages import Hyperparameters, Notice
-from raylight.contract.task import Place
+from raylight.contract.task import LoggerView, Place
+from raylight.user.logger import DummyLogger
 from raylight.user.states import RunningStage, TrainerStatus
 from raylight.worker.data.batches import TrainBatch
 from raylight.worker.group.control import Control
@@ -44,7 +45,7 @@ def test_where_it_runs():
     assert (session.attempt, session.seed, session.device) == (3, 11, torch.device("cpu"))
     assert session.log_dir == "version_0"
     assert session.ckpt_path is None
-    assert make(task={"lightning_file": "a.ckpt"}).ckpt_path == "a.ckpt"
+    assert make(task={"file": "a.ckpt"}).ckpt_path == "a.ckpt"
 
 
 @pytest.mark.parametrize("name", list(STAGES))
@@ -222,11 +223,12 @@ def test_what_hooks_may_ask_for():
     assert session.take_random_numbers() is None
 
 
-@pytest.mark.parametrize("logger", [True, False, None])
-def test_loggers(logger):
-    session = make(logger=logger)
-    assert len(session.loggers) == (logger is not False)
-    session.close_logger()
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_hook_sees_each_logger_of_the_run(count):
+    views = tuple(LoggerView(DummyLogger()) for _ in range(count))
+    session = make(task={"loggers": views})
+    assert len(session.loggers) == count
+    assert all(isinstance(logger, DummyLogger) for logger in session.loggers)
 
 
 def test_the_training_data_is_gone_through_without_a_trace():

@@ -527,6 +527,118 @@ def test_a_rescue_saves_the_last_whole_step_and_does_nothing_without_one(tmp_pat
     assert [line[:4] for line in outline(found)[1:]] == [("Saved", "checkpoints/step-00000001", 1, 0)]
 
 
+def train_and_save(path: Any) -> Any:
+    """The checkpoint of an epoch that was trained in this process."""
+    pl.fit(
+        Line(), make_loader(8), num_workers=0, use_gpu=False, max_epochs=1, storage_path=str(path), name="run",
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    return pl.open_run(str(path / "run")).last
+
+
+def test_a_run_goes_on_from_a_checkpoint(tmp_path):
+    saved, module = train_and_save(tmp_path), Line()
+    found = run_task(make_task(module, make_loader(8), max_epochs=2, task={"checkpoint": saved}))
+    assert outline(found)[-1] == ("Finished", "finished", 8, 2)
+    assert module.weight.item() == pytest.approx(-0.1 * 2 * (0.5 + 2.5 + 4.5 + 6.5))
+
+
+def test_of_a_checkpoint_the_weights_alone_may_be_taken(tmp_path):
+    saved, module = train_and_save(tmp_path), Line(lr=0.0)
+    task = make_task(module, make_loader(8), max_epochs=2, task={"checkpoint": saved, "weights_only": True})
+    assert outline(run_task(task))[-1] == ("Finished", "finished", 8, 2)
+    assert len(module.trained) == 8  # of both epochs
+    assert module.weight.item() == pytest.approx(-0.1 * (0.5 + 2.5 + 4.5 + 6.5))
+
+
+def test_random_numbers_of_a_rank_that_is_kept_go_on_and_a_run_begins_with_its_seed():
+    module, control = Drawing(), Control()
+    task = make_task(module, make_loader(2), max_epochs=1, seed=3)
+    run_task(task, control=control)
+    control.resume()
+    torch.manual_seed(11)
+    run_task(replace_mode(task, Rejoin()), Place(generation=1), control)
+    assert torch.rand(1).item() == pytest.approx(seeded(11, 1)[0])
+    run_task(task, control=control)  # another run
+    after = torch.rand(1).item()
+    torch.manual_seed(11)
+    run_task(replace_mode(task, Rejoin()), Place(generation=1))  # in a new process
+    assert torch.rand(1).item() != pytest.approx(seeded(11, 1)[0])
+    run_task(task, control=control)
+    assert torch.rand(1).item() == pytest.approx(after)
+
+
+def test_hooks_of_callbacks_and_data_module_hear_of_beginning_and_exception():
+    heard: list[Any] = []
+
+    class Hearing(pl.Callback):
+        def setup(self, trainer, module, stage):
+            heard.append(("setup", stage))
+
+        def teardown(self, trainer, module, stage):
+            heard.append(("teardown", stage))
+
+    class HearingData(pl.DataModule):
+        def train_dataloader(self):
+            return make_loader(8)
+
+        def on_exception(self, error):
+            heard.append(("data module", error))
+
+    module = Failing("train")
+    task = make_task(module, callbacks=[Hearing()], loaders={"data_module": HearingData()}, max_epochs=1)
+    run_task(task)
+    assert heard == [("setup", "fit"), ("data module", module.error)]
+    heard.clear()
+    module.at = ""
+    run_task(task)
+    assert heard == [("setup", "fit"), ("teardown", "fit")]
+
+
+@pytest.mark.parametrize(("at", "is_kept"), [("train", True), ("validate", False)])
+def test_evidence_is_kept_of_what_broke_in_training(at, is_kept, tmp_path):
+    task = make_task(
+        Failing(at), make_loader(8), loaders={"validate": make_loader(2)}, max_epochs=1, num_sanity_val_steps=0,
+        files=Storage(str(tmp_path)), checkpoint=Checkpointing(),
+    )  # fmt: skip
+    failure = run_task(task)[-1]
+    assert (failure.evidence is not None) is is_kept
+    assert not is_kept or (tmp_path / failure.evidence).exists()
+
+
+def test_a_rank_that_breaks_before_it_has_a_state_says_so_as_of_its_setup():
+    task = make_task(Line(), make_loader(4), max_epochs=1, precision="nonsense")
+    failure = run_task(task)[-1]
+    assert (type(failure), failure.step, failure.stage) == (Failure, 0, "setup")
+
+
+def test_a_state_that_cannot_be_taken_back_is_lost(monkeypatch):
+    def fail(session):
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(Session, "settle", fail)
+    control = Control()
+    failure = run_task(make_task(Failing("train"), make_loader(8), max_epochs=1), control=control)[-1]
+    assert "device lost" in control.kept.lost
+    assert control.kept.lost in failure.notes
+
+
+def test_in_an_evaluation_nothing_is_taken_back(monkeypatch):
+    monkeypatch.setattr(Session, "settle", lambda session: pytest.fail("there is no step"))
+    failure = run_task(make_task(Failing("test"), stage="test", loaders={"test": make_loader(2)}))[-1]
+    assert (failure.kind, failure.stage, failure.notes) == ("ValueError", "test", ())
+
+
+def test_what_was_trained_elsewhere_is_sent_back():
+    module = Line()
+    task = make_task(module, make_loader(8), max_epochs=1, task={"returns_module": True})
+    trained = run_task(task)[-1].trained
+    assert trained.weights["weight"].item() == module.weight.item()
+    assert not trained.weights["weight"].requires_grad
+    assert (trained.facts["global_step"], trained.facts["current_epoch"]) == (4, 1)
+    assert trained.objects
+
+
 def replace_mode(task: Any, mode: Begin | Rejoin | Rescue) -> Any:
     return replace(task, mode=mode)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import errno
 import pickle
@@ -25,18 +24,10 @@ from raylight.contract.task import SavedState
 from raylight.worker.checkpoint.plain_values import restore_arrays
 from raylight.worker.checkpoint.staging import MODULE_FILE, model_file, training_file
 from raylight.worker.checkpoint.state import State
-from raylight.worker.checkpoint.typed_values import TAG
 
 _CHUNK_BYTES = 8 << 20
 _MODEL_FILE = re.compile(r"model-\d{5}-of-(\d{5})\.pt")
 _TRAINING_KEYS = {"replicated", "shared", "tensors", "own"}
-_LIGHTNING_TYPES: list[Value] = [
-    argparse.Namespace,
-    *((dict, f"{package}.AttributeDict") for package in (
-        "lightning.fabric.utilities.data", "lightning_fabric.utilities.data",
-        "lightning.pytorch.utilities.parsing", "pytorch_lightning.utilities.parsing",
-    )),
-]  # fmt: skip
 
 
 def load_state(saved: SavedState, rank: int, world_size: int, map_location: MAP_LOCATION = "cpu") -> State:
@@ -59,16 +50,14 @@ def load_state(saved: SavedState, rank: int, world_size: int, map_location: MAP_
     if missing := [path for path in parts[0]["shared"] if path not in tensors]:
         raise CheckpointCorrupt(f"{saved.path} lacks {_enumerate(missing)}: ranks disagreed on who writes what.")
     replicated = restore_arrays(_put_back(parts[0]["replicated"], "replicated", tensors))
-    owns = [restore_arrays(_put_back(part["own"], "own", {})) for part in parts]
+    owns = [restore_arrays(in_own_memory(part["own"])) for part in parts]
     if saved_world_size == world_size:
         return replace(state, replicated=replicated, own=owns[rank])
     return replace(state, replicated=replicated, others=owns)
 
 
-def load_any(source: SavedState | str, map_location: MAP_LOCATION = "cpu") -> State:
-    """Read what a module is rebuilt from, weights and hyperparameters, of a checkpoint or of a Lightning file."""
-    if isinstance(source, str):
-        return load_lightning(source, map_location)
+def load_any(source: SavedState, map_location: MAP_LOCATION = "cpu") -> State:
+    """Read what a module is rebuilt from: weights and hyperparameters."""
     model, module = _merge_model(source, _find_world_size(source), map_location), {}
     if MODULE_FILE in source.file_names:
         module = restore_arrays(_load(source, MODULE_FILE, map_location))
@@ -142,32 +131,6 @@ def apply_weights(module: torch.nn.Module, weights: StateDict, strict: bool = Tr
     return Report()
 
 
-def load_lightning(path: str, map_location: MAP_LOCATION = "cpu") -> State:
-    """Read weights (`model`), hyperparameters and all else that `on_load_checkpoint` may ask for (`module`) of a
-    Lightning `.ckpt` file.
-
-    Raises `CheckpointCorrupt` where the file holds objects that only running its code would rebuild.
-    """
-    with torch.serialization.safe_globals(_LIGHTNING_TYPES):
-        content = read_file(path, path, map_location)
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise CheckpointCorrupt(f"{path} is no Lightning checkpoint: it has no state_dict.")
-    module: StateDict = {"hyper_parameters": {}}
-    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
-        if key in content:
-            values = content[key]
-            if not isinstance(values, dict | argparse.Namespace | None):
-                raise CheckpointCorrupt(f"{path} is no Lightning checkpoint: its {key} are a {type(values).__name__}.")
-            module[key] = dict(vars(values) if isinstance(values, argparse.Namespace) else values or {})
-    if isinstance(name := content.get("hparams_name"), str):  # what was one object there is one AttributeDict here
-        keys = list(module["hyper_parameters"])
-        module["hyper_parameters_argument"] = {"name": name, "keys": keys, "shell": {TAG: "attributes"}}
-    module["progress"] = {key: content.get(key, 0) for key in ("epoch", "global_step")}
-    known = {"state_dict", *module, *module["progress"]}
-    module["extra"] = {key: value for key, value in content.items() if key not in known}
-    return State(model=content["state_dict"], module=module)
-
-
 def _find_world_size(saved: SavedState) -> int:
     """The number of ranks that wrote the checkpoint; raises where the file of one is missing."""
     found = {int(match[1]) for name in saved.file_names if (match := _MODEL_FILE.fullmatch(name))}
@@ -222,13 +185,14 @@ def _copy_here(saved: SavedState, name: str, file: Value) -> None:
             ) from error
 
 
-def read_file(file: str | BinaryIO, where: str, map_location: MAP_LOCATION = "cpu") -> Value:
-    """Tensors and plain values; of a path, mapped. Raises `CheckpointCorrupt`, naming `where`, and runs nothing."""
+def read_file(file: str | BinaryIO, where: str, map_location: MAP_LOCATION = "cpu", weights_only: bool = True) -> Value:
+    """Tensors and plain values; of a path, mapped. Raises `CheckpointCorrupt`, naming `where`, and runs nothing, unless
+    `weights_only` is False."""
     if isinstance(file, str) and to_utf8(file) != file:  # torch cannot map a file whose name is no UTF-8
         with open(file, "rb") as opened:
-            return read_file(opened, where, map_location)
+            return read_file(opened, where, map_location, weights_only)
     try:
-        return torch.load(file, map_location=map_location, mmap=isinstance(file, str), weights_only=True)
+        return torch.load(file, map_location=map_location, mmap=isinstance(file, str), weights_only=weights_only)
     except FileNotFoundError as error:
         raise CheckpointCorrupt(f"{where} is missing.") from error
     except pickle.UnpicklingError as error:
@@ -250,6 +214,11 @@ def _reason(error: BaseException) -> str:
         error = error.__context__
     text = re.split(r"\.? (?:Please use|In PyTorch 2\.6)", str(error).strip())[0]
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def in_own_memory(value: Value) -> Value:
+    """A copy in which no tensor is mapped to a file."""
+    return _put_back(value, "", {})
 
 
 def _put_back(value: Value, path: str, tensors: dict[str, Tensor]) -> Value:

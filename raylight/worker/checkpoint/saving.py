@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raylight.contract.messages import Message
+from raylight.contract.messages import FileDropped, FileOrder, Message
 from raylight.contract.task import Files
 from raylight.worker.checkpoint.snapshot import Snapshots
 from raylight.worker.outbox import Outbox
@@ -17,6 +17,9 @@ class Saving:
         """Batches seen at the newest snapshot."""
         self.is_requested = False
         """A checkpoint was asked for, by a hook or the driver, and is not made yet."""
+        self.orders: list[FileOrder] = []
+        """Of the state as it is now; they are sent with its checkpoint."""
+        self._wanted: dict[str, bool] = {}  # paths of files that were wanted, or dropped
         self._unsaved: set[str] = set()
         self._said_left_out = False
 
@@ -38,6 +41,20 @@ class Saving:
     def drop_request(self) -> None:
         self.is_requested = False
 
+    def order(self, order: FileOrder) -> None:
+        """Asks for a file, and for the checkpoint that it is made of."""
+        self.orders.append(order)
+        self._wanted[order.path] = not isinstance(order, FileDropped)
+        self.request()
+
+    def is_wanted(self, path: str) -> bool | None:
+        """Whether a file will be at this path; None if none was asked for."""
+        return self._wanted.get(path)
+
+    def take_orders(self) -> tuple[FileOrder, ...]:
+        taken, self.orders = tuple(self.orders), []
+        return taken
+
     def note_saved(self, num_batches_seen: int) -> None:
         self.saved_at, self.is_requested = num_batches_seen, False
 
@@ -49,6 +66,12 @@ class Saving:
                 f"hyperparameter {name!r} is not in the checkpoints, which cannot hold it: {unsaved[name]}. "
                 f"load_from_checkpoint will ask for it, as {name}=..."
             )
+
+    def name_left_out(self, left_out: dict[str, str], outbox: Outbox) -> None:
+        """Names what user code put into a checkpoint and no file can hold, with the reason, each once."""
+        for name in left_out.keys() - self._unsaved:
+            self._unsaved.add(name)
+            outbox.notice(f"{name!r} is not in the checkpoints, as it cannot be pickled: {left_out[name]}", "warning")
 
     def finish_copying(self) -> bool:
         """Returns once weights and optimizer state may change; False if user code has changed them already."""

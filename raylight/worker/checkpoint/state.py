@@ -56,3 +56,11 @@ class State:
     """Read from a checkpoint of another world size: what each rank there had as `own`, which is empty then."""
     parameters: list[Tensor] = field(default_factory=list)
     """The module's own; not read from a checkpoint."""
+
+    def take_from_hooks(self, shown: StateDict) -> None:
+        """What `on_load_checkpoint` has made of it is what is gone on from; the keys are Lightning's."""
+        self.model = shown["state_dict"]
+        if self.replicated:
+            self.replicated["callbacks"] = shown.get("callbacks", {})
+            self.replicated["optimizers"] = shown.get("optimizer_states", [])
+            self.replicated["schedulers"] = shown.get("lr_schedulers", [])

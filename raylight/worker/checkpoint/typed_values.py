@@ -27,7 +27,7 @@ from torch import Tensor
 
 from raylight.contract.errors import RaylightError
 from raylight.contract.kinds import StateDict, Value
-from raylight.user.module import AttributeDict
+from raylight.user.hyperparameters import AttributeDict
 from raylight.worker.checkpoint.configurations import config_kind, describe_config, read_config, write_config
 from raylight.worker.checkpoint.plain_values import find_tensor_mistake, is_plain_array
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from raylight.contract.errors import DataError
 from raylight.contract.kinds import Batch, Index, Loader
+from raylight.user.combined_loader import CombinedLoader, is_collection_of_loaders
 from raylight.user.transfer import batch_size_of, move_to_device
-from raylight.worker.data.combined import CombinedSource, is_collection_of_loaders
+from raylight.worker.data.combined import CombinedSource
 from raylight.worker.data.division import Fetched, divide_batch, num_limited
 from raylight.worker.data.evaluation_batches import EvaluationBatches, describe_empty
 from raylight.worker.data.readers import open_source
@@ -38,11 +39,12 @@ class TrainBatches:
     """One rank's training batches.
 
     `loader` is a torch DataLoader, any iterable of batches, or a list, tuple or dict of those (a step then takes a
-    batch of each; the shorter ones start again until the longest has ended). The samples of an epoch and their order
-    are a function of `seed` and epoch alone. Step k of N workers with batch B holds samples k*N*B to (k+1)*N*B of that
-    order, a slice for each rank; nothing is padded and nothing repeated; `drop_last` drops an incomplete step of all
-    workers. With `global_batch_size` an optimizer step takes that many samples with any number of workers, in
-    `accumulate` steps. With `use_distributed_sampler=False` every rank goes through the whole loader.
+    batch of each; the shorter ones start again until the longest has ended), or a CombinedLoader of another mode. The
+    samples of an epoch and their order are a function of `seed` and epoch alone. Step k of N workers with batch B holds
+    samples k*N*B to (k+1)*N*B of that order, a slice for each rank; nothing is padded and nothing repeated; `drop_last`
+    drops an incomplete step of all workers. With `global_batch_size` an optimizer step takes that many samples with any
+    number of workers, in `accumulate` steps. With `use_distributed_sampler=False` every rank goes through the whole
+    loader.
 
     Raises DataError where there is nothing to train on, InvalidArguments where arguments contradict the loader.
     """
@@ -62,7 +64,7 @@ class TrainBatches:
         self.world_size = world_size
         self.source: Source
         whole = not use_distributed_sampler
-        if is_collection_of_loaders(loader):
+        if isinstance(loader, CombinedLoader) or is_collection_of_loaders(loader):
             self.source = CombinedSource(
                 loader, rank, world_size, seed, limit, global_batch_size=global_batch_size, whole=whole, overfit=overfit
             )

@@ -1,35 +1,36 @@
-"""Several training loaders at once: each step takes a batch of every one, until the longest has ended."""
+"""Several training loaders at once: each step takes a batch of every one."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-
-import numpy as np
-from torch import Tensor
-from torch.utils.data import DataLoader
+from dataclasses import dataclass
 
 from raylight.contract.errors import DataError, InvalidArguments
 from raylight.contract.kinds import Batch, Index, Loader
-from raylight.worker.data.division import Fetched, num_limited
-from raylight.worker.data.readers import IndexedSource, StreamSource, open_source
+from raylight.user.combined_loader import CombinedLoader, flatten_loaders, rebuild
+from raylight.worker.data.division import Fetched
+from raylight.worker.data.readers import IndexedSource, StreamSource, mark_last, open_source
 from raylight.worker.data.source import Source, SourceState, TrackProgress
 
+_END = object()
 
-def is_collection_of_loaders(loader: Loader) -> bool:
-    """A dict of loaders, or a list or tuple of them, as opposed to a list of batches, which is a loader itself."""
-    if type(loader) not in (list, tuple, dict) or not loader:
-        return False
-    if isinstance(loader, dict):
-        return True
-    data = (Tensor, np.ndarray, list, tuple, dict, str, bytes)
-    return all(isinstance(m, DataLoader) or (hasattr(m, "__iter__") and not isinstance(m, data)) for m in loader)
+
+@dataclass(slots=True)
+class Part:
+    """One of the loaders."""
+
+    name: Hashable
+    source: IndexedSource | StreamSource
+    num_steps: int
+    """At most so many in an epoch."""
 
 
 class CombinedSource(Source):
-    """The longest loader counts the epoch; a shorter one starts again, in a new order, when it has ended.
+    """One of the loaders counts the epoch: the longest, or in the mode "min_size" the shortest. A shorter one starts
+    again, in a new order, when it has ended; in the mode "max_size" there is nothing of it then.
 
-    A shorter loader's last step is left out where it has no sample for some rank, since a batch must hold something of
-    each loader.
+    A batch must hold something of each loader, on each rank. So a loader that starts again leaves out a last step that
+    has no sample for some rank.
     """
 
     def __init__(
@@ -46,62 +47,101 @@ class CombinedSource(Source):
     ):
         if global_batch_size is not None:
             raise InvalidArguments("global_batch_size needs a single training loader; several were given")
-        self.kind = type(loaders)
-        named = loaders if isinstance(loaders, dict) else dict(enumerate(loaders))
+        self.mode = loaders.mode if isinstance(loaders, CombinedLoader) else "max_size_cycle"
+        self.loaders = loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
+        leaves = flatten_loaders(self.loaders)
+        names = list(self.loaders) if isinstance(self.loaders, dict) and len(self.loaders) == len(leaves) else None
         # A seed for each, or loaders of equal length would be shuffled alike.
-        self.parts: dict[Hashable, IndexedSource | StreamSource] = {
-            name: open_source(loader, rank, world_size, seed + number, whole=whole, overfit=overfit)
-            for number, (name, loader) in enumerate(named.items())
-        }
-        self.num_steps = {name: self._count(name, part, limit) for name, part in self.parts.items()}
-        self.longest = max(self.num_steps, key=lambda name: self.num_steps[name])
-        counting = self.parts[self.longest]
-        super().__init__(counting.division, counting.is_whole)
-        self.unit, self.num_units, self.exact_length = counting.unit, counting.num_units, counting.exact_length
-        self.knows_sizes = counting.knows_sizes
-        self.may_end_apart = any(part.may_end_apart for part in self.parts.values())
+        self.parts = [
+            self._open(name, open_source(leaf, rank, world_size, seed + number, whole=whole, overfit=overfit), limit)
+            for number, (name, leaf) in enumerate(zip(names or range(len(leaves)), leaves, strict=True))
+        ]
+        self.counting = self._choose_counting()
+        source = self.counting.source
+        super().__init__(source.division, source.is_whole)
+        self.unit, self.num_units, self.exact_length = source.unit, source.num_units, source.exact_length
+        if self.mode == "min_size":
+            self._end_before_uneven_steps()
+        self.knows_sizes = source.knows_sizes
+        self.may_end_apart = any(part.source.may_end_apart for part in self.parts)
 
-    def _count(self, name: Hashable, part: IndexedSource | StreamSource, limit: int | float) -> int:
-        if part.num_units is None:
+    def _open(self, name: Hashable, source: IndexedSource | StreamSource, limit: int | float) -> Part:
+        if source.num_units is None:
+            if isinstance(limit, int):  # nobody asks for more
+                return Part(name, source, limit)
             raise DataError(
-                f"training loader {name!r} has no length; of several loaders each must have one, so that it is known "
-                "which is the longest"
+                f"training loader {name!r} has no length, so that nobody knows which of several loaders is the longest "
+                "or the shortest; say how many batches an epoch has: limit_train_batches=N"
             )
-        num_steps = part.own_division.num_steps(part.num_units)
+        num_steps = source.own_division.num_steps(source.num_units)
         if num_steps == 0:
             raise DataError(f"training loader {name!r} gives no batch: it is empty, or drop_last drops all there is")
-        return num_limited(limit, num_steps) or 0
+        return Part(name, source, num_steps)
+
+    def _choose_counting(self) -> Part:
+        """Of equal ones the first, and rather one that knows its length."""
+        sign = -1 if self.mode == "min_size" else 1
+        return max(self.parts, key=lambda part: (sign * part.num_steps, part.source.num_units is not None))
+
+    def _end_before_uneven_steps(self) -> None:
+        """In the mode "min_size", of the loaders that do not count."""
+        sized = [part for part in self.parts if part is not self.counting and part.source.num_units is not None]
+        most = min((self._count_even(part) for part in sized), default=self.counting.num_steps)
+        if most < self.counting.num_steps:
+            self.num_units = self.own_division.units_in(most)
+            self.exact_length = None if self.exact_length is None else self.num_units
+
+    def _count_even(self, part: Part) -> int:
+        """The steps in which each rank has a sample."""
+        assert part.source.num_units is not None
+        num_steps = min(part.num_steps, part.source.own_division.num_even_steps(part.source.num_units))
+        if num_steps == 0:
+            raise DataError(f"training loader {part.name!r} has less than one sample for each worker")
+        return num_steps
 
     def read(
         self, epoch: int, start: int, num_steps: int | None, cycle: int = 0, track: TrackProgress | None = None
     ) -> Iterator[Fetched]:
-        first = self.index_at(start)
-        others = {name: self._repeat(name, epoch, first) for name in self.parts if name != self.longest}
-        for step, data in self.parts[self.longest].read(epoch, start, num_steps, cycle, track):
-            batch = {name: data if name == self.longest else next(others[name]) for name in self.parts}
-            if not step.size:
-                yield step, None
-            else:
-                yield step, batch if self.kind is dict else self.kind(batch.values())
+        fetched = self._read(epoch, start, num_steps, cycle, track)
+        is_sure = self.mode != "min_size" or all(part.source.num_units is not None for part in self.parts)
+        return fetched if is_sure else mark_last(fetched, None)  # another one may end before the one that counts
 
-    def _repeat(self, name: Hashable, epoch: int, first: int) -> Iterator[Batch]:
-        part = self.parts[name]
-        assert part.num_units is not None
-        usable = min(self.num_steps[name], part.own_division.num_even_steps(part.num_units))
-        if usable == 0:
-            raise DataError(f"training loader {name!r} has less than one sample for each worker")
+    def _read(
+        self, epoch: int, start: int, num_steps: int | None, cycle: int, track: TrackProgress | None
+    ) -> Iterator[Fetched]:
+        first = self.index_at(start)
+        if self.num_units is not None:
+            most = self.own_division.num_steps(self.num_units)
+            num_steps = most if num_steps is None else min(num_steps, most)
+        others = {id(part): self._read_beside(part, epoch, first) for part in self.parts if part is not self.counting}
+        for step, data in self.counting.source.read(epoch, start, num_steps, cycle, track):
+            found = [data if part is self.counting else next(others[id(part)], _END) for part in self.parts]
+            if self.mode == "min_size" and any(batch is _END for batch in found):
+                return
+            batches = (None if batch is _END else batch for batch in found)
+            yield step, rebuild(self.loaders, batches) if step.size else None
+
+    def _read_beside(self, part: Part, epoch: int, first: int) -> Iterator[Batch]:
+        """The batches of a part that does not count, from step `first` of the epoch on."""
+        source, usable = part.source, part.num_steps
+        if self.mode == "max_size" and first >= usable:
+            return
+        if self.mode == "max_size_cycle" and source.num_units is not None:
+            usable = self._count_even(part)
         cycle, offset = divmod(first, usable)
         while True:
-            start = part.own_division.units_in(offset) * part.replicas
-            for _, data in part.read(epoch, start, usable, cycle):
+            start = source.own_division.units_in(offset) * source.replicas
+            for _, data in source.read(epoch, start, usable, cycle):
                 yield data
+            if self.mode != "max_size_cycle":
+                return
             cycle, offset = cycle + 1, 0
 
     def indices(self, epoch: int, index: int, start: int) -> list[Index] | None:
-        return self.parts[self.longest].indices(epoch, index, start)
+        return self.counting.source.indices(epoch, index, start)
 
     def state_at(self, position: int, has_begun: bool) -> SourceState:
         return {}
 
     def restore(self, state: SourceState, same_world_size: bool) -> None:
-        """Positions are enough: the shorter loaders are where the longest has them."""
+        """Positions are enough: the other loaders are where the one that counts has them."""

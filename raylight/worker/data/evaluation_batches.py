@@ -6,12 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice, repeat
 
 import torch
 
 from raylight.contract.errors import DataError
 from raylight.contract.kinds import Batch, Index, Indices, Loader
+from raylight.user.combined_loader import CombinedLoader, rebuild
 from raylight.worker.data.division import Division, Step, deal_evaluation, num_limited, num_samples_in
 from raylight.worker.data.fetching import LoaderFetch, find_rows, is_indexed
 from raylight.worker.data.readers import StreamSource, check_iterable
@@ -30,8 +31,7 @@ class EvaluationBatches:
 
     def __init__(self, loader: Loader, *, rank: int, world_size: int, limit: int | float = 1.0, seed: int = 0):
         self.rank, self.world_size = rank, world_size
-        kind = _IndexedEvaluation if is_indexed(loader) else _StreamEvaluation
-        self.source: _Evaluation = kind(loader, rank, world_size, seed)
+        self.source = _open(loader, rank, world_size, seed)
         total = self.source.num_batches
         if total == 0:
             raise DataError(describe_empty(loader, Division(rank, 1, self.source.batch_size)))
@@ -44,6 +44,11 @@ class EvaluationBatches:
         """The samples of a batch of the whole sequence, as indices into the loader's dataset; None where data has no
         indices."""
         return self.source.find_samples(index)
+
+
+def _open(loader: Loader, rank: int, world_size: int, seed: int) -> _Evaluation:
+    kind: type[_Evaluation] = _IndexedEvaluation if is_indexed(loader) else _StreamEvaluation
+    return (_CombinedEvaluation if isinstance(loader, CombinedLoader) else kind)(loader, rank, world_size, seed)
 
 
 class _Evaluation(ABC):
@@ -147,6 +152,62 @@ class _StreamEvaluation(_Evaluation):
             yield index, data, step.size if self.source.knows_sizes else None
             if num_batches is not None and index + self.world_size >= num_batches:
                 return
+
+
+class _CombinedEvaluation(_Evaluation):
+    """A CombinedLoader whose batches hold one of each loader: batch i has their i-th batches.
+
+    A loader that begins again is read whole by each rank, since its batches meet others each time.
+    """
+
+    batch_size = 1
+
+    def __init__(self, loader: CombinedLoader, rank: int, world_size: int, seed: int):
+        self.loaders, self.mode, self.rank, self.world_size = loader.iterables, loader.mode, rank, world_size
+        dealt = [_open(leaf, rank, world_size, seed) for leaf in loader.flattened]
+        limits = loader.limits if loader.limits is not None else [math.inf] * len(dealt)
+        self.counts = [_least(part.num_batches, limit) for part, limit in zip(dealt, limits, strict=True)]
+        length = min(self.counts) if self.mode == "min_size" else max(self.counts)
+        if math.isinf(length):
+            raise DataError(
+                f'a loader of a CombinedLoader in the mode "{self.mode}" has no length, and so the evaluation has no '
+                "end that all workers agree on; set its `limits`"
+            )
+        self.num_batches = self.length = int(length)
+        self.longest = self.counts.index(length)
+        again = self.mode == "max_size_cycle"
+        self.parts = [
+            _open(leaf, 0, 1, seed) if again and count < length else part
+            for leaf, part, count in zip(loader.flattened, dealt, self.counts, strict=True)
+        ]
+
+    def read(self, num_batches: int | None) -> Iterator[EvaluationBatch]:
+        assert num_batches is not None
+        streams = [self._stream(number) for number in range(len(self.parts))]
+        for index in range(self.rank, num_batches, self.world_size):
+            found = [next(stream, None) for stream in streams]
+            counting = found[self.longest]
+            if counting is None:
+                return
+            batches = [None if one is None else one[1] for one in found]
+            yield index, rebuild(self.loaders, batches), counting[2]
+
+    def _stream(self, number: int) -> Iterator[EvaluationBatch]:
+        """This rank's batches of one loader."""
+        part, count = self.parts[number], int(min(self.counts[number], self.length))
+        if self.mode != "max_size_cycle" or count == self.length:
+            yield from part.read(count)
+            return
+        for at, batch in enumerate(chain.from_iterable(part.read(count) for _ in repeat(None))):
+            if at % self.world_size == self.rank:
+                yield batch
+
+    def find_samples(self, index: int) -> None:
+        return None
+
+
+def _least(length: int | None, limit: float) -> float:
+    return limit if length is None else min(length, limit)
 
 
 def describe_empty(loader: Loader, division: Division) -> str:

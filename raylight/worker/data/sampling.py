@@ -35,6 +35,12 @@ def samplers_of(source: Loader) -> list[Sampler]:
     return _layers(source.batch_sampler if source.batch_sampler is not None else source.sampler)
 
 
+def shuffles(loader: DataLoader[Batch]) -> bool:
+    """Whether a sampler may give the samples in another order than the dataset has; one that makes the batches is the
+    user's own, and not asked."""
+    return type(loader.batch_sampler) is BatchSampler and not isinstance(loader.sampler, SequentialSampler)
+
+
 def is_stateful(source: Loader) -> bool:
     return all(callable(getattr(source, name, None)) for name in ("state_dict", "load_state_dict"))
 
@@ -45,7 +51,7 @@ class Sampling:
     A unit is a sample; where the loader has a batch sampler of the user's own, or makes no batches, it is a batch.
     torch's random, sequential and distributed samplers are read for what they mean; any other one is iterated, on
     every rank alike, with its epoch told and all random numbers that it may draw seeded. With `overfit` every epoch is
-    the first one, in order.
+    the first one; samples come in the order of the dataset, whatever the sampler says, as in Lightning.
     """
 
     def __init__(
@@ -64,7 +70,10 @@ class Sampling:
         self.shuffled: int | None = None  # samples that are put in random order
         self.in_order: int | None = None  # samples that are taken as they come
         self.divides_itself = False  # a distributed sampler of the user's own gives each rank its part already
-        self._read_known_samplers(replace_distributed)
+        if overfit and shuffles(loader):
+            self.in_order = length_of(loader.dataset)
+        else:
+            self._read_known_samplers(replace_distributed)
         known = self.shuffled if self.shuffled is not None else self.in_order
         self.length = known if known is not None else length_of(self.sampler)
         self.is_stateful = is_stateful(self.sampler)
@@ -75,13 +84,11 @@ class Sampling:
         shuffled = in_order = None
         if kind is SequentialSampler:
             in_order = len(sampler)
-        elif kind is RandomSampler and self.overfit:
-            in_order = len(sampler.data_source)
         elif kind is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source):
             shuffled = len(sampler)
         elif kind is DistributedSampler and replace_distributed:
             self.drop_last = self.drop_last or sampler.drop_last
-            shuffled = len(sampler.dataset) if sampler.shuffle and not self.overfit else None
+            shuffled = len(sampler.dataset) if sampler.shuffle else None
             in_order = len(sampler.dataset) if shuffled is None else None
         else:
             self.divides_itself = any(isinstance(layer, DistributedSampler) for layer in _layers(sampler))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from raylight.contract.config import Config
-from raylight.contract.errors import DataError
+from raylight.contract.errors import DataError, InvalidArguments
 from raylight.contract.kinds import Loader
 from raylight.contract.task import Loaders, Place
+from raylight.user.combined_loader import CombinedLoader, flatten_loaders, say_wrong_mode
 from raylight.worker.data.batches import EvaluationBatches, TrainBatches
 from raylight.worker.data.source import Position
 from raylight.worker.hooks import Hooks
@@ -20,7 +21,11 @@ class TrainingData:
         self.batches: TrainBatches | None = None
         self.accumulate = config.accumulate_grad_batches
         """Batches in one optimizer step."""
+        self.opened_in = 0
+        """The epoch in which the loader was made."""
         self._position: Position | None = None
+        self._batches_done: int | None = None
+        self._window = 0
 
     @property
     def num_batches(self) -> int | None:
@@ -31,12 +36,23 @@ class TrainingData:
         """The next `open` enters the epoch there."""
         self._position = position
 
-    def open(self, loader: Loader, rank: int, world_size: int) -> int | None:
-        """Divides the loader; returns the batch at which a position was entered, if there was one."""
+    def enter_after(self, num_batches: int | None, window: int) -> None:
+        """The next `open` enters the epoch after that many of this rank's batches, unless a position is known; `window`
+        of them belong to a step that is not made."""
+        self._batches_done, self._window = num_batches or None, window
+
+    def take_window(self) -> int:
+        """The batches of an unfinished step before the one that comes next."""
+        taken, self._window = self._window, 0
+        return taken
+
+    def open(self, loader: Loader, rank: int, world_size: int, epoch: int) -> int | None:
+        """Divides the loader, made in this epoch; returns the batch at which a position was entered, if there was
+        one."""
         if loader is None:
             raise DataError("fit needs training data: pass train_dataloaders or define train_dataloader()")
         config = self.config
-        self.loader = loader
+        self.loader, self.opened_in = loader, epoch
         self.batches = TrainBatches(
             loader,
             rank=rank,
@@ -49,6 +65,9 @@ class TrainingData:
         )
         if config.global_batch_size is not None:
             self.accumulate = self.batches.accumulate
+        if self._batches_done is not None:
+            self._position = self.batches.state_dict(0, self._batches_done - 1)
+            self._batches_done = None
         if self._position is None:
             return None
         self.batches.load_state_dict(self._position)
@@ -62,7 +81,9 @@ class TrainingData:
 class EvaluationData:
     """The loaders of one stage, dealt to the ranks."""
 
-    def __init__(self, given: Loader, place: Place, limit: int | float, seed: int):
+    def __init__(self, given: Loader, place: Place, limit: int | float, seed: int, epoch: int):
+        self.opened_in = epoch
+        """The epoch in which they were made."""
         self.given = given
         """As the user gave it: one loader, a list or a dict of them; None if there is none."""
         self.batches = [
@@ -84,6 +105,13 @@ class EvaluationData:
 
 def find_loader(given: Loaders, hooks: Hooks, stage: str) -> Loader:
     """What the caller passed for this stage, else the data module's hook, else the module's; None where none."""
+    loader = _find_loader(given, hooks, stage)
+    if mistake := say_wrong_mode(loader, "fit" if stage == "train" else stage):
+        raise InvalidArguments(mistake)
+    return loader
+
+
+def _find_loader(given: Loaders, hooks: Hooks, stage: str) -> Loader:
     passed = getattr(given, stage)
     if passed is not None:
         return passed
@@ -97,8 +125,8 @@ def find_loader(given: Loaders, hooks: Hooks, stage: str) -> Loader:
 
 
 def _list_loaders(given: Loader) -> list[Loader]:
-    if given is None:
+    if given is None or (isinstance(given, (list, tuple, dict)) and not given):
         return []
-    if isinstance(given, dict):
-        return list(given.values())
-    return list(given) if isinstance(given, (list, tuple)) else [given]
+    if isinstance(given, CombinedLoader):
+        return given.flattened if given.mode == "sequential" else [given]
+    return flatten_loaders(given)

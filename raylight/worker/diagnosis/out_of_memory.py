@@ -32,9 +32,14 @@ class Shortage:
         return max(0, int(batch_size * room / grown)) if grown > 0 else 0
 
 
+_MESSAGES = ("DefaultCPUAllocator", "out of memory", "CUDNN_STATUS_NOT_SUPPORTED", "CUDNN_STATUS_ALLOC_FAILED")
+"""In a RuntimeError's text."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
+    error = getattr(error, "cause", None) or error  # of a worker: its text names more than the error
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
     )
 
 

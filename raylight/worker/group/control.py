@@ -97,6 +97,11 @@ class Control:
         if self._halted is not None:
             raise self._halted
 
+    def pause(self) -> None:
+        """The next `stand_still` waits."""
+        with self._changed:
+            self._is_paused = True
+
     def stand_still(self) -> None:
         """Waits for `go_on`. A rank that does shows that it is alive."""
         with self._changed:

@@ -57,13 +57,13 @@ def meet(session: Session, mode: Rejoin) -> None:
     if standings[worker.rank] != furthest:
         before = progress.global_step
         session.lose("it has taken over another's state in part")  # until it has all of it
-        contents.restore_weights(worker, received)
+        contents.restore_weights(worker, received, is_own=True)
         contents.restore_training(worker, received)
         session.lose("")
         if standing[2] == furthest[2] and 0 < session.num_undone == furthest[0] - standing[0]:
             _count_step(worker, before)
     elif any(standing != furthest for standing in standings):
-        contents.call_load_hooks(worker, received)  # as the others do, which they may ask for something
+        contents.call_load_hooks(worker, received, is_own=True)  # as the others do, which they may ask for something
     worker.saving.note_saved(received.own["saved_at"])
     worker.end_as(*received.own["ends"])
     position = received.own["data"]

@@ -241,6 +241,10 @@ class Metrics:
             values[series.name] = values[series.step_name] = value
         return values
 
+    def keep(self, name: str, value: float) -> None:
+        """A value that a hook has put into `trainer.callback_metrics`."""
+        self.epoch_values[name] = value
+
     def find_carried(self, step: int) -> dict[str, int]:
         """Of what `newest` gives at `step`, the names of values that an earlier step's weights have, and that step."""
         used = [s for s in self.series.values() if s.on_step and s.newest() is not None]
@@ -365,7 +369,8 @@ class Metrics:
                 "give one of them another name"
             )
         reduce = {torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max"}.get(reduce_fx, reduce_fx)
-        reduce = {"avg": "mean"}.get(reduce, reduce) if isinstance(reduce, str) else reduce
+        if isinstance(reduce, str):  # in any case, as torchmetrics and Lightning write it
+            reduce = {"avg": "mean"}.get(reduce.lower(), reduce.lower())
         if not callable(reduce) and reduce not in REDUCTIONS:
             raise InvalidArguments(
                 f"log({name!r}, reduce_fx={reduce_fx!r}): one of {REDUCTIONS} or a function is needed"

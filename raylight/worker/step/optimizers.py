@@ -117,6 +117,20 @@ def check_schedulers(optimizers: list[Optimizer], configs: list[SchedulerConfig]
     ]
 
 
+class NoOptimizer(Optimizer):
+    """Stands for None where `configure_optimizers` returned that: a step counts and changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__([Tensor([0.0])], {})
+        self.param_groups.clear()
+
+    def step(self, closure: Closure | None = None) -> Output:
+        return closure() if closure is not None else None
+
+    def __repr__(self) -> str:
+        return "No Optimizer"
+
+
 class Optimizers:
     """What `configure_optimizers` returned."""
 

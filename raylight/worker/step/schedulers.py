@@ -8,11 +8,11 @@ from raylight.worker.group.collectives import mean_over_ranks
 from raylight.worker.worker import Worker
 
 
-def step_schedulers(worker: Worker, interval: str, count: int, plateau: bool = False) -> None:
+def step_schedulers(worker: Worker, interval: str, count: int, plateau: bool = False, is_late: bool = False) -> None:
     """Steps the schedulers of an interval, "step" or "epoch"; `count` steps or epochs are done.
 
     Those on a plateau need the values of a validation and have a turn of their own. In manual optimization
-    `training_step` steps them all.
+    `training_step` steps them all. `is_late`: a run goes on where they are due; without its value one does not step.
     """
     if not worker.module.automatic_optimization:
         return
@@ -23,7 +23,7 @@ def step_schedulers(worker: Worker, interval: str, count: int, plateau: bool = F
         if config.reduce_on_plateau:
             known = worker.metrics.newest()
             if config.monitor not in known:
-                if config.strict:
+                if config.strict and not is_late:
                     raise InvalidArguments(say_unknown_metric(str(config.monitor), known, "a scheduler"))
                 continue
             metric = known[config.monitor]

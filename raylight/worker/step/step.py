@@ -54,7 +54,7 @@ class Step:
         self.clips = hooks.overrides("configure_gradient_clipping") or bool(self.config.gradient_clip_val)
         self.uses_closure = hooks.overrides("optimizer_step") or any(map(needs_closure, worker.optimizers.all[:1]))
         self.losses: list[Tensor] = []  # since the last report
-        self.loss_is_checked = False
+        self.loss_is_checked = self._said_none = False
         self._last_data: Batch = None  # of manual optimization with several ranks
         self.filled = 0.0  # what their losses were weighted with, all in all
         self.uneven = False  # a batch of this window is missing on some rank, so that DDP cannot average
@@ -104,7 +104,8 @@ class Step:
 
     def begin_epoch(self, knows_sizes: bool) -> None:
         """`knows_sizes`: the sampler says how many samples a batch holds; else it is guessed from what is in it."""
-        self._knows_sizes, self.window = knows_sizes, 0
+        self._knows_sizes, self.window, self.uneven = knows_sizes, self.worker.data.take_window(), False
+        self.filled = self.window / self.worker.data.accumulate
 
     def take_losses(self) -> list[Tensor]:
         """Those since the last call, on the device."""
@@ -385,5 +386,9 @@ class Step:
         if loss is not None:
             check_loss(loss)
             self.loss_is_checked = True
-        elif self.worker.world_size > 1:
+            return
+        if self.worker.world_size > 1:
             raise DataError("training_step returned None: with several workers every rank must return a loss")
+        if not self._said_none:
+            self._said_none = True
+            self.worker.warn_once("training_step returned None: such a batch is skipped")

@@ -18,7 +18,7 @@ from torch import nn
 
 import raylight as pl
 from raylight.contract.errors import CheckpointMismatch, InvalidArguments
-from raylight.loading import _accepted
+from raylight.rebuilding import _accepted
 from raylight.worker.checkpoint.kept_hyperparameters import MODULE_KEY, read_hyperparameters, write_hyperparameters
 from raylight.worker.checkpoint.plain_values import check_plain
 from raylight.worker.checkpoint.typed_values import TAG

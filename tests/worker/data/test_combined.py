@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from raylight.contract.errors import DataError, InvalidArguments
+from raylight.user.combined_loader import CombinedLoader
 from raylight.worker.data.batches import TrainBatches
 
 
@@ -86,7 +87,7 @@ def test_what_cannot_be_combined_is_refused():
         def __iter__(self):
             return iter(int, 1)
 
-    with pytest.raises(DataError, match="'b' has no length"):
+    with pytest.raises(DataError, match=r"'b' has no length.*limit_train_batches=N"):
         open_ranks({"a": loader(4), "b": DataLoader(Endless())}, 1)
     with pytest.raises(DataError, match="'b' gives no batch"):
         open_ranks({"a": loader(4), "b": loader(0)}, 1)
@@ -94,3 +95,81 @@ def test_what_cannot_be_combined_is_refused():
         open_ranks([loader(4), loader(4)], 1, global_batch_size=8)
     with pytest.raises(DataError, match="less than one sample for each worker"):
         list(open_ranks([loader(40), loader(2)], 3)[0].iterate(0))
+
+
+class Numbers(IterableDataset):
+    def __init__(self, length):
+        self.length = length
+
+    def __iter__(self):
+        return iter(torch.arange(self.length))
+
+
+@pytest.mark.parametrize(
+    ("mode", "a", "b"),
+    [
+        ("min_size", [[0, 1], [2, 3]], [[0, 1], [2, 3]]),
+        ("max_size_cycle", [[0, 1], [2, 3], [4, 5], [6]], [[0, 1], [2, 3], [0, 1], [2, 3]]),
+        ("max_size", [[0, 1], [2, 3], [4, 5], [6]], [[0, 1], [2, 3], None, None]),
+    ],
+)
+def test_each_mode_ends_where_it_says(mode, a, b):
+    batches = open_ranks(CombinedLoader({"a": loader(7), "b": loader(4)}, mode), 1)[0]
+    steps = list(batches.iterate(0))
+    assert batches.num_batches == len(steps) == len(a)
+    assert [values(batch, "a") for batch in steps] == a
+    assert [None if batch.data["b"] is None else values(batch, "b") for batch in steps] == b
+    assert [batch.last for batch in steps] == [False] * (len(a) - 1) + [True]
+
+
+def test_nested_collections_keep_their_structure():
+    batches = open_ranks({"a": [loader(4), loader(6)], "b": {"x": loader(2)}}, 1)[0]
+    last = list(batches.iterate(0))[-1].data
+    assert [part[0].tolist() for part in (*last["a"], last["b"]["x"])] == [[0, 1], [4, 5], [0, 1]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [(41, 7), (7, 41), (16, 17), (20, 20)])
+def test_the_shortest_ends_the_epoch_and_nobody_lacks_anything(world_size, lengths):
+    loaders = {"a": loader(lengths[0], shuffle=True), "b": loader(lengths[1], shuffle=True)}
+    ranks = open_ranks(CombinedLoader(loaders, "min_size"), world_size)
+    read = [list(rank.iterate(0)) for rank in ranks]
+    assert len({len(steps) for steps in read}) == 1
+    assert all(len(steps) == rank.num_batches and steps[-1].last for rank, steps in zip(ranks, read, strict=True))
+    full = [batch for steps in read for batch in steps if batch.size]
+    for name in ("a", "b"):
+        seen = [item for batch in full for item in values(batch, name)]
+        assert len(seen) == len(set(seen))
+    shortest = "a" if lengths[0] < lengths[1] else "b"
+    seen = [item for batch in full for item in values(batch, shortest)]
+    assert len(seen) > min(lengths) - world_size
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("mode", ["min_size", "max_size"])
+def test_an_epoch_of_any_mode_is_entered_in_its_middle(world_size, mode):
+    def collect(batch):
+        return {name: None if batch.data[name] is None else values(batch, name) for name in ("a", "b")}
+
+    combined = CombinedLoader({"a": loader(40, shuffle=True), "b": loader(15, shuffle=True)}, mode)
+    for rank in range(world_size):
+        whole = list(open_ranks(combined, world_size)[rank].iterate(1))
+        for done in (1, 3, len(whole) - 1):
+            batches = open_ranks(combined, world_size)[rank]
+            rest = list(batches.iterate(1, batches.position_after(done - 1)))
+            assert list(map(collect, rest)) == list(map(collect, whole[done:]))
+            assert rest[-1].last
+
+
+def test_a_stream_ends_the_epoch_of_the_shortest():
+    loaders = {"a": loader(20), "b": DataLoader(Numbers(5), batch_size=2)}
+    steps = list(open_ranks(CombinedLoader(loaders, "min_size"), 1, limit=8)[0].iterate(0))
+    assert [batch.data["b"].tolist() for batch in steps] == [[0, 1], [2, 3], [4]]
+    assert [batch.last for batch in steps] == [False, False, True]
+
+
+def test_a_stream_beside_others_begins_again_until_the_limit():
+    loaders = {"a": loader(20), "b": DataLoader(Numbers(4), batch_size=2)}
+    steps = list(open_ranks(loaders, 1, limit=5)[0].iterate(0))
+    assert [batch.data["b"].tolist() for batch in steps] == [[0, 1], [2, 3], [0, 1], [2, 3], [0, 1]]
+    assert [values(batch, "a")[0] for batch in steps] == [0, 2, 4, 6, 8]

@@ -17,6 +17,7 @@ from torch.utils.data import (
 )
 
 from raylight.contract.errors import DataError
+from raylight.user.combined_loader import CombinedLoader
 from raylight.worker.data.batches import EvaluationBatches
 
 WORLD_SIZES = [1, 2, 3, 4, 7]
@@ -172,3 +173,26 @@ def test_batches_of_a_subset_are_fetched_by_row():
     expected = [batch[0].tolist() for batch in loader]
     assert evaluate(loader, 3) == expected
     assert EvaluationBatches(loader, rank=0, world_size=3).source.rows is not None
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "max_size"])
+def test_a_combined_loader_gives_the_batches_of_one_process(world_size, mode):
+    loaders = {"a": DataLoader(Numbers(11), batch_size=2), "b": [DataLoader(Numbers(5), batch_size=2), range(4)]}
+    combined = CombinedLoader(loaders, mode)
+    expected = [batch for batch, _, _ in combined]
+    found = {}
+    for rank in range(world_size):
+        batches = EvaluationBatches(combined, rank=rank, world_size=world_size)
+        assert batches.num_batches == len(expected)
+        for index, batch, size in batches.iterate():
+            assert index % world_size == rank
+            assert size == len(batch["a"] if mode != "min_size" else batch["b"][0])
+            found[index] = batch
+    assert str([found[index] for index in range(len(expected))]) == str(expected)
+    assert EvaluationBatches(combined, rank=0, world_size=1, limit=2).num_batches == 2
+
+
+def test_a_combined_loader_without_an_end_is_refused():
+    with pytest.raises(DataError, match="set its `limits`"):
+        EvaluationBatches(CombinedLoader([DataLoader(Counting(5)), range(3)], "max_size"), rank=0, world_size=1)

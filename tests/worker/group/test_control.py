@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 import timeit
 
 import pytest
 
 from raylight.contract.requests import Request
 from raylight.worker.group.control import Action, Control, Halted
+from tests.worker.nets import Line, make_loader
+from tests.worker.ranks import make_task, run_task
 
 
 class RankThread:
@@ -171,7 +174,7 @@ def test_request_acts_at_the_next_boundary_without_a_driver():
     assert control.pending is not None
     action = control.tick(2)
     assert action is not None
-    assert action.request == Request.INTERRUPT
+    assert action == Action(Request.INTERRUPT, 2)
     assert control.tick(3) is None
 
 
@@ -220,6 +223,122 @@ def test_halting_wakes_a_rank_that_waits_for_its_release():
     assert isinstance(rank.error, Halted)
 
 
+# ---- standing still
+
+
+class Standing:
+    """A rank that stands still in a thread of its own, until it may go on or has to leave."""
+
+    def __init__(self, control: Control):
+        self.control, self.error = control, None
+        control.beat = ("train", 7, -1.0)
+        self.thread = threading.Thread(target=self._stand, daemon=True)
+        self.thread.start()
+
+    def _stand(self) -> None:
+        try:
+            self.control.stand_still()
+        except Halted as halted:
+            self.error = halted
+
+    def wait_until_it_stands(self) -> None:
+        deadline = time.monotonic() + 10
+        while self.control.beat[2] < 0:  # it shows that it is alive
+            assert time.monotonic() < deadline
+            self.thread.join(0.001)
+
+    def is_on(self) -> bool:
+        self.thread.join(10)
+        return not self.thread.is_alive()
+
+
+def test_a_rank_that_was_paused_stands_still_until_it_may_go_on():
+    control = Control()
+    control.tick(3)
+    control.release(control.hold(), Request.PAUSE)
+    assert control.tick(4) == Action(Request.PAUSE, 4)
+    rank = Standing(control)
+    rank.wait_until_it_stands()
+    assert control.beat[:2] == ("train", 7)
+    assert rank.thread.is_alive()
+    control.release(control.hold(), Request.SAVE)  # what else is asked for does not end a pause
+    rank.thread.join(0.01)
+    assert rank.thread.is_alive()
+    control.go_on()
+    assert rank.is_on()
+    assert rank.error is None
+    assert control.tick(5) == Action(Request.SAVE, 5)
+
+
+def test_a_pause_ends_when_the_rank_has_to_leave():
+    control = Control()
+    control.release(control.hold(), Request.PAUSE)
+    rank = Standing(control)
+    rank.wait_until_it_stands()
+    control.abort("rank 1 died")
+    assert rank.is_on()
+    assert isinstance(rank.error, Halted)
+    control.resume()  # the next generation is not paused
+    assert Standing(control).is_on()
+
+
+@pytest.mark.parametrize("request_", [None, Request.SAVE])
+def test_where_no_pause_was_asked_for_nobody_stands_still(request_: Request | None):
+    control = Control()
+    if request_ is not None:
+        control.release(control.hold(), request_)
+    assert Standing(control).is_on()
+
+
+def test_a_pause_that_is_over_before_its_boundary_is_none():
+    control = Control()
+    control.tick(1)
+    control.release(control.hold(), Request.PAUSE)
+    control.release(control.hold(), Request.SAVE)
+    control.go_on()
+    assert control.pending == Action(Request.SAVE, 2)  # which nobody took back
+    assert [control.tick(2), control.tick(3)] == [Action(Request.SAVE, 2), None]
+    assert Standing(control).is_on()
+
+
+def test_the_next_generation_knows_nothing_of_what_was_asked_for():
+    control = Control()
+    assert control.beat[:2] == ("start", 0)
+    control.tick(3)
+    control.show_life("train", 3)
+    control.release(control.hold(), Request.SAVE)
+    control.request(Request.STOP)
+    control.hold()
+    control.resume()
+    assert control.beat[:2] == ("start", 3)
+    assert control.pending is None
+    assert [control.tick(0), control.tick(4)] == [None, None]
+    control.resume()
+    assert control.hold() == 0  # no boundary of it is passed
+
+
+def test_stacks_begin_with_that_of_the_loop_and_count_those_of_libraries():
+    class Looking(Line):
+        def on_train_start(self) -> None:
+            looked.append(control.stacks())
+
+    control, gate, looked = Control(), threading.Event(), []
+    thread = threading.Thread(target=gate.wait, args=(10,))
+    try:
+        for _ in range(2):
+            run_task(make_task(Looking(), make_loader(2), max_epochs=1), control=control)
+            if not thread.is_alive():
+                thread.start()
+    finally:
+        gate.set()
+        thread.join()
+    for text in looked:
+        assert text.startswith("Thread MainThread:")
+        assert "in on_train_start" in text
+    before, after = (int(text.split()[-4]) for text in looked)
+    assert after == before + 1
+
+
 def test_stacks_show_what_another_thread_does():
     control, gate = Control(), threading.Event()
 
@@ -240,7 +359,11 @@ def test_age_counts_from_the_last_beat():
     control.beat = ("train", 7, control.beat[2] - 5.0)
     stage, step, age_s = control.age()
     assert (stage, step) == ("train", 7)
-    assert age_s >= 5.0
+    assert 5.0 <= age_s < 60.0
+    control.show_life_again()
+    stage, step, age_s = control.age()
+    assert (stage, step) == ("train", 7)
+    assert age_s < 5.0
 
 
 def test_a_tick_costs_less_than_a_microsecond():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import uuid
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylight as pl
+from raylight.loggers import TensorBoardLogger
+from raylight.report import tensorboard
 from raylight.storage import local_directory
 from raylight.storage.filesystem import Storage
 from raylight.storage.retry import Backoff
-from raylight.worker.metrics import logger_proxy
 from tests.faults_storage import Fault, FaultProxy, uri_at
 
 
@@ -31,6 +31,8 @@ class Net(pl.Module):
         return self.net(batch[0]).square().mean()
 
     def on_train_end(self):
+        if self.global_rank:
+            return
         self.logger.experiment.add_histogram("weights", self.net.weight, self.global_step)
 
     def configure_optimizers(self):
@@ -62,8 +64,10 @@ def test_texts_and_histograms_are_stored(place, num_workers, tmp_path, request):
     loader = DataLoader(TensorDataset(torch.randn(16, 2)), batch_size=2)
     result = pl.fit(Net(), loader, num_workers=num_workers, use_gpu=False, max_epochs=1, storage_path=place)
     events = read_events(result.path, tmp_path / "fetched")
-    assert [tag for tag in events.Tags()["tensors"] if tag.startswith("rank")] == ["rank 0/text_summary"]
-    assert len(events.Tensors("rank 0/text_summary")) == 16 // 2 // max(1, num_workers)
+    ranks = range(max(1, num_workers))
+    assert sorted(events.Tags()["tensors"]) == [f"rank {rank}/text_summary" for rank in ranks]
+    for rank in ranks:  # each in its order
+        assert [event.step for event in events.Tensors(f"rank {rank}/text_summary")] == list(range(8 // len(ranks)))
     assert events.Tags()["histograms"] == ["weights"]
     assert "by_hand" in {row["name"] for row in result.history().to_pylist()}
 
@@ -97,14 +101,17 @@ def test_a_run_that_fails_has_stored_them_too(s3_port, tmp_path):
     assert len(read_events(pl.open_run(place).path, tmp_path).Tensors("rank 0/text_summary")) == 2
 
 
-def test_after_an_outage_copying_goes_on(s3_port, tmp_path, monkeypatch):
-    monkeypatch.setattr(logger_proxy, "FLUSH_EVERY_S", 0.02)
+def test_after_an_outage_copying_goes_on(s3_port, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tensorboard, "WRITE_INTERVAL_S", 0.02)
     monkeypatch.setattr(local_directory, "MIN_COPY_INTERVAL_S", 0.0)
     monkeypatch.setattr(local_directory, "MAX_COPY_SHARE", 1e9)
-    proxy, told = FaultProxy(s3_port), []
+    proxy = FaultProxy(s3_port)
     files = Storage(proxy.uri(uuid.uuid4().hex), backoff=Backoff(num_attempts=1))
-    outbox = SimpleNamespace(notice=lambda text, level: told.append(text))
-    logger = logger_proxy.LoggerProxy(SimpleNamespace(is_first=True, task=SimpleNamespace(files=files), outbox=outbox))
+    logger = TensorBoardLogger(flush_secs=0.01)
+    logger.attach(files)
+
+    def count_told() -> int:
+        return sum("cannot write" in text for text in caplog.messages)
 
     def wait_for(reached) -> None:
         deadline = time.monotonic() + 30
@@ -117,10 +124,11 @@ def test_after_an_outage_copying_goes_on(s3_port, tmp_path, monkeypatch):
             proxy.inject(Fault("500", count=1000, method="PUT"))
             logger.experiment.add_text(f"outage {outage}", "hello")
             wait_for(lambda: len(proxy.requests) > 10)  # three tries of three requests each
-            assert len(told) == outage
+            wait_for(lambda outage=outage: count_told() == outage)
             proxy.inject()
-            wait_for(lambda: len(read_events(files.uri, tmp_path).Tags()["tensors"]) == len(told))
-        logger.close()
-        assert len(told) == 2
+            logger.experiment.flush()
+            wait_for(lambda n=outage: len(read_events(files.uri, tmp_path).Tags()["tensors"]) == n)
+        logger.finalize("success")
+        assert count_told() == 2
     finally:
         proxy.close()

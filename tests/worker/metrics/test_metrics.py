@@ -268,6 +268,17 @@ def test_a_step_that_broke_is_taken_back_and_may_come_back():
     assert metrics.epoch_share()["loss"][1] == [(38.0, 6)]
 
 
+def test_a_step_that_came_back_is_whole_when_the_next_one_breaks():
+    metrics = make()
+    log(metrics, "loss", 9.0, on_epoch=True)
+    metrics.rollback()
+    metrics.bring_back()
+    metrics.begin_batch(2, 1)
+    log(metrics, "loss", 1.0, on_epoch=True)
+    metrics.rollback()
+    assert metrics.epoch_share()["loss"][1] == [(18.0, 2)]
+
+
 def test_an_epoch_whose_end_failed_has_not_ended():
     metrics = make()
     log(metrics, "loss", 1.0, on_epoch=True)
@@ -347,6 +358,16 @@ def test_a_metric_keeps_its_state_until_the_hooks_of_the_epochs_end_are_done():
     metrics.rollback()
     assert total.num_resets == 2
     assert values_of(metrics, "validate") == {}
+
+
+def test_a_metric_of_single_steps_begins_anew_with_each_epoch():
+    metrics, total = make(), Total()
+    total.update(3.0)
+    log(metrics, "total", total, on_step=True, on_epoch=False)
+    values_of(metrics)
+    assert total.num_resets == 0
+    metrics.end_epoch()
+    assert total.num_resets == 1
 
 
 def test_a_metric_of_training_keeps_what_a_broken_step_gave_it():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from raylight import cli
+from raylight import command as cli
 from raylight.report import tables
 from raylight.storage.filesystem import Storage
 from raylight.storage.versions import Version, claim_version
@@ -87,7 +87,7 @@ def test_logs(place: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_logs_are_followed_until_the_run_ends(tmp_path: Path) -> None:
     version = claim_version(Storage(tmp_path), "digits")
     version.write_run({"status": "running"})
-    command = [sys.executable, "-m", "raylight.cli", "logs", str(tmp_path), "--rank", "1", "--follow"]
+    command = [sys.executable, "-m", "raylight.command", "logs", str(tmp_path), "--rank", "1", "--follow"]
     follower = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
     assert follower.stdout is not None
     log = Path(version.path, "logs/rank-1.log")
@@ -136,7 +136,7 @@ def test_mistakes_are_one_clear_line(
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     for _ in range(3):
         make_run(str(tmp_path), "digits")
-    command = f"{sys.executable} -m raylight.cli show {tmp_path} | head -n 1"
+    command = f"{sys.executable} -m raylight.command show {tmp_path} | head -n 1"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "digits version 2" in done.stdout
     assert done.stderr == ""
@@ -144,7 +144,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
 
 def test_help_needs_no_heavy_imports() -> None:
     script = (
-        "import sys\nfrom raylight import cli\n"
+        "import sys\nfrom raylight import command as cli\n"
         "try:\n    cli.main(['--help'])\nexcept SystemExit:\n    pass\n"
         "print([name for name in ('torch', 'pyarrow', 'rich', 'ray') if name in sys.modules])\n"
     )

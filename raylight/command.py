@@ -75,9 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_version(show, place)
     show.set_defaults(command=_show)
 
-    export = commands.add_parser("export", help="write the weights of a checkpoint into one file")
+    export = commands.add_parser("export", help="write a checkpoint into one file")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint, or of a version")
-    export.add_argument("out", metavar="OUT", help="file to write, ending in .pt, .pth or .safetensors")
+    export.add_argument("out", metavar="OUT", help="file to write: .pt, .pth, .safetensors (weights), .ckpt (all)")
     export.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a version (best)")
     export.set_defaults(command=_export)
 
@@ -109,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("script", nargs=argparse.REMAINDER, help="the script and its arguments")
     run.set_defaults(command=_run)
 
-    doctor = commands.add_parser("doctor", help="examine this machine and, if given, a storage")
+    doctor = commands.add_parser("doctor", help="examine this machine and, if given, a storage; or a Lightning script")
+    doctor.add_argument(
+        "script", metavar="FILE", nargs="*", help="a script written for Lightning: what to change in it"
+    )
     doctor.add_argument("--storage", metavar="PATH", help="write, read and delete a file there")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -252,10 +255,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from raylight.doctor import examine
+    from raylight.doctor import examine, examine_scripts
     from raylight.report.tables import doctor_table
 
-    checks = list(examine(options.storage))
+    checks = list(examine_scripts(options.script) if options.script else examine(options.storage))
     _console().print(doctor_table(checks))
     return 1 if any(state == "bad" for state, _, _ in checks) else 0
 
