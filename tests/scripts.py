@@ -16,9 +16,9 @@ from pathlib import Path
 class Script:
     """A driver in a session of its own; everything it starts carries a mark in its environment."""
 
-    def __init__(self, folder: Path, text: str):
-        path = folder / "script.py"
-        path.write_text(text)
+    def __init__(self, folder: Path, text: str, python: str = sys.executable, path: str | None = None):
+        script = folder / "script.py"
+        script.write_text(text)
         self.mark = uuid.uuid4().hex
         environment = os.environ | {
             "RAYLIGHT_TEST_MARK": self.mark,
@@ -27,8 +27,10 @@ class Script:
         }
         for name in ("RAY_ADDRESS", "PYTEST_CURRENT_TEST"):
             environment.pop(name, None)
+        if path is not None:
+            environment["PYTHONPATH"] = path
         self.process = subprocess.Popen(
-            [sys.executable, str(path)],
+            [python, str(script)],
             env=environment,
             cwd=folder,
             stdout=subprocess.PIPE,

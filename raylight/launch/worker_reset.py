@@ -102,8 +102,12 @@ def _restore_torch() -> None:
 
 
 def is_users_module(module: ModuleType) -> bool:
+    """Whether it was imported from a file of the user's. One with a relative path, as torch.ops has, was imported from
+    none."""
     file = getattr(module, "__file__", None)
-    return isinstance(file, str) and file.endswith(".py") and module.__name__ != "__main__" and is_users(file)
+    if not isinstance(file, str) or not file.endswith(".py") or not os.path.isabs(file):
+        return False
+    return module.__name__ != "__main__" and is_users(file)
 
 
 def _stamp(module: ModuleType) -> tuple[int, int] | None:

@@ -37,6 +37,13 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def test_torch_is_not_the_users():
+    import torch
+
+    assert not is_users_module(torch)
+    assert not is_users_module(torch.ops), "its __file__ is no path"
+
+
 def test_modules_whose_files_are_as_they_were_stay(user_folder: Path):
     write(user_folder, "user_part", "VALUE = 1")
     reset = WorkerReset()

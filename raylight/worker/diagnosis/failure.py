@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import glob
 import os
+import re
 import sys
 import sysconfig
 import traceback
@@ -29,6 +32,8 @@ PERMANENT = (
 P = ParamSpec("P")
 T = TypeVar("T")
 LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
+INSTALLED = re.compile(r"[\\/](site|dist)-packages[\\/]")
+"""Of this environment, of the one below it, or of the user: Python may take packages from all of them."""
 
 
 def describe_failure(error: BaseException, step: int, stage: str) -> Failure:
@@ -73,7 +78,23 @@ def is_users(filename: str) -> bool:
     path = os.path.abspath(filename)
     if filename.startswith("<"):
         return filename == "<stdin>" or filename.startswith("<ipython")
-    return not path.startswith((PACKAGE + os.sep, *LIBRARIES, os.path.join(sys.prefix, "lib")))
+    if path.startswith((PACKAGE + os.sep, *LIBRARIES, os.path.join(sys.prefix, "lib"))) or INSTALLED.search(path):
+        return False
+    return not any(path.startswith(folder + os.sep) and _is_installed(path, folder) for folder in sys.path if folder)
+
+
+def _is_installed(path: str, folder: str) -> bool:
+    return os.path.relpath(path, folder).split(os.sep, 1)[0] in _installed_in(folder)
+
+
+@functools.cache
+def _installed_in(folder: str) -> frozenset[str]:
+    """Top-level files and folders that pip has put into a folder of sys.path, as `pip install --target` does."""
+    names: set[str] = set()
+    for record in glob.glob(os.path.join(glob.escape(folder), "*.dist-info", "RECORD")):
+        with open(record, encoding="utf-8") as file:
+            names |= {line.split(",", 1)[0].split("/", 1)[0] for line in file}
+    return frozenset(names)
 
 
 class Aftermath:
