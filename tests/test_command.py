@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import raylight
 from raylight import command as cli
 from raylight.report import tables
 from raylight.storage.filesystem import Storage
@@ -140,6 +141,11 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "digits version 2" in done.stdout
     assert done.stderr == ""
+
+
+def test_the_package_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "raylight", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"raylight {raylight.__version__}\n"
 
 
 def test_help_needs_no_heavy_imports() -> None:

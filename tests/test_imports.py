@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("execution", "replay", "runs", "speed"),
     ("trainer",),
     ("sweep", "tuning", "cli", "command", "doctor", "lightning.script", "supervise"),
+    ("__main__",),
 )
 
 # Neighbours of one layer that must not know each other.
