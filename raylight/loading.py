@@ -125,23 +125,26 @@ def find_resume(
     if hasattr(ckpt_path, "as_directory"):
         return Resume(_check_resumable(find_of_tune(ckpt_path), stage))
     if not isinstance(ckpt_path, str | os.PathLike):
-        file = ckpt_path.read() if hasattr(ckpt_path, "read") else None
-        if not isinstance(file, bytes):
+        content = ckpt_path.read() if hasattr(ckpt_path, "read") else None
+        if not isinstance(content, bytes):
             raise InvalidArguments(f"ckpt_path={ckpt_path!r}: {CHECKPOINT_KINDS}")
-        return _resume_from_file(file, stage, plugin, weights_only)
+        return _resume_from_file(content, stage, plugin, weights_only)
     if ckpt_path == "last":
         return _find_last(storage, name) if stage == "fit" else Resume(_find_newest(storage, name))
     if ckpt_path == "best":
         return Resume(_check_resumable(_find_best(storage, name, previous), stage))
     path = os.fspath(ckpt_path)
-    if is_single_file(path, plugin):
+    if "://" in path and path.partition("://")[0] != storage.uri.partition("://")[0]:
+        filesystem = None  # it is elsewhere
+    if filesystem is None and is_single_file(path, plugin):
         local = (
             Storage(path).local_path() if plugin is None else os.path.abspath(path) if os.path.exists(path) else None
         )
         return _resume_from_file(local or path, stage, plugin, weights_only)
-    is_elsewhere = "://" in path and path.partition("://")[0] != storage.uri.partition("://")[0]
-    checkpoint = find_by_path(path, None if is_elsewhere else filesystem)
-    return Resume(_check_resumable(checkpoint, stage))
+    if filesystem is not None and single_file.is_file(path, filesystem):
+        with single_file.open_read(path, filesystem) as file:
+            return _resume_from_file(file.read(), stage, plugin, weights_only)
+    return Resume(_check_resumable(find_by_path(path, filesystem), stage))
 
 
 def _resume_from_file(file: str | bytes, stage: str, plugin: CheckpointIO | None, weights_only: bool | None) -> Resume:

@@ -222,8 +222,7 @@ class Trainer(TrainerNames):
         """Runs `stage` for the sake of trying, with these callbacks alone and with fields of the configuration
         changed. Nothing is written to storage, and this trainer remembers nothing."""
         trial = copy.copy(self)
-        trial.config = replace(self.config, **(QUIET | changes))
-        trial._view, trial._fn = Record(callbacks=list(callbacks)), None
+        TrainerNames.__init__(trial, replace(self.config, **(QUIET | changes)), list(callbacks))
         trial.result = trial._claimed = trial._kept = None
         trial._execute(stage, model, loaders, None, None, verbose=False, returns_predictions=False)
 

@@ -258,7 +258,7 @@ def test_safetensors_take_tied_weights_too(tmp_path: Path) -> None:
 
 def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
     version = make_run(str(tmp_path / "runs"), "digits")
-    with pytest.raises(InvalidArguments, match=r"must end in \.pt, \.pth or \.safetensors"):
+    with pytest.raises(InvalidArguments, match=r"must end in \.pt, \.pth, \.safetensors or \.ckpt"):
         export(version.path, tmp_path / "weights.onnx")
     for step in (20, 30):
         path = Path(version.path, f"checkpoints/step-{step:08d}/model-00001-of-00002.pt")

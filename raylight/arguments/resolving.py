@@ -86,7 +86,7 @@ def resolve(arguments: dict[str, Value], available: Available) -> Config:
     mistakes: list[str] = []
     given = _check_each(translate(arguments, mistakes), mistakes)
     if given.get("barebones"):
-        given |= _strip(given, mistakes)
+        given |= _strip(given, arguments, mistakes)
     indices = _take_indices(given)
     scale = resolve_scale({name: given[name] for name in _SCALE_NAMES if name in given}, available, mistakes)
     values = {name: value for name, value in given.items() if name in _CONFIG_NAMES}
@@ -172,12 +172,12 @@ def _check_each(arguments: dict[str, Value], mistakes: list[str]) -> dict[str, V
     return given
 
 
-def _strip(given: dict[str, Value], mistakes: list[str]) -> dict[str, Value]:
+def _strip(given: dict[str, Value], arguments: dict[str, Value], mistakes: list[str]) -> dict[str, Value]:
     """The arguments that `barebones` sets; one that was given another value is added to `mistakes`."""
     for name, off in BAREBONES.items():
         if given.get(name, off) != off:
             mistakes.append(
-                f"barebones=True turns off what costs time beside the steps, and {name}={_show(given[name], name)} "
+                f"barebones=True turns off what costs time beside the steps, and {name}={_show(arguments[name], name)} "
                 "asks for it: leave one of them out"
             )
     return {name: off for name, off in BAREBONES.items() if off is not None}

@@ -72,7 +72,7 @@ class LearningRateFinder(Callback):
         vars(copied)["configure_optimizers"] = OptimizerAlone(copied, rates[0])
         changes = {"max_steps": len(rates), "max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
         rehearsal.run(copied, data_module, [test], changes)
-        found.results = {"lr": rates[: len(test.losses)], "loss": test.losses}
+        found.note(rates[: len(test.losses)], test.losses)
         self.optimal_lr, rate = found, found.suggestion()
         if name and rate is not None:
             set_attribute(name, rate, module)

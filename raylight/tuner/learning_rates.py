@@ -42,6 +42,10 @@ class LRFinder:
         self.mode, self.lr_min, self.lr_max, self.num_training = mode, lr_min, lr_max, num_training
         self.results: dict[str, list[float]] = {"lr": [], "loss": []}
 
+    def note(self, rates: list[float], losses: list[float]) -> None:
+        """The results of the range test."""
+        self.results = {"lr": rates, "loss": losses}
+
     def suggestion(self, skip_begin: int = 10, skip_end: int = 1) -> float | None:
         """The learning rate at which the loss falls most steeply, without the first and last points; None if fewer
         than two finite ones are left."""

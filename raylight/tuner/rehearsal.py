@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -55,18 +56,14 @@ class Rehearsal:
         return found
 
     def copy(self) -> tuple[Module, DataModule | None]:
-        module, data_module = copy.deepcopy(self.module), copy.copy(self.data_module)
-        if data_module is not None:
-            data_module._hparams = copy.copy(data_module._hparams)
-        return module, data_module
+        return copy.deepcopy(self.module), copy.copy(self.data_module)
 
     def run(
         self, module: Module, data_module: DataModule | None, callbacks: Sequence[Callback], changes: dict[str, Value]
     ) -> None:
         """Runs the copies; `changes` are fields of the configuration. What it held is free when it returns or
         raises."""
-        loaders = copy.copy(self.loaders)
-        loaders.data_module = data_module
+        loaders = replace(self.loaders, data_module=data_module)
         try:
             with isolate_rng():
                 self.trainer.rehearse(self.stage, module, loaders, callbacks, changes)

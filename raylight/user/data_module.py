@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Self
@@ -40,6 +41,14 @@ class DataModule(HyperparametersMixin, DataHooks):
 
     def __getstate__(self) -> dict[str, Value]:
         return {**self.__dict__, "trainer": None}
+
+    def __copy__(self) -> Self:
+        """Attributes and hyperparameters of its own, over the same data."""
+        made, attributes = type(self).__new__(type(self)), self.__getstate__()
+        if "_hparams" in attributes:
+            attributes["_hparams"] = copy.copy(attributes["_hparams"])
+        vars(made).update(attributes)
+        return made
 
     def __str__(self) -> str:
         """The sizes of its loaders' data, stage by stage, for which the loaders are made; None where there is none,

@@ -86,7 +86,7 @@ BAD = [
     (dict(datamodule=1), CPU, ["datamodule", "trainer.fit(model, datamodule=...)"]),
     (dict(terminate_on_nan=True), CPU, ["terminate_on_nan is Lightning's", "detect_anomaly=True"]),
     (dict(barebones=True, profiler="simple"), CPU, ["barebones=True turns off", "profiler='simple' asks for it"]),
-    (dict(barebones=True, fast_dev_run=True), CPU, ["barebones=True", "fast_dev_run=1"]),
+    (dict(barebones=True, fast_dev_run=True), CPU, ["barebones=True", "fast_dev_run=True"]),
     (dict(barebones=True, log_every_n_steps=5), CPU, ["barebones=True", "log_every_n_steps=5"]),
     (dict(barebones=True, enable_checkpointing=True), CPU, ["barebones=True", "enable_checkpointing=True"]),
     (dict(accelerator="mps"), CPU, ["accelerator must be", 'on a Mac accelerator="cpu"']),

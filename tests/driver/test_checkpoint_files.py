@@ -40,7 +40,10 @@ class Desk:
     def __init__(self, folder: Path) -> None:
         self.folder, self.maker, self.said = folder, Maker(), []
         self.retained: list[set[str]] = []
-        self.files = CheckpointFiles(self.maker, self.said.append, lambda: self.retained.append(self.files.needed))
+        self.told: list[FileWanted] = []
+        self.files = CheckpointFiles(
+            self.maker, self.said.append, lambda: self.retained.append(self.files.needed), self.told.append
+        )
 
     def order(self, step: int, *orders: FileOrder, committed: bool = False) -> None:
         message = FileOrders(f"checkpoints/step-{step:08d}", step, orders)
@@ -111,6 +114,7 @@ def test_a_write_that_fails_costs_the_rest_of_its_orders(desk):
     desk.order(2, desk.want("b"), committed=True)
     desk.files.wait()
     assert desk.maker.did == ["write b of 2"]
+    assert desk.told == [desk.want("b")]
     assert "broken was not written: " in desk.said[0]
     assert "the disk is full" in desk.said[0]
     assert "z stays, because" in desk.said[1]

@@ -46,6 +46,8 @@ KNOWN = {
     "driver/shelf.py Shelf.retain delete",  # a checkpoint that the run has committed or listed
     "tuning/trial_run.py TrialRun.begin delete",  # a checkpoint of the trial's own version
     "storage/single_file.py remove delete",  # a file that user code names
+    "loggers/uploads.py Upload.local rmtree",  # a folder that mkdtemp has made
+    "lightning/machine.py is_shared_filesystem unlink",  # a probe with a random name
     "doctor.py _storage delete",  # a probe with a random name
     "report/csv_file.py CsvFile._rewrite unlink",  # a temporary name with a random part
 }

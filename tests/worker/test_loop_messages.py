@@ -25,6 +25,7 @@ from raylight.contract.messages import (
 from raylight.contract.requests import Request
 from raylight.contract.task import Place, Rejoin
 from raylight.storage.filesystem import Storage
+from raylight.user.profilers import SimpleProfiler
 from raylight.worker import loop
 from raylight.worker.group.control import Control
 from tests.worker import nets
@@ -330,7 +331,7 @@ def test_what_a_scheduler_step_logs_is_of_the_epoch_that_ended():
 
 
 def test_a_profile_is_told_at_the_end():
-    found = run(Asked(), profiler="simple", limit_val_batches=0)
+    found = run(Asked(), profiler=SimpleProfiler(), limit_val_batches=0)
     assert "training_step" in found[-2].text
     assert isinstance(found[-1], Finished)
 
