@@ -63,7 +63,8 @@ def run(task: Task, place: Place, control: Control) -> Iterator[Message]:
                 session = yield from _rejoin(kept, task, place, control, task.mode)
             else:
                 control.keep(None)
-                process_group.join(place, task.config.strategy.backend, task.config.strategy.timeout_s)
+                if place.world_size > 1:
+                    process_group.join(place, task.config.strategy.backend, task.config.strategy.timeout_s)
                 session = Session(task, place, control)
                 yield from prepare(session)
                 _part_random_numbers(session.worker)
@@ -97,7 +98,8 @@ def _rejoin(
     else:
         session.worker.move(task, place, control)
         session.begin()
-    process_group.join(place, task.config.strategy.backend, task.config.strategy.timeout_s)
+    if place.world_size > 1:
+        process_group.join(place, task.config.strategy.backend, task.config.strategy.timeout_s)
     with session.meeting():
         rejoin.meet(session, mode)
     return session

@@ -81,11 +81,9 @@ def join(place: Place, backend: str | None = None, timeout_s: float = 1800.0) ->
     """Makes the default group of `place.generation`. `backend` None: NCCL on GPUs, gloo on CPUs.
 
     On GPUs the group has gloo too, for tensors that are on the CPU. `timeout_s` is that of a collective.
-    A single rank needs no group, and makes none. Raises torch.distributed's errors where a rank does not come.
+    Raises torch.distributed's errors where a rank does not come.
     """
     global _membership
-    if place.world_size == 1:
-        return
     backend = _resolve_backend(backend, place.device)
     environment = _set_environment(place, backend)
     listeners = set(_listeners())
