@@ -122,6 +122,8 @@ if __name__ == "__main__":
         weights.append(net.layer.weight.detach())
         filters = net.seen.pop("warning filters")  # imports may add some
         assert set(given["warning filters"]) <= set(filters), filters
+        levels = net.seen.pop("log levels")  # so it is here: what Ray imports on a worker may set that of its own
+        assert given["log levels"].items() <= levels.items(), levels
         print("differ:", [name for name in net.seen if net.seen[name] != given[name]], net.new.dtype)
     print("close:", torch.allclose(*weights))
 """
